@@ -1,0 +1,29 @@
+"""Every wait has a deadline and says what it waits for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class DeadlineError(RuntimeError):
+    """Something did not answer in time; the message says what, and which setting holds the deadline."""
+
+
+async def within(awaitable: Awaitable[T], seconds: float, what: str, setting: str) -> T:
+    """Awaits, for at most so many seconds.
+
+    Args:
+        what: what is waited for, e.g. "rollout 0 to generate group 17".
+        setting: the configuration key of the deadline.
+
+    Raises:
+        DeadlineError: the time is over.
+    """
+    try:
+        return await asyncio.wait_for(awaitable, seconds)
+    except TimeoutError as error:
+        raise DeadlineError(f"waited {seconds:g} s ({setting}) for {what}") from error

@@ -1,0 +1,201 @@
+"""All learner ranks as one: the driver calls it, it calls every rank, and a failure of one ends them all.
+
+Owns: start, sharding of a batch over ranks, deadlines that name the rank missing, and the end of the gang. Does not
+own: the training step (medtvt_rl/learner), or when a failed gang is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from actors.learner_worker import LearnerShard, LearnerWorker, RankHealth, WeightHeader
+from actors.placement import Placement
+from medtvt_rl.algorithm.losses import Denominators
+from medtvt_rl.algorithm.packing import balanced_shards
+from medtvt_rl.config import Config
+from medtvt_rl.logs import last_lines
+from medtvt_rl.types import GroupHeader
+
+HEALTH_TIMEOUT_S = 10.0
+
+
+class LearnerError(RuntimeError):
+    """The gang is gone; the message names the rank, the call, the cause and the end of its log."""
+
+
+class BufferedGroup(Protocol):
+    """A finished group, as the driver holds it: a header, and references to what is large."""
+
+    @property
+    def header(self) -> GroupHeader: ...
+    @property
+    def payload(self) -> Any: ...
+    @property
+    def reference(self) -> Any: ...
+
+
+class GroupWithAdvantages(Protocol):
+    """A group to train on; advantages [G]."""
+
+    @property
+    def group(self) -> BufferedGroup: ...
+    @property
+    def advantages(self) -> NDArray[np.float32]: ...
+
+
+class LearnerGang:
+    """Every method raises LearnerError, with all ranks killed, if one of them fails or is late."""
+
+    def __init__(self, config: Config, workers: list[Any]) -> None:
+        self._config, self._workers = config, workers
+
+    @classmethod
+    async def start(cls, config: Config, placement: Placement, model_folder: Path) -> LearnerGang:
+        """Starts one worker in each learner bundle; returns when all have loaded `model_folder`."""
+        count = config.learner.num_workers
+        environment = {"env_vars": {"OMP_NUM_THREADS": str(config.learner.num_threads)}}
+        actor: Any = LearnerWorker
+        workers = [
+            actor.options(**placement.options("learner", rank), runtime_env=environment).remote(rank, count, config)
+            for rank in range(count)
+        ]
+        gang = cls(config, workers)
+        timeout_s, setting = config.learner.start_timeout_s, "learner.start_timeout_s"
+        addresses = await gang._all("address", lambda worker, _: worker.address.remote(), timeout_s, setting)
+        one_node = len({address for address, _ in addresses}) == 1
+        address = "127.0.0.1" if one_node else addresses[0][0]
+        port = addresses[0][1]
+        await gang._all(
+            "setup", lambda worker, _: worker.setup.remote(str(model_folder), address, port), timeout_s, setting
+        )
+        return gang
+
+    async def train_step(
+        self, groups: Sequence[GroupWithAdvantages], learning_rate: float, version: int
+    ) -> dict[str, float]:
+        """One step on whole groups, their completions spread over the ranks by length; metrics over all ranks."""
+        lengths = [length for g in groups for length in g.group.header.lengths]
+        denominators = Denominators(
+            num_sequences=len(lengths),
+            num_tokens=sum(lengths),
+            max_new_tokens=self._config.rollout.sampling.max_new_tokens,
+        )
+        shards = shard_groups(groups, len(self._workers))
+        metrics = await self._all(
+            "train_step",
+            lambda worker, rank: worker.train_step.remote(shards[rank], denominators, learning_rate, version),
+            self._config.learner.step_timeout_s,
+            "learner.step_timeout_s",
+        )
+        return dict(metrics[0])
+
+    async def export(self, version: int) -> tuple[ray.ObjectRef, int]:
+        """A reference to the weights of `version` (a WeightBuffer in the object store), and their checksum."""
+        calls = [worker.export.remote(version) for worker in self._workers]
+        headers: list[WeightHeader | None] = await self._all(
+            "export", lambda _, rank: calls[rank][0], self._config.learner.step_timeout_s, "learner.step_timeout_s"
+        )
+        if headers[0] is None:
+            raise LearnerError(f"learner rank 0 exported nothing for version {version}")
+        return calls[0][1], headers[0].checksum
+
+    async def save_model(self, folder: Path) -> None:
+        """Writes the policy and its tokenizer as a Hugging Face folder, complete or not at all."""
+        await self._everywhere("save_model", str(Path(folder).resolve()))
+
+    async def save_checkpoint(self, folder: Path) -> None:
+        """Writes what a resume needs, into a folder that every rank reaches."""
+        await self._everywhere("save_checkpoint", str(Path(folder).resolve()))
+
+    async def load_checkpoint(self, folder: Path) -> None:
+        """Restores what `save_checkpoint` wrote."""
+        await self._everywhere("load_checkpoint", str(Path(folder).resolve()))
+
+    async def health(self) -> list[RankHealth]:
+        """What every rank is doing."""
+        return await self._all("health", lambda worker, _: worker.health.remote(), HEALTH_TIMEOUT_S, "no setting")
+
+    def stop(self) -> None:
+        """Ends every rank."""
+        for worker in self._workers:
+            ray.kill(worker, no_restart=True)
+
+    async def _everywhere(self, call: str, folder: str) -> None:
+        await self._all(
+            call,
+            lambda worker, _: getattr(worker, call).remote(folder),
+            self._config.learner.step_timeout_s,
+            "learner.step_timeout_s",
+        )
+
+    async def _all(
+        self, call: str, start: Callable[[Any, int], Awaitable[Any]], timeout_s: float, setting: str
+    ) -> list[Any]:
+        """Results of a call on every rank, in rank order."""
+        tasks = [asyncio.ensure_future(_wait(start(worker, rank))) for rank, worker in enumerate(self._workers)]
+        try:
+            done, missing = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        except asyncio.CancelledError:
+            self.stop()
+            raise
+        failed = [task for task in done if task.exception() is not None]
+        if not failed and not missing:
+            return [task.result() for task in tasks]
+        self.stop()
+        for task in missing:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if failed:
+            cause = failed[0].exception()
+            raise LearnerError(self._message(call, tasks.index(failed[0]), str(cause).strip())) from cause
+        ranks = [rank for rank, task in enumerate(tasks) if task in missing]
+        raise LearnerError(self._message(call, ranks[0], f"no answer of ranks {ranks} in {timeout_s:g} s ({setting})"))
+
+    def _message(self, call: str, rank: int, cause: str) -> str:
+        log = self._config.folder / "logs" / f"learner_{rank}.log"
+        tail = "".join(f"\n  {line}" for line in last_lines(log, 5))
+        return f"learner rank {rank} of {len(self._workers)}, {call}: {cause}" + (
+            f"\nend of {log}:{tail}" if tail else ""
+        )
+
+
+async def _wait(reference: Awaitable[Any]) -> Any:
+    return await reference
+
+
+def shard_groups(groups: Sequence[GroupWithAdvantages], num_ranks: int) -> list[list[LearnerShard]]:
+    """The completions of a batch as one list of shards a rank, with nearly equal tokens.
+
+    Raises:
+        ValueError: fewer completions than ranks.
+    """
+    places = [(g, index) for g, group in enumerate(groups) for index in range(len(group.group.header.lengths))]
+    if len(places) < num_ranks:
+        raise ValueError(
+            f"learner.num_workers: {num_ranks} ranks for {len(places)} completions; "
+            "raise grpo.groups_per_step or grpo.group_size, or lower learner.num_workers"
+        )
+    lengths = [max(1, groups[g].group.header.lengths[index]) for g, index in places]
+    shards = []
+    for members in balanced_shards(lengths, num_ranks):
+        by_group: dict[int, list[int]] = {}
+        for member in members:
+            by_group.setdefault(places[member][0], []).append(places[member][1])
+        shards.append([_shard(groups[g], indices) for g, indices in by_group.items()])
+    return shards
+
+
+def _shard(group: GroupWithAdvantages, indices: Sequence[int]) -> LearnerShard:
+    return LearnerShard(
+        payload=group.group.payload,
+        reference=group.group.reference,
+        indices=tuple(indices),
+        advantages=tuple(float(group.advantages[index]) for index in indices),
+    )

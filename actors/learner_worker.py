@@ -1,0 +1,232 @@
+"""The actor of one learner rank: sets up its process, fetches payloads, and hands over to `GrpoLearner`.
+
+Owns: the process (environment, threads, log, process group) and the references it is sent. Does not own: the training
+step (medtvt_rl/learner), or the gang as a whole (actors/learner_gang.py). DeepSpeed is imported in `setup`, after its
+environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from medtvt_rl.algorithm.losses import Denominators
+from medtvt_rl.config import Config
+from medtvt_rl.dotted import resolve
+from medtvt_rl.logs import redirect_output
+from medtvt_rl.types import RolloutGroup, TrainingSequence
+from medtvt_rl.weights import WeightBuffer
+
+if TYPE_CHECKING:
+    from medtvt_rl.learner.grpo_learner import GrpoLearner
+
+TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "chat_template", "added_tokens", "vocab", "merges")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerShard:
+    """Completions of one group that one rank trains on.
+
+    Attributes:
+        payload: reference to the RolloutGroup.
+        reference: reference to its log-probs under the frozen policy, one array a completion; None without a KL term.
+        indices: which completions of the group.
+        advantages: one for each index.
+    """
+
+    payload: ray.ObjectRef
+    reference: ray.ObjectRef | None
+    indices: tuple[int, ...]
+    advantages: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightHeader:
+    """What the driver sees of exported weights."""
+
+    version: int
+    checksum: int
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankHealth:
+    """A rank that answers; `step_s` is how long the call under way has lasted, 0 where there is none."""
+
+    rank: int
+    pid: int
+    node: str
+    busy_with: str | None
+    step_s: float
+
+
+@ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
+class LearnerWorker:
+    """Rank `rank` of `world_size`. Apart from `address` and `health`, every method is called on all ranks at once."""
+
+    def __init__(self, rank: int, world_size: int, config: Config) -> None:
+        redirect_output(config.folder / "logs" / f"learner_{rank}.log")
+        self._rank, self._world_size, self._config = rank, world_size, config
+        self._learner: GrpoLearner | None = None
+        self._model_folder = ""
+        self._busy: tuple[str, float] | None = None
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a port that is free on it."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def setup(self, model_folder: str, address: str, port: int) -> int:
+        """Joins the gang and loads the policy; returns the number of parameters that train."""
+        from medtvt_rl.learner import process_group
+
+        config = self._config.learner
+        process_group.prepare_environment(config.num_threads)
+        meeting = process_group.Rendezvous(
+            rank=self._rank,
+            world_size=self._world_size,
+            address=address,
+            port=port,
+            timeout_s=config.step_timeout_s,
+        )
+        device = process_group.join(meeting)
+        self._model_folder = model_folder
+        self._learner = _build_learner(self._config, model_folder, device)
+        return sum(p.numel() for p in self._learner.engine.policy.parameters() if p.requires_grad)
+
+    def train_step(
+        self, shards: list[LearnerShard], denominators: Denominators, learning_rate: float, version: int
+    ) -> dict[str, float]:
+        """One training step on this rank's shards; metrics over all ranks."""
+        learner = self._ready("train_step")
+        try:
+            started = time.perf_counter()
+            sequences = fetch_sequences(shards, self._config.learner.step_timeout_s)
+            fetched = time.perf_counter() - started
+            metrics = learner.train_step(sequences, denominators, learning_rate, version)
+            return {**metrics, "seconds/fetch": fetched}
+        finally:
+            self._busy = None
+
+    @ray.method(num_returns=2)
+    def export(self, version: int) -> tuple[WeightHeader | None, WeightBuffer | None]:
+        """What trains, as rank 0's return value, so that it lies in the object store; None, None on other ranks."""
+        learner, started = self._ready("export"), time.perf_counter()
+        try:
+            weights = learner.export(version)
+        finally:
+            self._busy = None
+        if weights is None:
+            return None, None
+        header = WeightHeader(
+            version=version,
+            checksum=weights.checksum,
+            num_bytes=weights.data.nbytes,
+            seconds=time.perf_counter() - started,
+        )
+        return header, weights
+
+    def save_model(self, folder: str) -> None:
+        """Writes a Hugging Face folder with model and tokenizer that appears complete or not at all."""
+        learner, target = self._ready("save_model"), Path(folder)
+        temporary = target.with_name(target.name + ".writing")
+        if self._rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        try:
+            learner.save(temporary)
+        finally:
+            self._busy = None
+        if self._rank == 0:
+            copy_tokenizer(Path(self._model_folder), temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+
+    def save_checkpoint(self, folder: str) -> None:
+        """Writes weights, optimizer and random state of this rank."""
+        self._ready("save_checkpoint").save_checkpoint(Path(folder))
+        self._busy = None
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Restores what `save_checkpoint` wrote."""
+        self._ready("load_checkpoint").load_checkpoint(Path(folder))
+        self._busy = None
+
+    @ray.method(concurrency_group="health")
+    def health(self) -> RankHealth:
+        """Answers also while a step is under way."""
+        busy = self._busy
+        return RankHealth(
+            rank=self._rank,
+            pid=os.getpid(),
+            node=ray.util.get_node_ip_address(),
+            busy_with=busy[0] if busy else None,
+            step_s=time.monotonic() - busy[1] if busy else 0.0,
+        )
+
+    def _ready(self, call: str) -> GrpoLearner:
+        if self._learner is None:
+            raise RuntimeError(f"learner rank {self._rank}: {call} before setup")
+        self._busy = (call, time.monotonic())
+        return self._learner
+
+
+def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearner:
+    import torch
+
+    from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
+    from medtvt_rl.learner.grpo_learner import GrpoLearner
+    from medtvt_rl.model.policy import load_policy
+
+    torch.manual_seed(config.run.seed)
+    settings = EngineSettings(
+        zero_stage=config.learner.zero_stage,
+        dtype=getattr(torch, config.learner.dtype),
+        gradient_clipping=config.learner.gradient_clipping,
+        weight_decay=config.learner.weight_decay,
+        adam_betas=(config.learner.adam_betas[0], config.learner.adam_betas[1]),
+    )
+    policy = load_policy(model_folder, dtype=settings.dtype, lora=config.model.lora)
+    items = resolve(config.task.items, "task.items")(config) if config.task.items else None
+    return GrpoLearner(DeepSpeedEngine(policy, settings, device), items, config)
+
+
+def fetch_sequences(shards: list[LearnerShard], timeout_s: float) -> list[TrainingSequence]:
+    """The completions that the shards name, in order.
+
+    Raises:
+        ray.exceptions.GetTimeoutError: a payload did not arrive; its node may be gone.
+    """
+    references = [shard.reference for shard in shards if shard.reference is not None]
+    fetched = iter(ray.get([shard.payload for shard in shards] + references, timeout=timeout_s))
+    groups: list[RolloutGroup] = [next(fetched) for _ in shards]
+    sequences = []
+    for shard, group in zip(shards, groups):
+        logprobs = next(fetched) if shard.reference is not None else None
+        for index, advantage in zip(shard.indices, shard.advantages, strict=True):
+            sequences.append(
+                TrainingSequence(
+                    group_id=group.group_id,
+                    prompt=group.prompt,
+                    completion=group.completions[index],
+                    advantage=advantage,
+                    reference_logprobs=None if logprobs is None else logprobs[index],
+                )
+            )
+    return sequences
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer's files of a Hugging Face folder, byte for byte."""
+    for path in source.iterdir():
+        if path.is_file() and path.name.startswith(TOKENIZER_FILES):
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,61 @@
+"""The actor of the frozen reference policy: sets up its process and scores groups.
+
+Owns: one frozen policy on one thread. Does not own: the log-prob computation (medtvt_rl/learner/scoring.py), or which
+groups it gets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from medtvt_rl.config import Config
+from medtvt_rl.dotted import resolve
+from medtvt_rl.types import RolloutGroup
+
+
+@ray.remote
+class ReferencePolicy:
+    """Holds the policy of `model_folder` as it is; it never learns."""
+
+    def __init__(self, model_folder: str, config: Config) -> None:
+        import torch
+
+        from medtvt_rl.model.policy import load_policy
+
+        torch.set_num_threads(config.learner.num_threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        policy: Any = load_policy(model_folder, dtype=getattr(torch, config.learner.dtype))
+        self._policy = policy.requires_grad_(False).to(device)
+        self._items = resolve(config.task.items, "task.items")(config) if config.task.items else None
+        self._config = config
+
+    @ray.method(num_returns=2)
+    def logprobs(self, group: RolloutGroup) -> tuple[NDArray[np.float32], tuple[NDArray[np.float32], ...]]:
+        """The group under the frozen policy, at the sampling temperature.
+
+        Returns:
+            KL of each completion [G] float32 by the configured estimator, summed over its tokens, for the driver; the
+            log-probs of each completion's tokens [T] float32, for the object store.
+        """
+        from medtvt_rl.algorithm.kl import sequence_kl
+        from medtvt_rl.learner.scoring import ScoredSequence, score_sequences
+
+        sequences = [
+            ScoredSequence(prompt_ids=group.prompt.token_ids, completion_ids=c.token_ids, item_id=group.prompt.item_id)
+            for c in group.completions
+        ]
+        scored = score_sequences(
+            self._policy,
+            sequences,
+            self._items,
+            self._config.rollout.sampling.temperature,
+            self._config.learner.token_budget,
+        )
+        logprobs = tuple(values.float().cpu().numpy() for values in scored)
+        estimator = self._config.grpo.loss.kl.estimator
+        kl = [sequence_kl(c.behaviour_logprobs, values, estimator) for c, values in zip(group.completions, logprobs)]
+        return np.array(kl, dtype=np.float32), logprobs

@@ -1,0 +1,32 @@
+"""The actor that scores finished groups: sets up its process, decodes, and hands over to `Scorer`.
+
+Owns: one tokenizer and one scorer. Does not own: the reward functions, or which groups it gets.
+"""
+
+from __future__ import annotations
+
+import ray
+from transformers import AutoTokenizer
+
+from medtvt_rl.config import Config
+from medtvt_rl.rewards.scorer import GroupRewards, Scorer
+from medtvt_rl.types import RolloutGroup
+
+
+@ray.remote
+class RewardScorer:
+    """Scores one group at a time.
+
+    Args:
+        config: of the run; `config.rewards` names the functions.
+        tokenizer_folder: a Hugging Face folder with the tokenizer of the policy.
+    """
+
+    def __init__(self, config: Config, tokenizer_folder: str) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        self._scorer = Scorer(config.rewards)
+
+    def score(self, group: RolloutGroup) -> GroupRewards:
+        """Rewards of the group's completions, in their order."""
+        texts = [str(self._tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in group.completions]
+        return self._scorer.score(texts, group.prompt.ground_truth)

@@ -1,0 +1,150 @@
+"""The rollout generator: a thin asynchronous Ray actor around one rollout engine.
+
+Owns: process set-up, reading the items of prompts on its own node, and the calls that the driver makes.
+Does not own: generation and weight loading (medtvt_rl/rollout/vllm_engine.py), rewards, placement, deadlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from medtvt_rl.config import Config
+from medtvt_rl.dotted import resolve
+from medtvt_rl.rollout.config import SamplingConfig
+from medtvt_rl.types import GroupHeader, Prompt, RolloutGroup
+from medtvt_rl.weights import WeightBuffer
+
+if TYPE_CHECKING:
+    from medtvt_rl.rollout.vllm_engine import VllmEngine
+
+# Every group in flight holds one call; an engine has far fewer groups than this.
+MAX_CALLS = 4096
+
+
+@ray.remote(max_concurrency=MAX_CALLS)  # type: ignore[call-overload]
+class RolloutGenerator:
+    """One engine on one node.
+
+    Args:
+        model_folder: a Hugging Face folder with its tokenizer.
+        config: of the run.
+        index: of this generator among its kind.
+        version: policy version of the weights in the folder.
+    """
+
+    def __init__(self, model_folder: str, config: Config, index: int, version: int = 0) -> None:
+        self._model_folder = model_folder
+        self._config = config
+        self._index = index
+        self._first_version = version
+        self._engine: VllmEngine | None = None
+        self._items: Any = None
+        self._num_calls = 0
+
+    async def start(self) -> dict[str, Any]:
+        """Starts the engine; seconds it took, node and process. Raises what vLLM raises."""
+        begin = time.perf_counter()
+        await asyncio.to_thread(self._start)
+        return {
+            "index": self._index,
+            "start_s": time.perf_counter() - begin,
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "node_ip": ray.util.get_node_ip_address(),
+            "pid": os.getpid(),
+        }
+
+    def _start(self) -> None:
+        from medtvt_rl.rollout.vllm_core import prepare_environment
+
+        config = self._config
+        prepare_environment(config.rollout.engine.num_threads, cpu=config.placement.rollout.gpus == 0)
+        from medtvt_rl.rollout.vllm_engine import VllmEngine
+
+        if config.task.items is not None:
+            self._items = resolve(config.task.items, "task.items")(config)
+        self._engine = VllmEngine(
+            self._model_folder,
+            config.rollout.engine,
+            version=self._first_version,
+            item_modality=config.task.item_modality,
+        )
+
+    @ray.method(num_returns=2)
+    async def generate(
+        self,
+        prompt: Prompt,
+        group_id: int,
+        num_completions: int,
+        greedy: bool = False,
+        sampling: SamplingConfig | None = None,
+    ) -> tuple[GroupHeader, RolloutGroup]:
+        """G completions of one prompt: a small header for the driver, and the group, which stays here until asked for.
+
+        Args:
+            sampling: instead of the configuration's.
+
+        Raises:
+            ValueError: the prompt does not fit, or names an item without an item source.
+            EngineBrokenError: the engine has to be replaced.
+        """
+        engine = self._running()
+        begin = time.perf_counter()
+        self._num_calls += 1
+        try:
+            item = await asyncio.to_thread(self._item, prompt)
+            settings = sampling or self._config.rollout.sampling
+            seed = self._config.run.seed
+            future = engine.submit(prompt, item, group_id, num_completions, seed, settings, greedy)
+            group = await asyncio.wrap_future(future)
+        finally:
+            self._num_calls -= 1
+        return GroupHeader.of(group, time.perf_counter() - begin), group
+
+    async def update_weights(self, buffer: WeightBuffer, version: int) -> int:
+        """Takes new weights; the checksum of what arrived. See VllmEngine.update_weights for what it raises."""
+        if buffer.version != version:
+            raise ValueError(
+                f"version: {version} announced, but the buffer holds version {buffer.version}; publish again"
+            )
+        return await asyncio.to_thread(self._running().update_weights, buffer, self._config.rollout.on_update)
+
+    async def health(self) -> dict[str, Any]:
+        """Whether the engine serves, with which version, and if not why."""
+        engine = self._engine
+        broken = "not started" if engine is None else engine.broken
+        version = self._first_version if engine is None else engine.version
+        return {"index": self._index, "ok": broken is None, "broken": broken, "version": version}
+
+    async def stats(self) -> dict[str, float]:
+        """The engine's counters, see VllmEngine.stats."""
+        return self._running().stats()
+
+    async def drain(self) -> None:
+        """Returns when no group is in flight; the driver sends none meanwhile."""
+        while self._num_calls > 0:
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        """Ends the engine; groups in flight raise EngineBrokenError."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.close)
+
+    def _item(self, prompt: Prompt) -> Any:
+        if prompt.item_id is None:
+            return None
+        if self._items is None:
+            raise ValueError(
+                f"prompt {prompt.prompt_id}: names item {prompt.item_id!r}, but task.items is null; name an item source"
+            )
+        return self._items.get(prompt.item_id)
+
+    def _running(self) -> VllmEngine:
+        if self._engine is None:
+            raise RuntimeError(f"rollout generator {self._index}: the engine is not running; call start first")
+        return self._engine

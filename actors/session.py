@@ -1,0 +1,64 @@
+"""Joining or starting a Ray cluster, and leaving it again.
+
+Owns: how this process becomes a Ray driver. Does not own: what is placed where (placement.py).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from medtvt_rl.config import Config, ConfigError
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+@contextmanager
+def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
+    """Joins `cluster.address` (or the cluster that a submitted job runs in), else starts a local Ray and ends it after.
+
+    Args:
+        num_cpus: logical CPUs that the placement needs; a local Ray offers at least so many, since roles share
+            cores there.
+
+    Raises:
+        ConfigError: nothing answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        probe_address(address)
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    else:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
+            include_dashboard=False,
+            object_store_memory=config.cluster.object_store_bytes,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def probe_address(address: str) -> None:
+    """Raises ConfigError if nothing listens at HOST:PORT; Ray itself would wait for minutes. "auto" is left to Ray."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cluster.address is {address!r}: nothing answers there ({error}); start it with `ray up cluster.yaml`, "
+            "or leave the address out for a local run"
+        ) from error

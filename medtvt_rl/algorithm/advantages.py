@@ -1,0 +1,60 @@
+"""From the rewards of one group to its advantages.
+
+Owns: the baseline and the scale of the three kinds. Does not own: rewards (rewards/), or the loss that
+the advantages weigh.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+AdvantageKind = Literal["group", "mean_only", "rloo"]
+
+STD_EPSILON = 1e-4
+# Rewards closer than this are equal: dividing rounding noise by the epsilon above would turn it into a gradient.
+EQUAL_TOLERANCE = 1e-6
+
+
+def has_signal(rewards: ArrayLike) -> bool:
+    """Whether the rewards of a group differ; a group whose rewards are equal has no gradient, and is worth counting."""
+    values = np.asarray(rewards, dtype=np.float64)
+    return bool(values.size > 1 and np.ptp(values) > EQUAL_TOLERANCE)
+
+
+def group_advantages(rewards: ArrayLike, kind: AdvantageKind) -> NDArray[np.float32]:
+    """Advantages of the G completions of one group.
+
+    group: (r - mean) / (std + 1e-4), std with G - 1 in the denominator (GRPO, https://arxiv.org/abs/2402.03300).
+    mean_only: r - mean (Dr. GRPO, https://arxiv.org/abs/2503.20783).
+    rloo: r - mean of the others (https://arxiv.org/abs/2402.14740).
+
+    Args:
+        rewards: [G] total rewards, finite, G >= 2.
+
+    Returns:
+        [G] float32; exactly 0 everywhere where the rewards do not differ.
+
+    Raises:
+        ValueError: not a vector of at least two finite values, or an unknown kind.
+    """
+    values = np.asarray(rewards, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(
+            f"rewards: shape {values.shape}, expected (G,), G >= 2; a group of one has no baseline, raise group_size"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"rewards: {values.tolist()}, expected finite values, as the scorer returns")
+    if kind not in ("group", "mean_only", "rloo"):
+        raise ValueError(f"advantage: {kind!r}, expected 'group', 'mean_only' or 'rloo'")
+    if not has_signal(values):
+        return np.zeros(len(values), dtype=np.float32)
+    centred = values - values.mean()
+    if kind == "group":
+        centred /= values.std(ddof=1) + STD_EPSILON
+    elif kind == "rloo":
+        # r_i minus the mean of the others equals the centred reward times G / (G - 1).
+        centred *= len(values) / (len(values) - 1)
+    return centred.astype(np.float32)

@@ -1,0 +1,76 @@
+"""Settings of advantages, losses, KL and importance correction. Importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class KlConfig:
+    """KL to the reference policy; estimators k1, k2, k3 after Schulman, "Approximating KL divergence" (2020).
+
+    Attributes:
+        coefficient: 0 needs no reference policy, and none is started.
+        placement: in the loss, or subtracted from the reward.
+    """
+
+    coefficient: float = 0.1
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    placement: Literal["loss", "reward"] = "loss"
+
+
+@dataclass
+class ImportanceConfig:
+    """Correction between the behaviour policy (engine, when sampled) and the proximal one (learner, before the update).
+
+    Attributes:
+        mode: "truncated" caps the ratio at `cap`; "masked" drops what exceeds it; "none" trusts the samples.
+        level: ratio per token, or of the whole sequence.
+    """
+
+    mode: Literal["none", "truncated", "masked"] = "truncated"
+    level: Literal["token", "sequence"] = "token"
+    cap: float = 2.0
+
+
+@dataclass
+class LossConfig:
+    """The policy loss.
+
+    Attributes:
+        kind: grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo (2506.13585).
+        clip_low, clip_high: the ratio policy/proximal is clipped to [1 - clip_low, 1 + clip_high].
+    """
+
+    kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl: KlConfig = field(default_factory=KlConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+
+
+@dataclass
+class GrpoConfig:
+    """One GRPO step trains on `groups_per_step` groups of `group_size` completions.
+
+    Attributes:
+        max_staleness: steps that a sample may lag behind the learner; 0 is on-policy training by the same code.
+        advantage: group (mean and deviation, 2402.03300), mean_only (2503.20783), rloo (2402.14740).
+        final_lr_share: the learning rate falls linearly to this share of its start.
+        checkpoint_every: steps between checkpoints; 0 writes one at the end only.
+        evaluate_every: steps between held-out evaluations beside training; 0 for none.
+    """
+
+    steps: int = 100
+    groups_per_step: int = 16
+    group_size: int = 8
+    max_staleness: int = 1
+    learning_rate: float = 3e-4
+    warmup_steps: int = 5
+    final_lr_share: float = 0.1
+    advantage: Literal["group", "mean_only", "rloo"] = "group"
+    loss: LossConfig = field(default_factory=LossConfig)
+    updates_per_batch: int = 1
+    checkpoint_every: int = 0
+    evaluate_every: int = 0

@@ -1,0 +1,32 @@
+"""The one exception that bad input raises, and the record of an input that was set aside.
+
+Owns: DataError and Problem. Does not own: who decides whether a fault ends the build (study_store.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class DataError(ValueError):
+    """Input that cannot be used; the message is one line that names the file, the field, and the mend."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One input that was set aside.
+
+    Attributes:
+        file: the file at fault, relative to the data root.
+        study_id: the study it belongs to; empty where none is known.
+        field: the column or key at fault.
+        reason: what is wrong and how to mend it, one line.
+    """
+
+    file: str
+    study_id: str
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, study {self.study_id or '(none)'}, {self.field}: {self.reason}"

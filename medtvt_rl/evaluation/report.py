@@ -1,0 +1,339 @@
+"""The report of a run: report.html, one file that needs nothing else, and the table at the end of the terminal.
+
+Owns: which numbers, curves and samples are shown, and in what words. Does not own: their computation, drawing
+(charts.py), the page (page.py). What is missing is named, never an error: a report of half a run is a report.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from html import escape
+from pathlib import Path
+from typing import IO, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from medtvt_rl.evaluation.charts import IntervalRow, Series, bar_chart, interval_chart, line_chart
+from medtvt_rl.evaluation.page import card, cell, details, missing_line, page, section, table
+from medtvt_rl.evaluation.summary import (
+    LOWER_IS_BETTER,
+    METRICS,
+    STAGE_NAMES,
+    Curves,
+    Estimate,
+    block,
+    curves,
+    estimate,
+    per_disease,
+    policy_metrics,
+)
+
+BEFORE, AFTER = "after SFT", "after GRPO"
+MODALITY_NAMES = {"ecg": "without the ECG", "cxr": "without the film", "lab": "without the labs"}
+SIMULATED = (
+    "These scores are of a simulated cohort: its signals, films and values were drawn by a program. They show that the "
+    "system learns, and mean nothing clinically. Nothing here may guide the care of a patient."
+)
+RESEARCH = "A research system, not a medical device: nothing here may guide the care of a patient."
+# (stages, title, patterns of metric names, note); the first that matches takes the metric.
+CHARTS = (
+    (("pretrain", "sft"), "Loss", ("loss", "*_loss", "loss/*", "*/loss"), "Next-token loss on the answers."),
+    (("pretrain", "sft"), "Validation score", ("validation*", "score*", "*/score"), "Mean reward of sampled answers."),
+    (("grpo",), "Reward by component", ("reward/*",), "Mean over the completions of a step."),
+    (("grpo",), "KL to the reference policy", ("kl",), "Nats a token. A rise says how far the policy has moved."),
+    (("grpo",), "Entropy", ("entropy",), "Nats a token. A fall to 0 says that the policy no longer explores."),
+    (("grpo",), "Staleness", ("staleness/*",), "Steps between the oldest token's weights and those it trains."),
+    (
+        ("grpo",),
+        "Log-probs, engine against learner",
+        ("fresh_gap*", "engine_gap*"),
+        "Absolute difference; fresh: of samples drawn with the very weights that score them.",
+    ),
+    (("grpo",), "Completion length", ("length/mean", "length/max"), "Tokens."),
+    (("grpo",), "Gradient norm", ("gradient_norm", "grad_norm"), "Before clipping."),
+    (("grpo",), "Shares", ("*_share",), "Of groups without a gradient, completions cut, and tokens clipped."),
+    (("grpo",), "Seconds of a step", ("seconds/*",), "Waiting long for groups: add rollout generators."),
+)
+APART = ("reward/deviation", "reward/failed")
+MAX_SAMPLES, MAX_COMPLETIONS = 6, 3
+
+
+def write_report(
+    path: str | Path,
+    *,
+    summary: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]] = (),
+    samples: Sequence[Mapping[str, Any]] = (),
+    config_yaml: str = "",
+) -> None:
+    """Writes report.html; it appears complete or not at all. Arguments as those of `render_report`."""
+    target = Path(path)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(
+        render_report(summary=summary, metrics=metrics, samples=samples, config_yaml=config_yaml), encoding="utf-8"
+    )
+    os.replace(temporary, target)
+
+
+def render_report(
+    *,
+    summary: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]] = (),
+    samples: Sequence[Mapping[str, Any]] = (),
+    config_yaml: str = "",
+) -> str:
+    """The report as HTML.
+
+    Args:
+        summary: content of summary.json: stages, evaluation, grpo, peak_rss_bytes; any part may be missing.
+        metrics: rows of metrics.jsonl, {"stage", "step", "time", name: value}.
+        samples: lines of journal/samples.jsonl: step, prompt_id, ground_truth, completions of {text, reward}.
+        config_yaml: the resolved configuration, as text.
+    """
+    name = str(summary.get("run", "run"))
+    lines = curves(metrics)
+    body = [
+        f"<h1>{escape(name)}</h1>",
+        '<p class="soft">Diagnoses from an ECG, a chest film and blood values: pre-training, fine-tuning, GRPO.</p>',
+        f'<p class="warning">{RESEARCH if _real_data(config_yaml) else SIMULATED}</p>',
+        section("Result", _headline(summary), "No evaluation was found: the evaluate stage has not run."),
+        section("By disease", _by_disease(summary), "No F1 by disease was found."),
+        section("What each modality is worth", _ablations(summary), "No ablations (evaluation.ablations)."),
+        section("GRPO", _grpo_facts(summary) + _charts(lines, "grpo"), "No curves of GRPO were found."),
+        section(
+            "Supervised stages",
+            _charts(lines, "pretrain", "Pre-training: ") + _charts(lines, "sft", "SFT: "),
+            "No curves of the supervised stages were found.",
+        ),
+        section("Time and memory", _timing(summary), "No stage has left its time."),
+        section("Sampled answers during GRPO", _samples(samples), "No samples were journalled."),
+        section(
+            "Configuration",
+            details("resolved configuration", f"<pre>{escape(config_yaml)}</pre>") if config_yaml else "",
+            "No configuration was found.",
+        ),
+    ]
+    return page(f"{name}: report", "\n".join(body))
+
+
+def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> None:
+    """Prints the headline metrics before and after GRPO; with rules and colours only on a terminal."""
+    console = Console(file=stream or sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = 110
+    before, after = policy_metrics(summary, "sft"), policy_metrics(summary, "grpo")
+    if not before and not after:
+        console.print("no evaluation: the evaluate stage has not run")
+        return
+    shown = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    shown.add_column("held-out, 95 % interval")
+    for header in (BEFORE, AFTER):
+        shown.add_column(header, justify="right")
+    for name, label in METRICS.items():
+        if name in before or name in after:
+            shown.add_row(label, _text(before.get(name)), _text(after.get(name)))
+    console.print(shown)
+    gain = estimate(block(summary, "evaluation").get("gain"))
+    if gain is not None:
+        console.print(
+            f"gain of GRPO in sampled Jaccard, paired over patients: {gain.value:+.3f} {gain.interval}", markup=False
+        )
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    before, after = policy_metrics(summary, "sft"), policy_metrics(summary, "grpo")
+    if not before and not after:
+        return ""
+    gain = estimate(block(summary, "evaluation").get("gain"))
+    cards = []
+    for name, label in (
+        ("jaccard", "Jaccard, sampled"),
+        ("jaccard_greedy", "Jaccard, greedy"),
+        ("f1_macro", "F1, macro"),
+        ("parse_rate", "Well-formed, greedy"),
+    ):
+        first, last = before.get(name), after.get(name)
+        shown = last or first
+        if shown is not None:
+            earlier = f"{first.value:.3f}" if first is not None and last is not None else ""
+            under = f"95 % interval {shown.interval}"
+            if name == "jaccard" and gain is not None:
+                under = f"paired gain {gain.value:+.3f} {gain.interval}"
+            cards.append(card(label, f"{shown.value:.3f}", earlier, under))
+    rows = [
+        [cell(label), _cell(before.get(name)), _cell(after.get(name)), _change(name, before.get(name), after.get(name))]
+        for name, label in METRICS.items()
+        if name in before or name in after
+    ]
+    if gain is not None:
+        rows.append(
+            [
+                cell("Paired gain of GRPO, sampled Jaccard"),
+                cell(""),
+                cell(""),
+                cell(f"{gain.value:+.3f}", gain.interval),
+            ]
+        )
+    studies = block(summary, "evaluation", "grpo").get("num_studies") or block(summary, "evaluation", "sft").get(
+        "num_studies"
+    )
+    size = f" on {studies} held-out studies" if studies else ""
+    words = (
+        f'<p class="note">Means{size}, with 95 % bootstrap intervals over patients. An answer that breaks the format '
+        "counts as wrong. Sampled: at the training temperature. Changes in colour: the intervals do not overlap.</p>"
+    )
+    shown_table = table(["", BEFORE, AFTER, "change"], rows)
+    return f'<div class="cards">{"".join(cards)}</div><p></p>{shown_table}{words}{_paper(summary)}'
+
+
+def _paper(summary: Mapping[str, Any]) -> str:
+    """The numbers as the published evaluation computes them, folded."""
+    first, last = block(summary, "evaluation", "sft", "paper"), block(summary, "evaluation", "grpo", "paper")
+    names = {"f1_micro": "F1, micro", "f1_macro": "F1, macro", "auc": "AUC of 0/1 answers"}
+    rows = [
+        [cell(label), _cell(estimate(first.get(name))), _cell(estimate(last.get(name)))]
+        for name, label in names.items()
+        if name in first or name in last
+    ]
+    note = '<p class="note">Leaves out answers that break the format. For comparison with published numbers only.</p>'
+    return details("As the published evaluation computes them", table(["", BEFORE, AFTER], rows) + note if rows else "")
+
+
+def _by_disease(summary: Mapping[str, Any]) -> str:
+    before, after = per_disease(summary, "sft"), per_disease(summary, "grpo")
+    names = list(dict.fromkeys([*before, *after]))
+    rows = [
+        IntervalRow(label=name, values=[one.triple if one else None for one in (before.get(name), after.get(name))])
+        for name in names
+    ]
+    chart = interval_chart("F1 by disease, greedy answer", [BEFORE, AFTER], rows, "Dots: F1; bars: 95 % intervals.")
+    numbers = table(["", BEFORE, AFTER], [[cell(n), _cell(before.get(n)), _cell(after.get(n))] for n in names])
+    return f'<div class="charts">{chart}</div>{details("as numbers", numbers)}' if names else ""
+
+
+def _ablations(summary: Mapping[str, Any]) -> str:
+    found = {name: estimate(value) for name, value in block(summary, "evaluation", "ablations").items()}
+    rows = [
+        IntervalRow(label=MODALITY_NAMES.get(name, f"without {name}"), values=[one.triple])
+        for name, one in found.items()
+        if one is not None
+    ]
+    note = "Change of the greedy Jaccard when one modality is withheld from every patient, paired over patients."
+    chart = interval_chart("Held-out Jaccard, change", [""], rows, note, zero=True)
+    numbers = [
+        [cell(row.label), cell(f"{v[0]:+.3f}", f"[{v[1]:.3f}, {v[2]:.3f}]")] for row in rows for v in row.values if v
+    ]
+    return f'<div class="charts">{chart}<div>{table(["", "change of Jaccard"], numbers)}</div></div>' if rows else ""
+
+
+def _grpo_facts(summary: Mapping[str, Any]) -> str:
+    grpo = block(summary, "grpo")
+    facts = [
+        ("Steps", "steps", "{:,.0f}"),
+        ("Completions", "completions", "{:,.0f}"),
+        ("Largest staleness", "max_staleness_seen", "{:.0f}"),
+        ("Largest log-prob difference", "logprob_max_abs_diff", "{:.1e}"),
+        ("Reward, first tenth", "reward_first", "{:.3f}"),
+        ("Reward, last tenth", "reward_last", "{:.3f}"),
+    ]
+    cards = [
+        card(label, form.format(found.value))
+        for label, key, form in facts
+        if (found := estimate(grpo.get(key))) is not None
+    ]
+    return f'<div class="cards">{"".join(cards)}</div><p></p>' if cards else ""
+
+
+def _charts(lines: Curves, stage: str, prefix: str = "") -> str:
+    """Every metric of a stage: those that have a chart of their own, then the others, folded."""
+    left = dict(lines.get(stage, {}))
+    drawn = []
+    for stages, title, patterns, note in CHARTS:
+        names = [n for n in left if n not in APART and any(fnmatchcase(n, pattern) for pattern in patterns)]
+        if stage in stages and names:
+            series = [Series(name=_short(n), points=left.pop(n)) for n in sorted(names, key=_totals_first)]
+            drawn.append(line_chart(prefix + title, series, note))
+    others = [line_chart(prefix + name, [Series(name=name, points=points)]) for name, points in sorted(left.items())]
+    folded = "".join(others)
+    return (f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else "") + details(
+        f"{prefix}{len(others)} more curves", f'<div class="charts">{folded}</div>' if folded else ""
+    )
+
+
+def _short(name: str) -> str:
+    return name.rpartition("/")[2].replace("_", " ")
+
+
+def _totals_first(name: str) -> tuple[bool, str]:
+    return not name.endswith("/total"), name
+
+
+def _timing(summary: Mapping[str, Any]) -> str:
+    stages = block(summary, "stages")
+    rows, total = [], 0.0
+    for name in [*STAGE_NAMES, *(extra for extra in stages if extra not in STAGE_NAMES)]:
+        seconds, memory = estimate(block(stages, name).get("seconds")), block(stages, name).get("peak_rss_bytes")
+        if seconds is not None:
+            total += seconds.value
+            rows.append((STAGE_NAMES.get(name, name), seconds.value, f"{seconds.value:.0f} s{_memory(memory)}"))
+    note = f"{total:.0f} s together" + (f"; at most {m}" if (m := _memory(summary.get("peak_rss_bytes"))[2:]) else "")
+    return f'<div class="charts">{bar_chart("Seconds by stage", rows, note + ".")}</div>' if rows else ""
+
+
+def _memory(found: Any) -> str:
+    size = estimate(found)
+    return f", {size.value / 2**30:.1f} GiB" if size is not None and size.value > 0 else ""
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """The first, the last, and some between; of each the best, the worst and one more completion."""
+    if len(samples) > MAX_SAMPLES:
+        samples = [samples[round(i * (len(samples) - 1) / (MAX_SAMPLES - 1))] for i in range(MAX_SAMPLES)]
+    parts = []
+    for sample in samples:
+        given = sample.get("completions")
+        completions = [c for c in given if isinstance(c, Mapping)] if isinstance(given, Sequence) else []
+        completions = sorted(completions, key=lambda c: -(r.value if (r := estimate(c.get("reward"))) else 0.0))
+        shown = completions[: MAX_COMPLETIONS - 1] + completions[MAX_COMPLETIONS - 1 :][-1:]
+        truth = f"<p><b>True diagnoses:</b> {escape(str(sample.get('ground_truth', 'unknown')))}</p>"
+        texts = "".join(_completion(one) for one in shown) or missing_line("no completion was kept")
+        title = f"step {sample.get('step', '?')}, {sample.get('prompt_id', '?')}"
+        parts.append(details(title, truth + texts))
+    return "".join(parts)
+
+
+def _completion(completion: Mapping[str, Any]) -> str:
+    text = escape(str(completion.get("text", "")))
+    text = re.sub(r"&lt;/?(?:think|answer)&gt;", lambda match: f'<span class="tag">{match[0]}</span>', text)
+    text = re.sub(r"\b(ECG|CXR|LAB):", r"<b>\1:</b>", text)
+    reward = estimate(completion.get("reward"))
+    words = f"reward {reward.value:.2f}" if reward is not None else "no reward"
+    return f'<div class="sample"><p class="soft">{words}</p><p>{text}</p></div>'
+
+
+def _real_data(config_yaml: str) -> bool:
+    """Whether the configuration says that the studies are not simulated."""
+    return re.search(r"^cohort: *(null|~) *$", config_yaml, re.MULTILINE) is not None
+
+
+def _text(found: Estimate | None) -> str:
+    return f"{found.value:.3f} {found.interval}".replace("[", r"\[") if found is not None else "-"
+
+
+def _cell(found: Estimate | None) -> str:
+    return cell(f"{found.value:.3f}", found.interval) if found is not None else cell("-")
+
+
+def _change(name: str, before: Estimate | None, after: Estimate | None) -> str:
+    if before is None or after is None:
+        return cell("-")
+    change = after.value - before.value
+    apart = before.high < after.low or after.high < before.low
+    better = (change > 0) != (name in LOWER_IS_BETTER)
+    return cell(f"{change:+.3f}", css=("up" if better else "down") if apart else "")

@@ -1,0 +1,123 @@
+"""Reads what a run left behind: the numbers of summary.json and the curves of metrics.jsonl.
+
+Owns: the shapes of both and what is tolerated as missing in them. Does not own: how they are shown (report.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+STAGE_NAMES = {
+    "cohort": "Cohort and study store",
+    "pretrain": "Pre-training (PT)",
+    "sft": "Fine-tuning (SFT)",
+    "grpo": "GRPO",
+    "evaluate": "Evaluation",
+}
+METRICS = {
+    "jaccard": "Jaccard, sampled answers",
+    "jaccard_greedy": "Jaccard, greedy answer",
+    "exact_match": "All diagnoses right",
+    "f1_micro": "F1 over diagnoses, micro",
+    "f1_macro": "F1 over diagnoses, macro",
+    "auc": "AUC of sampled shares",
+    "average_precision": "Average precision of sampled shares",
+    "brier": "Brier score (lower is better)",
+    "parse_rate_sampled": "Well-formed answers, sampled",
+    "parse_rate": "Well-formed answers, greedy",
+    "findings_f1_ecg": "F1 of findings named, ECG",
+    "findings_f1_cxr": "F1 of findings named, film",
+    "findings_f1_lab": "F1 of findings named, labs",
+}
+LOWER_IS_BETTER = {"brier"}
+PER_DISEASE = "f1/"
+Curves = dict[str, dict[str, list[tuple[float, float | None]]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A value with its 95 % interval; the ends equal the value where none was computed."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> str:
+        """[low, high], or nothing where there is no interval."""
+        return f"[{self.low:.3f}, {self.high:.3f}]" if self.low != self.high else ""
+
+    @property
+    def triple(self) -> tuple[float, float, float]:
+        """(value, low, high)."""
+        return self.value, self.low, self.high
+
+
+def estimate(found: Any) -> Estimate | None:
+    """From {value, low, high} or a plain number; None where there is no value."""
+    if isinstance(found, Mapping):
+        value = _number(found.get("value"))
+        if value is None:
+            return None
+        low, high = _number(found.get("low")), _number(found.get("high"))
+        return Estimate(value=value, low=value if low is None else low, high=value if high is None else high)
+    value = _number(found)
+    return None if value is None else Estimate(value=value, low=value, high=value)
+
+
+def block(summary: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """The mapping at `keys`, or an empty one."""
+    found: Any = summary
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def policy_metrics(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:
+    """Metric -> estimate of `policy` ("sft" or "grpo"), in the order of METRICS."""
+    evaluated = block(summary, "evaluation", policy)
+    values = block(evaluated, "metrics") or evaluated
+    found = {name: estimate(values.get(name)) for name in METRICS}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def per_disease(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:
+    """Disease -> F1 of `policy`."""
+    evaluated = block(summary, "evaluation", policy)
+    values = {**block(evaluated, "metrics"), **block(evaluated, "per_disease")}
+    listed = block(evaluated, "per_disease")
+    found = {
+        name.removeprefix(PER_DISEASE): estimate(value)
+        for name, value in values.items()
+        if name in listed or name.startswith(PER_DISEASE)
+    }
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
+    """Stage -> metric -> [(step, value)] by rising step; the last row of a step counts, as a resumed run repeats some.
+
+    A value that is null stays as None, a gap in the curve.
+    """
+    latest: dict[tuple[str, str], dict[float, float | None]] = {}
+    for row in rows:
+        stage, step = row.get("stage"), _number(row.get("step"))
+        if not isinstance(stage, str) or step is None:
+            continue
+        for name, value in row.items():
+            if name not in ("stage", "step", "time") and (value is None or _number(value) is not None):
+                latest.setdefault((stage, name), {})[step] = _number(value)
+    found: Curves = {}
+    for (stage, name), values in latest.items():
+        found.setdefault(stage, {})[name] = sorted(values.items(), key=lambda point: point[0])
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as float, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    number = float(value)
+    return number if number - number == 0 else None

@@ -1,0 +1,218 @@
+"""The training engine over DeepSpeed, ZeRO stages 0 to 3 (arXiv 1910.02054), on CPUs (gloo) or GPUs (NCCL).
+
+Owns: DeepSpeed's settings, gradient scaling, the guard against steps that are not finite, checkpoints with random
+state.
+Does not own: the process group (process_group.py: `prepare_environment` and `join` come first), the loss, the schedule.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from medtvt_rl.learner.engine import StepOutcome
+from medtvt_rl.learner.scoring import ScoringModule, TokenBatch
+
+TAG = "state"
+NEVER = 10**9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How the engine trains.
+
+    Attributes:
+        zero_stage: 0 to 3; bfloat16 runs stages 0 and 1 as 2, which accumulates gradients in float32.
+        weight_decay: on matrices only.
+        gradient_clipping: largest norm of the summed gradient; 0 leaves it alone.
+    """
+
+    zero_stage: int
+    dtype: torch.dtype = torch.float32
+    gradient_clipping: float = 1.0
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage: got {self.zero_stage}, expected 0, 1, 2 or 3")
+
+    @property
+    def effective_stage(self) -> int:
+        """The ZeRO stage that runs."""
+        return max(self.zero_stage, 2) if self.dtype == torch.bfloat16 else self.zero_stage
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters for an optimizer: decay on matrices, none on vectors and scalars."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("policy: no parameter requires a gradient; unfreeze some before training")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": settings.effective_stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 5_000_000,
+        "allgather_bucket_size": 5_000_000,
+    }
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.gradient_clipping,
+        "steps_per_print": NEVER,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if settings.dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+class DeepSpeedEngine:
+    """A TrainingEngine of one rank; the process group must be up."""
+
+    def __init__(self, policy: nn.Module, settings: EngineSettings, device: torch.device) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Compiling the shared-memory all-reduce takes over a minute and leaks /dev/shm at every start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._deepspeed, self._settings = deepspeed, settings
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device, self.dtype, self.policy = device, settings.dtype, policy
+        module = ScoringModule(policy.to(device))
+        optimizer = torch.optim.AdamW(
+            parameter_groups(module, settings.weight_decay), lr=0.0, betas=settings.adam_betas, eps=1e-8
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=_deepspeed_config(settings), dist_init_required=False
+        )
+        if settings.effective_stage == 3:
+            # The output embedding is used outside the module that holds it.
+            output_weight: Any = policy.output_weight
+            deepspeed.zero.register_external_parameter(module, output_weight)
+        self._finite_losses = True
+
+    def forward(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs [N], differentiable where gradients are on, and entropies [N]."""
+        return self._engine(batch, temperature)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of `loss`, already divided by its global denominator.
+
+        DeepSpeed averages over ranks, so the loss is multiplied by their number. A loss that is not finite poisons
+        the whole gradient with NaN: every rank then sees a norm that is not finite, with no collective of its own.
+        """
+        if not bool(torch.isfinite(loss.detach())):
+            self._finite_losses = False
+            loss = loss * float("nan")
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world_size)
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        """Clips and applies the gradient; leaves every weight as it is where the gradient is not finite."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        taken, grad_norm = self._sharded_step() if self._settings.effective_stage else self._plain_step()
+        skipped = None
+        if not taken:
+            bad_loss = self.all_reduce(torch.tensor([float(not self._finite_losses)]), "max")
+            source = "a loss" if bool(bad_loss.item()) else f"the gradient norm, {grad_norm},"
+            skipped = f"{source} is not finite"
+        self._finite_losses = True
+        return StepOutcome(grad_norm=grad_norm, learning_rate=learning_rate, skipped=skipped)
+
+    def _sharded_step(self) -> tuple[bool, float]:
+        """ZeRO 1 to 3: DeepSpeed computes the global norm and skips the step itself where it isn't finite."""
+        self._engine.step()
+        return bool(self._engine.was_step_applied()), float(self._engine.get_global_grad_norm())
+
+    def _plain_step(self) -> tuple[bool, float]:
+        """ZeRO 0: gradients were all-reduced in the last backward, so that every rank decides alike."""
+        grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        grad_norm = float(nn.utils.get_total_norm(grads))
+        if not np.isfinite(grad_norm):
+            self._engine.zero_grad()
+            return False, grad_norm
+        self._engine.step()
+        return True, grad_norm
+
+    def all_reduce(self, values: Tensor, op: Literal["sum", "max"]) -> Tensor:
+        """Elementwise over ranks."""
+        values = values.to(self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+        return values
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Whole parameters under ZeRO-3; nothing to do below it."""
+        with self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self._settings.effective_stage == 3):
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Writes what trains, its optimizer and each rank's random state. Frozen parameters stay in the model
+        folder.
+        """
+        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={}, exclude_frozen_parameters=True)
+        torch.save(_random_state(), folder / TAG / f"random_{self.rank}.pt")
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, into an engine that has not trained yet.
+
+        Raises:
+            ValueError: it was written by another number of ranks, or lacks a trainable parameter.
+        """
+        found = len(list((folder / TAG).glob("random_*.pt")))
+        if found != self.world_size:
+            raise ValueError(
+                f"checkpoint {folder}: written by {found} ranks, this gang has {self.world_size}; "
+                f"set learner.num_workers={found}"
+            )
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=_load_what_trains)
+        if path is None:
+            raise ValueError(f"checkpoint {folder}: DeepSpeed found nothing to load; start from an earlier checkpoint")
+        state = torch.load(folder / TAG / f"random_{self.rank}.pt", weights_only=False)
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        if state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+def _load_what_trains(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Like a strict load_state_dict, but frozen parameters may be absent."""
+    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    absent = sorted(set(missing) - frozen)
+    if absent or unexpected:
+        raise ValueError(f"checkpoint: lacks {absent}, holds unknown {sorted(unexpected)}; it is of another model")
+
+
+def _random_state() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }

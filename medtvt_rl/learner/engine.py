@@ -1,0 +1,67 @@
+"""What the learner needs of a training engine, whatever drives the ranks.
+
+Owns: the Protocol and the outcome of a step. Does not own: any implementation (deepspeed_engine.py), or the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from medtvt_rl.learner.scoring import TokenBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What an optimizer step did.
+
+    Attributes:
+        grad_norm: of the summed gradient before clipping; not finite where the step was skipped for it.
+        skipped: why no weight changed; None where the step was taken.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    skipped: str | None = None
+
+
+class TrainingEngine(Protocol):
+    """Holds the policy and its optimizer, one rank of `world_size`. Calls marked "all ranks" are collective.
+
+    Gradients are SUMS over ranks and micro-batches: a loss comes in divided by its global denominator.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    policy: nn.Module
+
+    def forward(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs [N], differentiable where gradients are on, and entropies [N]."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of a micro-batch (all ranks, equally often); `last` closes the step's accumulation."""
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        """Clips and applies the gradient (all ranks). A loss or norm that is not finite changes no weight on any
+        rank.
+        """
+
+    def all_reduce(self, values: Tensor, op: Literal["sum", "max"]) -> Tensor:
+        """Elementwise over ranks (all ranks)."""
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within it every rank sees whole parameters (all ranks)."""
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, optimizer and random state (all ranks)."""
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, bitwise (all ranks)."""

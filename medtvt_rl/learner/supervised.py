@@ -1,0 +1,209 @@
+"""Supervised training (PT and SFT): next-token loss on the answers, over any training engine.
+
+Owns: the order of examples, batches and their shards, the schedule, early stopping on a validation score, and that
+the best weights are kept. Does not own: examples (examples.py), how the score is computed (validation.py), processes
+(pipelines/).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medtvt_rl.algorithm.packing import micro_batches
+from medtvt_rl.learner.config import SupervisedConfig
+from medtvt_rl.learner.engine import TrainingEngine
+from medtvt_rl.learner.examples import ExampleSource
+from medtvt_rl.learner.schedule import warmup_cosine
+from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, build_batch
+
+BUCKET_BATCHES = 8
+"""Batches that are cut from one length-sorted stretch of the shuffled examples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """What is measured after an epoch; `score` decides, higher is better, the rest is reported."""
+
+    score: float
+    metrics: dict[str, float]
+
+
+class Observer(Protocol):
+    """Who is told how training goes; only rank 0's is."""
+
+    def step(self, step: int, total_steps: int, metrics: dict[str, float]) -> None:
+        """An optimizer step is done (1-based)."""
+
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        """An epoch (0-based) and its validation are done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisedResult:
+    """Attributes:
+    best_epoch: 0-based, the epoch whose weights were kept.
+    validation: metrics after that epoch.
+    """
+
+    epochs: int
+    steps: int
+    best_epoch: int
+    validation: dict[str, float]
+    seconds: float
+
+
+class NonFiniteLossError(RuntimeError):
+    """Steps whose loss or gradient was not finite, too many in a row."""
+
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+class SupervisedTrainer:
+    """Trains the engine's policy. Every rank makes one with equal arguments and calls `run`.
+
+    Args:
+        token_budget: padded tokens of one micro-batch of one rank.
+        keep_best: writes the policy somewhere, called on all ranks after each epoch that scored higher than all before.
+    """
+
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        items: ItemSource | None,
+        source: ExampleSource,
+        config: SupervisedConfig,
+        seed: int,
+        token_budget: int,
+        validate: Callable[[], Validation],
+        keep_best: Callable[[], None],
+        observer: Observer,
+    ) -> None:
+        self._engine, self._items, self._source = engine, items, source
+        self._config, self._seed, self._token_budget = config, seed, token_budget
+        self._validate, self._keep_best, self._observer = validate, keep_best, observer
+        self._skipped_in_a_row = 0
+
+    def run(self) -> SupervisedResult:
+        """Trains until the last epoch, or until the score has not risen for `patience` epochs.
+
+        Raises:
+            NonFiniteLossError: several steps in a row were not finite; no weight was changed by them.
+        """
+        started, step, best, best_epoch, kept = time.perf_counter(), 0, -math.inf, -1, dict[str, float]()
+        total_steps = self._config.epochs * len(self._plan(self._source.epoch(0), 0))
+        for epoch in range(self._config.epochs):
+            step, train_loss = self._train_epoch(epoch, step, total_steps)
+            validation = self._validate()
+            if validation.score > best:
+                best, best_epoch, kept = validation.score, epoch, validation.metrics
+                self._keep_best()
+            if self._engine.rank == 0:
+                self._observer.epoch(epoch, {"train_loss": train_loss, **validation.metrics})
+            if self._config.patience and epoch - best_epoch >= self._config.patience:
+                break
+        if best_epoch < 0:
+            raise NonFiniteLossError(f"validation score was not a number in any of {epoch + 1} epochs; lower the rate")
+        return SupervisedResult(
+            epochs=epoch + 1,
+            steps=step,
+            best_epoch=best_epoch,
+            validation=kept,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _train_epoch(self, epoch: int, step: int, total_steps: int) -> tuple[int, float]:
+        """Returns the steps done so far and the mean loss per answer token of the epoch."""
+        examples = self._source.epoch(epoch)
+        self._engine.policy.train()
+        losses = []
+        for batch in self._plan(examples, epoch):
+            rate = warmup_cosine(
+                step,
+                total_steps,
+                self._config.learning_rate,
+                math.ceil(self._config.warmup_share * total_steps),
+                self._config.final_lr_share,
+            )
+            metrics = self._train_batch([examples[i] for i in batch], rate)
+            losses.append(metrics["loss"])
+            step += 1
+            if self._engine.rank == 0:
+                self._observer.step(step, total_steps, {**metrics, "epoch": epoch + 1})
+        self._engine.policy.eval()
+        return step, float(np.mean(losses))
+
+    def _plan(self, examples: Sequence[ScoredSequence], epoch: int) -> list[list[int]]:
+        lengths = [example.length for example in examples]
+        return epoch_plan(lengths, self._config.batch_size, self._engine.world_size, (self._seed, epoch))
+
+    def _train_batch(self, batch: Sequence[ScoredSequence], rate: float) -> dict[str, float]:
+        """One optimizer step: each rank takes every world_size-th example, so that their lengths are alike."""
+        num_tokens = sum(len(example.completion_ids) for example in batch)
+        ranks = [batch[rank :: self._engine.world_size] for rank in range(self._engine.world_size)]
+        plans = [micro_batches([e.length for e in own], self._token_budget) for own in ranks]
+        count, own, plan = max(map(len, plans)), ranks[self._engine.rank], plans[self._engine.rank]
+        total = torch.zeros(1, dtype=torch.float64)
+        for index in range(count):
+            padding = index >= len(plan)
+            loss = self._loss([own[i] for i in plan[0 if padding else index]]) * (0.0 if padding else 1 / num_tokens)
+            self._engine.backward(loss, last=index == count - 1)
+            total += loss.detach().double().cpu()
+        outcome = self._engine.step(rate)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if outcome.skipped else 0
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteLossError(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped: {outcome.skipped}")
+        return {
+            "loss": float(self._engine.all_reduce(total, "sum").item()),
+            "gradient_norm": outcome.grad_norm,
+            "learning_rate": rate,
+            "skipped": float(outcome.skipped is not None),
+        }
+
+    def _loss(self, examples: Sequence[ScoredSequence]) -> Tensor:
+        """Summed negative log-prob of the answer tokens."""
+        batch = build_batch(examples, self._items, self._engine.dtype, self._engine.device)
+        return -self._engine.forward(batch, 1.0)[0].sum()
+
+
+def epoch_plan(lengths: Sequence[int], batch_size: int, world_size: int, seed: Any) -> list[list[int]]:
+    """Batches of an epoch as indices: shuffled, then length-sorted within stretches so that batches hold like lengths.
+
+    Every batch has `batch_size` examples, and so equally many for each rank; what is left over waits for another
+    epoch's shuffle. Fewer examples than a batch make one smaller batch.
+
+    Raises:
+        ValueError: the batch size is no multiple of the ranks, or there are fewer examples than ranks.
+    """
+    if batch_size % world_size:
+        raise ValueError(f"batch_size: got {batch_size}, expected a multiple of the {world_size} ranks")
+    if len(lengths) < world_size:
+        raise ValueError(f"examples: got {len(lengths)}, expected at least one for each of the {world_size} ranks")
+    size = min(batch_size, len(lengths) - len(lengths) % world_size)
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(lengths))
+    order = order[: len(order) - len(order) % size]
+    stretch = size * BUCKET_BATCHES
+    batches = []
+    for start in range(0, len(order), stretch):
+        part = sorted(order[start : start + stretch].tolist(), key=lambda i: lengths[i])
+        batches += [part[i : i + size] for i in range(0, len(part), size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def save_policy(engine: TrainingEngine, folder: Path) -> None:
+    """Writes the policy as a Hugging Face folder from rank 0; all ranks return when it is there."""
+    policy: Any = engine.policy
+    with engine.gathered(policy.parameters()):
+        if engine.rank == 0:
+            policy.save(folder)
+    engine.all_reduce(torch.zeros(1), "sum")

@@ -1,0 +1,173 @@
+"""One rank of a supervised stage, from the start folder to the folder that the next stage starts from. No Ray in it.
+
+Owns: what PT and SFT are made of (questions, score, encoders) and that the result appears complete or not at all.
+Does not own: processes and progress (pipelines/supervised.py), the training loop (supervised.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import AutoTokenizer
+
+from medtvt_rl.config import Config
+from medtvt_rl.data.medtvt_qa import QAExample, QAKind
+from medtvt_rl.data.study_build import store_folder
+from medtvt_rl.data.study_store import StudyStore
+from medtvt_rl.data.task import StudyItems, prompt_token_ids
+from medtvt_rl.dotted import resolve
+from medtvt_rl.learner.config import SupervisedConfig
+from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
+from medtvt_rl.learner.encoder_warmup import EncoderWarmup
+from medtvt_rl.learner.engine import TrainingEngine
+from medtvt_rl.learner.examples import QaExamples, Withholding
+from medtvt_rl.learner.supervised import Observer, SupervisedTrainer, Validation, save_policy
+from medtvt_rl.learner.validation import HeldOutLoss, SampledRewards
+from medtvt_rl.model.policy import load_policy
+from medtvt_rl.model.tower import set_encoders_trainable
+
+ADAM_BETAS = (0.9, 0.98)
+QUESTIONS: dict[str, tuple[QAKind, ...]] = {"pretrain": ("ecg", "cxr", "lab"), "sft": ("diagnosis",)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTask:
+    """What every rank of a stage is told.
+
+    Attributes:
+        start_folder: model and tokenizer to start from.
+        output: the folder to leave behind, with the best weights and the tokenizer.
+        warm_encoders: the encoders are fresh and first learn the findings.
+    """
+
+    stage: Literal["pretrain", "sft"]
+    config: Config
+    start_folder: Path
+    output: Path
+    warm_encoders: bool
+
+    @property
+    def settings(self) -> SupervisedConfig:
+        """The stage's own section of the configuration."""
+        return self.config.pretrain if self.stage == "pretrain" else self.config.sft
+
+
+class StageObserver(Observer, Protocol):
+    """Who is told how the stage goes."""
+
+    def encoder_step(self, modality: str, step: int, total_steps: int) -> None:
+        """A warm-up step of an encoder is done, on the rank that trains it."""
+
+    def encoders(self, aucs: dict[str, float]) -> None:
+        """The warm-up is done (rank 0)."""
+
+
+class StageRank:
+    """Runs one rank; the process group must be up."""
+
+    def __init__(self, task: StageTask, device: torch.device, observer: StageObserver) -> None:
+        self._task, self._config, self._device, self._observer = task, task.config, device, observer
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(task.start_folder)
+        self._store = StudyStore.open(store_folder(self._config.data))
+        self._items = StudyItems(self._config)
+
+    def run(self) -> dict[str, Any]:
+        """Trains and saves; returns what the run's summary says of it, equal on all ranks."""
+        dtype: torch.dtype = getattr(torch, self._config.learner.dtype)
+        torch.manual_seed(self._config.run.seed)
+        policy: Any = load_policy(self._task.start_folder, dtype=dtype, lora=self._config.model.lora)
+        aucs = self._warm_up(policy.study_tower) if self._task.warm_encoders else {}
+        set_encoders_trainable(policy, self._task.settings.train_encoders)
+        engine = DeepSpeedEngine(policy, self._engine_settings(dtype), self._device)
+        writing = self._task.output.with_name(self._task.output.name + ".writing")
+        trainer = SupervisedTrainer(
+            engine,
+            self._items,
+            self._examples("train"),
+            self._task.settings,
+            self._config.run.seed,
+            self._config.learner.token_budget,
+            self._validation(engine),
+            lambda: self._keep(engine, writing),
+            self._observer,
+        )
+        result = trainer.run()
+        if engine.rank == 0:
+            shutil.rmtree(self._task.output, ignore_errors=True)
+            os.replace(writing, self._task.output)
+        return {**asdict(result), "encoder_auc": aucs}
+
+    def _engine_settings(self, dtype: torch.dtype) -> EngineSettings:
+        settings = self._task.settings
+        return EngineSettings(
+            zero_stage=settings.zero_stage,
+            dtype=dtype,
+            gradient_clipping=settings.gradient_clipping,
+            weight_decay=settings.weight_decay,
+            adam_betas=ADAM_BETAS,
+        )
+
+    def _warm_up(self, tower: Any) -> dict[str, float]:
+        warmup = EncoderWarmup(
+            tower,
+            self._items,
+            self._store,
+            self._config.encoders,
+            self._config.run.seed,
+            self._device,
+            self._observer.encoder_step,
+        )
+        aucs = warmup.run()
+        self._observer.encoders(aucs)
+        return aucs
+
+    def _examples(self, split: str) -> QaExamples:
+        examples: list[QAExample] = [
+            example for kind in QUESTIONS[self._task.stage] for example in self._store.qa(split, kind)
+        ]
+        withholding = Withholding(probability=self._task.settings.modality_dropout, seed=self._config.run.seed)
+        tokens = self._config.model.perception.tokens_per_modality
+        return QaExamples(
+            examples, lambda question: prompt_token_ids(self._tokenizer, question, tokens), self._tokenizer, withholding
+        )
+
+    def _validation(self, engine: TrainingEngine) -> Callable[[], Validation]:
+        """PT is judged by its loss on held-out answers, SFT by the rewards of answers that it samples."""
+        limit = self._task.settings.validation_studies
+        held_out = self._examples("validation").complete()
+        loss = HeldOutLoss(
+            engine, self._items, held_out[: limit * len(QUESTIONS[self._task.stage])], self._config.learner.token_budget
+        )
+        if self._task.stage == "pretrain":
+            return lambda: Validation(score=-(value := loss()), metrics={"validation_loss": value})
+        prompts = resolve(self._config.task.prompts, "task.prompts")(self._config, self._tokenizer, "validation")
+        rewards = SampledRewards(
+            engine,
+            self._items,
+            prompts[:limit],
+            self._tokenizer,
+            self._config.rewards,
+            self._config.rollout.sampling,
+            self._task.settings.validation_samples,
+            self._config.run.seed,
+        )
+
+        def sampled() -> Validation:
+            means = rewards()
+            return Validation(score=means["total"], metrics={"validation_loss": loss(), **means})
+
+        return sampled
+
+    def _keep(self, engine: TrainingEngine, folder: Path) -> None:
+        if engine.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        save_policy(engine, folder)
+        if engine.rank == 0:
+            self._tokenizer.save_pretrained(folder)

@@ -1,0 +1,242 @@
+"""The tri-modal model as a Hugging Face model: a study tower in front of a Llama language model.
+
+Owns: MedTVTConfig, MedTVTForCausalLM, where the study's tokens go in the prompt, and their registration with
+`transformers`. Does not own: initialisation and sizes (build.py), adapters and weight export (policy.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from medtvt_rl.model.config import CxrEncoderConfig, EcgEncoderConfig, LabEncoderConfig, PerceptionConfig
+from medtvt_rl.model.tower import StudyTower
+from medtvt_rl.types import MODALITIES
+
+ITEM_KEYS = (*MODALITIES, "present")
+
+
+class MedTVTConfig(LlamaConfig):
+    """A LlamaConfig with the tower's settings.
+
+    Attributes:
+        ecg, cxr, lab, perception: fields of the dataclasses in model/config.py.
+        placeholder_token_ids: ids of <ecg>, <cxr>, <lab>.
+    """
+
+    model_type = "medtvt"
+
+    ecg: dict[str, Any] | None = None
+    cxr: dict[str, Any] | None = None
+    lab: dict[str, Any] | None = None
+    perception: dict[str, Any] | None = None
+    placeholder_token_ids: list[int] | None = None
+
+    @property
+    def tokens_per_modality(self) -> int:
+        """K: soft tokens that stand for each modality."""
+        return PerceptionConfig(**(self.perception or {})).tokens_per_modality
+
+    @property
+    def study_placeholders(self) -> list[int]:
+        """The 3K placeholder ids of a study in the order in which a prompt must hold them."""
+        if self.placeholder_token_ids is None or len(self.placeholder_token_ids) != len(MODALITIES):
+            raise ValueError(
+                f"placeholder_token_ids: {self.placeholder_token_ids}, expected the ids of <ecg>, <cxr>, <lab>; "
+                "build the model with model/build.py or set them in config.json"
+            )
+        return [token for token in self.placeholder_token_ids for _ in range(self.tokens_per_modality)]
+
+    def build_tower(self) -> StudyTower:
+        """A tower of these sizes with fresh weights."""
+        return StudyTower(
+            EcgEncoderConfig(**(self.ecg or {})),
+            CxrEncoderConfig(**(self.cxr or {})),
+            LabEncoderConfig(**(self.lab or {})),
+            PerceptionConfig(**(self.perception or {})),
+            self.hidden_size,
+        )
+
+
+def place_study_tokens(input_ids: Tensor, embeddings: Tensor, tokens: Tensor, placeholders: list[int]) -> Tensor:
+    """Puts each row's study tokens where its prompt holds placeholders.
+
+    Only the first 3K placeholders of a row are the study; one that the model itself sampled later stays text, as it
+    does in the rollout engine.
+
+    Args:
+        input_ids: [B, T].
+        embeddings: [B, T, D] of input_ids.
+        tokens: [B, 3K, D].
+        placeholders: 3K ids in their order in the prompt.
+
+    Returns:
+        [B, T, D].
+
+    Raises:
+        ValueError: a row does not start its placeholders with exactly these, in this order.
+    """
+    expected = torch.tensor(placeholders, device=input_ids.device)
+    is_placeholder = torch.isin(input_ids, expected)
+    is_study = is_placeholder & (is_placeholder.cumsum(dim=1) <= len(placeholders))
+    found = is_study.sum(dim=1)
+    if bool((found != len(placeholders)).any()) or bool(
+        (input_ids[is_study].view(len(input_ids), -1) != expected).any()
+    ):
+        raise ValueError(
+            f"input_ids: rows hold {found.tolist()} placeholders, expected the {len(placeholders)} ids {placeholders} "
+            "in this order in every row; expand <ecg>, <cxr>, <lab> exactly once, when the prompt is built"
+        )
+    return embeddings.masked_scatter(is_study.unsqueeze(-1), tokens.to(embeddings.dtype))
+
+
+class MedTVTForCausalLM(PreTrainedModel, GenerationMixin):
+    """Llama that reads one study (ECG, film, laboratory values) through placeholder tokens in its prompt."""
+
+    config_class = MedTVTConfig
+    base_model_prefix = "language_model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012
+    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: MedTVTConfig) -> None:
+        super().__init__(config)
+        self.study_tower = config.build_tower()
+        self.language_model = LlamaForCausalLM(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Tower modules keep the initialisation of their constructors; the language model initialises itself."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding table."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding table."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer."""
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the output layer."""
+        self.language_model.lm_head = value
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, D]: logits are hidden states times its transpose."""
+        return self.language_model.lm_head.weight
+
+    def perceive(self, ecg: Tensor, cxr: Tensor, lab: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Soft tokens [U, 3K, D] and gates [U, 3] of U studies, in the order ECG, film, labs; see StudyTower."""
+        return self.study_tower(ecg, cxr, lab, present)
+
+    def embed(self, input_ids: Tensor, items: dict[str, Tensor] | None, item_index: Tensor | None) -> Tensor:
+        """Input embeddings [B, T, D]; the tower runs once per row of `items`, whatever the number of rows B."""
+        embeddings = self.get_input_embeddings()(input_ids)
+        if items is None:
+            return embeddings
+        tokens, _ = self.perceive(items["ecg"], items["cxr"], items["lab"], items.get("present"))
+        if item_index is None and len(tokens) != len(input_ids):
+            raise ValueError(
+                f"items: {len(tokens)} studies for {len(input_ids)} rows; give item_index [B], the study of each row"
+            )
+        rows = tokens if item_index is None else tokens[item_index]
+        return place_study_tokens(input_ids, embeddings, rows, self.config.study_placeholders)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        items: dict[str, Tensor] | None = None,
+        item_index: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states [B, T, D], after the final norm.
+
+        Args:
+            input_ids: [B, T], padded on the right.
+            attention_mask: [B, T], 1 where there is a token.
+            items: tensors of U studies, see StudyTower.forward; None for plain text.
+            item_index: [B]: row b reads study item_index[b]; None means row b reads study b.
+        """
+        embeddings = self.embed(input_ids, items, item_index)
+        return self.language_model.model(
+            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        ecg: Tensor | None = None,
+        cxr: Tensor | None = None,
+        lab: Tensor | None = None,
+        present: Tensor | None = None,
+        item_index: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where labels are given (-100 ignored), as of any causal language model.
+
+        The study (ecg, cxr, lab, present; see StudyTower.forward) is read with the prompt; steps that continue a cache
+        need none. With `inputs_embeds` the study is the caller's matter.
+        """
+        has_past = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("input_ids: None, expected [B, T] ids, or inputs_embeds in their place")
+            items = None
+            if ecg is not None and cxr is not None and lab is not None and not has_past:
+                items = {"ecg": ecg, "cxr": cxr, "lab": lab}
+                items |= {} if present is None else {"present": present}
+            inputs_embeds = self.embed(input_ids, items, item_index)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _expand_inputs_for_generation(self, *args: Any, **model_kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Repeats rows for several answers per prompt, but not the studies, which are read once and shared."""
+        items = {key: model_kwargs.pop(key) for key in ITEM_KEYS if model_kwargs.get(key) is not None}
+        if items and model_kwargs.get("item_index") is None:
+            model_kwargs["item_index"] = torch.arange(len(items["ecg"]), device=items["ecg"].device)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **model_kwargs)  # type: ignore[misc]
+        return input_ids, model_kwargs | items
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a Hugging Face folder, adapters merged, that from_pretrained and the rollout engine read."""
+        from medtvt_rl.model.policy import named_weights
+
+        self.save_pretrained(folder, state_dict=dict(named_weights(self)))
+
+
+AutoConfig.register(MedTVTConfig.model_type, MedTVTConfig, exist_ok=True)
+AutoModelForCausalLM.register(MedTVTConfig, MedTVTForCausalLM, exist_ok=True)

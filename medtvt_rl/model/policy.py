@@ -1,0 +1,186 @@
+"""The policy as learner, reference and supervised stages use it: hidden states in, named weights out.
+
+Owns: the PolicyModel interface, loading a policy from a folder, the wrapper around plain text models, low-rank adapters
+and their functional merge, and the names under which weights travel. Does not own: losses, optimizers, transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from medtvt_rl.model.config import LoraSettings
+from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM
+from medtvt_rl.model.tower import set_encoders_trainable
+
+ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER = "default"
+
+
+@runtime_checkable
+class PolicyModel(Protocol):
+    """What a policy must offer; also an nn.Module."""
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        items: dict[str, Tensor] | None = None,
+        item_index: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T] ids (right-padded) -> [B, T, D]; row b reads item item_index[b] of U items."""
+        ...
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, D]."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a Hugging Face folder."""
+        ...
+
+
+class TextPolicy(nn.Module):
+    """Any Hugging Face causal language model as a policy without multimodal items."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        items: dict[str, Tensor] | None = None,
+        item_index: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states [B, T, D]. Raises ValueError if items are given."""
+        if items is not None:
+            raise ValueError(f"items: a {type(self.model).__name__} reads no multimodal items; set task.items to null")
+        return self.model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, D]."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.model.config
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a Hugging Face folder, adapters merged."""
+        self.model.save_pretrained(folder, state_dict=dict(named_weights(self)))
+
+
+def load_policy(
+    folder: str | Path, dtype: torch.dtype = torch.float32, lora: LoraSettings | None = None
+) -> MedTVTForCausalLM | TextPolicy:
+    """The policy in a Hugging Face folder, encoders frozen, in evaluation mode.
+
+    Args:
+        folder: a MedTVT folder, or that of any causal language model of `transformers`.
+        lora: adds fresh adapters where its rank is not 0.
+
+    Raises:
+        ValueError: the folder is not one, or its weights and its configuration do not fit each other exactly.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"model folder: {folder} holds no config.json; expected a Hugging Face model folder")
+    config = AutoConfig.from_pretrained(folder)
+    kind: Any = MedTVTForCausalLM if isinstance(config, MedTVTConfig) else AutoModelForCausalLM
+    model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    faults = {key: sorted(map(str, value)) for key, value in report.items() if value}
+    if faults:
+        raise ValueError(f"model folder: {folder} does not fit its config.json: {faults}; save the model again, whole")
+    policy = model if isinstance(model, MedTVTForCausalLM) else TextPolicy(model)
+    set_encoders_trainable(policy, False)
+    if lora is not None and lora.rank > 0:
+        add_lora(policy, lora)
+    return policy.eval()
+
+
+def add_lora(policy: MedTVTForCausalLM | TextPolicy, settings: LoraSettings) -> None:
+    """Adds low-rank adapters to the backbone's linear layers and freezes the layers beneath (arXiv 2106.09685).
+
+    A study tower keeps its own gradients; embeddings and output layer learn where `train_embeddings` says so.
+    A folder holds merged weights only, so that every stage starts adapters of its own.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if settings.rank < 1:
+        raise ValueError(f"model.lora.rank: {settings.rank}, expected at least 1 to add adapters")
+    backbone = policy.language_model if isinstance(policy, MedTVTForCausalLM) else policy.model
+    backbone.requires_grad_(False)
+    inject_adapter_in_model(
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]
+            lora_dropout=settings.dropout,
+            target_modules=list(ADAPTED_LAYERS),
+        ),
+        backbone,
+        adapter_name=ADAPTER,
+    )
+    for embedding in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
+        embedding.requires_grad_(settings.train_embeddings)
+
+
+def named_weights(policy: nn.Module, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under the name that the model folder and the rollout engine know.
+
+    Adapters are merged functionally, W + alpha / r * B @ A, and the policy is left as it is; tied tensors come once;
+    the persistent buffers (BatchNorm statistics) come, too. Tensors are detached, not copied, where nothing is merged.
+
+    Args:
+        trained_only: leaves out what has no gradient (and the buffers of modules that do not learn).
+    """
+    prefix = "model." if isinstance(policy, TextPolicy) else ""
+    seen: set[int] = set()
+    for path, module in policy.named_modules():
+        if _inside_adapter(path):
+            continue
+        for name, tensor, learns in _own_weights(module):
+            if id(tensor) in seen or (trained_only and not learns):
+                continue
+            seen.add(id(tensor))
+            full = f"{path}.{name}" if path else name
+            yield full.removeprefix(prefix).replace(".base_layer.", "."), _merged(module, name, tensor)
+
+
+def _inside_adapter(path: str) -> bool:
+    """Whether a module path lies within an adapted layer: its weights come merged with the layer itself."""
+    return any(part.startswith("lora_") or part == "base_layer" for part in path.split("."))
+
+
+def _own_weights(module: Any) -> Iterator[tuple[str, Tensor, bool]]:
+    """(name, tensor, whether it learns) of a module's own parameters and persistent buffers."""
+    if hasattr(module, "lora_A"):
+        adapted = ADAPTER in module.lora_A
+        for name, parameter in module.base_layer.named_parameters(recurse=False):
+            yield name, parameter, parameter.requires_grad or (adapted and name == "weight")
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        yield name, parameter, parameter.requires_grad
+    learns = any(p.requires_grad for p in module.parameters(recurse=False))
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer, learns
+
+
+def _merged(module: Any, name: str, tensor: Tensor) -> Tensor:
+    """The weight with its adapter's product added, where it has one."""
+    if name != "weight" or not hasattr(module, "lora_A") or ADAPTER not in module.lora_A:
+        return tensor.detach()
+    down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+    with torch.no_grad():
+        return (tensor.float() + module.scaling[ADAPTER] * (up.float() @ down.float())).to(tensor.dtype)

@@ -1,0 +1,237 @@
+"""vLLM as the rollout engine uses it: start, add, step, load weights in place, drop caches.
+
+Owns: every touch of vLLM's own objects, in one place, and the environment that they need. Runs in one thread.
+Does not own: groups, versions, threads (vllm_engine.py). Importing this module imports no vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medtvt_rl.model import vllm_plugin
+from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
+from medtvt_rl.types import FinishReason, Prompt
+
+
+def prepare_environment(threads: int, cpu: bool) -> None:
+    """Sets what vLLM reads from the environment; call before the first import of vllm in the process.
+
+    Args:
+        threads: OpenMP threads of the engine. More than the idle cores makes an engine many times slower.
+        cpu: the engine runs on the CPU.
+    """
+    # One process: weights enter as tensors, and an update falls between two steps of the engine's own loop.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if cpu:
+        # Several engines on one machine must not all be bound to its first cores.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # Compiling the sampler takes longer on a CPU than it ever gives back.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTokens:
+    """One finished request.
+
+    Attributes:
+        token_ids: [T] int32.
+        logprobs: [T] float32, at the sampling temperature.
+    """
+
+    request_id: str
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: FinishReason
+
+
+def load_in_place(worker: Any, named: list[tuple[str, torch.Tensor]]) -> int:
+    """Runs on each vLLM worker: copies named weights into its live model; how many parameters took them."""
+    with torch.no_grad():
+        return len(worker.model_runner.get_model().load_weights(iter(named)))
+
+
+def count_packed(worker: Any) -> int:
+    """Runs on each vLLM worker: parameters that were emptied because the layer computes with a packed copy."""
+    return sum(parameter.numel() == 0 for parameter in worker.model_runner.get_model().parameters())
+
+
+def count_encoded(worker: Any) -> int:
+    """Runs on each vLLM worker: multimodal items encoded since the start, 0 for a text model."""
+    return getattr(worker.model_runner.get_model(), "num_studies_encoded", 0)
+
+
+class VllmCore:
+    """An in-process vLLM engine that is stepped by hand. Not thread-safe.
+
+    Raises:
+        ValueError: the folder is not a model folder with its tokenizer.
+        RuntimeError: this vLLM keeps packed copies of weights, which updates in place cannot reach.
+    """
+
+    def __init__(self, model_folder: str | Path, config: EngineConfig, item_modality: str) -> None:
+        for name in ("config.json", "tokenizer_config.json"):
+            if not (Path(model_folder) / name).is_file():
+                raise ValueError(
+                    f"model folder: {model_folder} holds no {name}; save model and tokenizer into it (save_pretrained)"
+                )
+        self.item_modality = item_modality
+        self.max_model_len = config.max_model_len
+        self._engine = _start_engine(model_folder, config)
+        packed = self._engine.collective_rpc(count_packed)[0]
+        if packed:
+            raise RuntimeError(
+                f"vLLM keeps {packed} weights as packed copies that an update in place cannot reach; is the plug-in of "
+                "medtvt_rl registered (VLLM_PLUGINS), and this vLLM version among those it patches?"
+            )
+
+    def render(self, prompt: Prompt, item: dict[str, Any] | None) -> Any:
+        """vLLM's form of a prompt and its item, made once for all completions of a group."""
+        from vllm.inputs import TokensPrompt
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        raw = TokensPrompt(prompt_token_ids=prompt.token_ids.tolist())
+        if item is not None:
+            raw["multi_modal_data"] = {self.item_modality: item}
+            raw["multi_modal_uuids"] = {self.item_modality: [_item_key(item)]}
+        renderer = self._engine.renderer
+        (rendered,) = renderer.render_cmpl([parse_model_prompt(self._engine.model_config, raw)])
+        return rendered
+
+    def add(self, request_id: str, rendered: Any, sampling: SamplingConfig, max_tokens: int, seed: int | None) -> str:
+        """Queues one completion; `seed` None is greedy. Returns vLLM's own id of the request."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0.0 if seed is None else sampling.temperature,
+            top_p=1.0 if seed is None else sampling.top_p,
+            top_k=-1 if seed is None else sampling.top_k,
+            seed=seed,
+            max_tokens=max_tokens,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return self._engine.add_request(request_id, rendered, params)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Drops requests by the ids that were given to `add`."""
+        self._engine.abort_request(list(request_ids))
+
+    def step(self) -> list[SampledTokens]:
+        """One forward pass; the requests that it finished."""
+        return [_sampled(output) for output in self._engine.step() if output.finished]
+
+    def num_generated(self, internal_id: str) -> int:
+        """Tokens sampled so far for a request that is in flight, by vLLM's own id."""
+        request = self._core.scheduler.requests.get(internal_id)
+        return 0 if request is None else request.num_output_tokens
+
+    def load(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copies weights into the live model; raises whatever vLLM raises for a wrong name or shape."""
+        weights = list(named)
+        # Tied names are stored once, so fewer may be loaded than sent; none at all is a fault.
+        loaded = self._engine.collective_rpc(load_in_place, args=(weights,))
+        if weights and not all(loaded):
+            raise RuntimeError(f"vLLM took none of {len(weights)} weights, beginning with {weights[0][0]!r}")
+
+    def drop_caches(self) -> None:
+        """Forgets keys, values and encoder outputs of earlier weights; requests in flight are computed again.
+
+        There is no processor cache to drop (mm_processor_cache_gb=0): an item is processed once per group.
+        """
+        core = self._core
+        if not core.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not drop its prefix cache; the engine would mix old and new weights")
+        core.scheduler.reset_encoder_cache()
+        core.model_executor.reset_encoder_cache()
+
+    def num_encoded(self) -> int:
+        """Multimodal items encoded since the start."""
+        return self._engine.collective_rpc(count_encoded)[0]
+
+    def close(self) -> None:
+        """Ends vLLM's workers and frees its memory."""
+        self._engine.engine_core.shutdown()
+
+    @property
+    def _core(self) -> Any:
+        return self._engine.engine_core.engine_core
+
+
+def _start_engine(model_folder: str | Path, config: EngineConfig) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    # vLLM finds the plug-in by its entry point; this serves a checkout that is not installed, too.
+    vllm_plugin.register()
+    memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    if current_platform.is_cpu():
+        torch.set_num_threads(config.num_threads)
+        memory = {"kv_cache_memory_bytes": config.kv_cache_bytes}
+    arguments = EngineArgs(
+        model=str(model_folder),
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        block_size=config.block_size,
+        tensor_parallel_size=config.tensor_parallel_size,
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        # A step's tokens must be known when the next begins, or tokens could not be told apart by policy version.
+        async_scheduling=False,
+        mm_processor_cache_gb=0,
+        disable_log_stats=True,
+        **memory,
+    )
+    set_num_threads = torch.set_num_threads
+    try:
+        return LLMEngine.from_engine_args(arguments)
+    finally:
+        # vLLM's CPU worker replaces this function by one that only warns, at every item that it then processes.
+        torch.set_num_threads = set_num_threads
+
+
+def _sampled(output: Any) -> SampledTokens:
+    completion = output.outputs[0]
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"request {output.request_id}: vLLM ended it with {completion.finish_reason!r}")
+    token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+    logprobs = [position[token].logprob for position, token in zip(completion.logprobs, completion.token_ids)]
+    return SampledTokens(
+        request_id=output.request_id,
+        token_ids=token_ids,
+        logprobs=np.asarray(logprobs, dtype=np.float32),
+        finish_reason=completion.finish_reason,
+    )
+
+
+def _item_key(item: dict[str, Any]) -> str:
+    """A digest of an item's contents: equal items share encoder output and prefix, different ones never do."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(item):
+        array = np.ascontiguousarray(item[name])
+        digest.update(f"{name}{array.dtype}{array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def quiet_tensors(buffer: Any) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a weight buffer without torch's warning that the buffer is read-only: they are only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return list(buffer.tensors())

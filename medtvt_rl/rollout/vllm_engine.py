@@ -1,0 +1,391 @@
+"""One rollout engine: groups of completions in, policy versions on every token, weights exchanged between two steps.
+
+    submit ------+                    +---- step ----> completions ----> RolloutGroup futures
+    update ------+--> command queue --+---- load, drop caches, version v+1
+    close  ------+                    (one thread owns vLLM and does nothing but this loop)
+
+Owns: the loop, groups in flight, which version made which token, the state after a fault. Does not own: vLLM's objects
+(vllm_core.py), the transport of weights, rewards. There is no Ray here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
+from medtvt_rl.rollout.sampling import completion_seed
+from medtvt_rl.rollout.vllm_core import SampledTokens, VllmCore, quiet_tensors
+from medtvt_rl.types import Completion, Prompt, RolloutGroup
+from medtvt_rl.weights import WeightBuffer
+
+OnUpdate = Literal["continue", "finish", "restart"]
+
+logger = logging.getLogger(__name__)
+
+
+class EngineBrokenError(RuntimeError):
+    """The engine's state is unknown, after a failed load or step; it serves no more and has to be replaced."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Request:
+    """One completion in flight.
+
+    Attributes:
+        internal_id: vLLM's own id.
+        marks: (number of tokens, version): so many tokens were there when this version went out of service.
+    """
+
+    group: _Group
+    index: int
+    internal_id: str = ""
+    marks: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Group:
+    """One submitted group: what was asked, and what has come of it."""
+
+    prompt: Prompt
+    item: dict[str, Any] | None
+    group_id: int
+    num_completions: int
+    run_seed: int
+    sampling: SamplingConfig
+    greedy: bool
+    max_tokens: int
+    future: Future[RolloutGroup]
+    rendered: Any = None
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Update:
+    """One weight update that waits for its turn."""
+
+    buffer: WeightBuffer
+    on_update: OnUpdate
+    future: Future[int]
+
+
+class VllmEngine:
+    """vLLM behind a thread: `submit` and `update_weights` may be called from any thread at any time.
+
+    Args:
+        model_folder: a Hugging Face folder with its tokenizer; MedTVT or any text model that vLLM knows.
+        config: the engine's settings.
+        version: policy version of the weights in the folder.
+        item_modality: the name under which the model takes an item.
+
+    Raises:
+        ValueError, RuntimeError: what starting vLLM raises.
+
+    Call `vllm_core.prepare_environment` before vLLM is first imported in the process.
+    """
+
+    def __init__(
+        self, model_folder: str | Path, config: EngineConfig, version: int = 0, item_modality: str = "study"
+    ) -> None:
+        self.config = config
+        self.version = version
+        self.broken: str | None = None
+        self._commands: queue.SimpleQueue[_Group | _Update | Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: list[_Group] = []
+        self._updates: list[_Update] = []
+        self._in_flight: dict[str, _Request] = {}
+        self._next_request = 0
+        self._closing = False
+        self._lock = threading.Lock()
+        self._tokens = 0
+        self._busy_s = 0.0
+        self._idle_s = 0.0
+        started: Future[None] = Future()
+        arguments = (model_folder, config, item_modality, started)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="vllm-engine", daemon=True)
+        self._thread.start()
+        started.result()
+        atexit.register(self.close)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        item: dict[str, Any] | None,
+        group_id: int,
+        num_completions: int,
+        run_seed: int,
+        sampling: SamplingConfig,
+        greedy: bool = False,
+    ) -> Future[RolloutGroup]:
+        """Asks for G completions of one prompt; they join whatever is running.
+
+        The text of completion i depends on the weights and on (run_seed, group_id, i) alone, up to rounding. Log-probs
+        are at the sampling temperature, at 1 for a greedy group.
+
+        Args:
+            prompt: placeholders of its item already expanded.
+            item: the multimodal item, unbatched arrays; None for plain text.
+            greedy: the most probable token each time, `sampling` gives the length only.
+
+        Raises:
+            ValueError: the prompt leaves no room in `max_model_len`, or a number is out of range.
+            EngineBrokenError: an earlier fault; the future raises it for one that comes later.
+        """
+        room = self.config.max_model_len - len(prompt.token_ids)
+        if room < 1:
+            raise ValueError(
+                f"prompt {prompt.prompt_id}: {len(prompt.token_ids)} tokens leave no room in "
+                f"rollout.engine.max_model_len = {self.config.max_model_len}; raise it or shorten the prompt"
+            )
+        if num_completions < 1:
+            raise ValueError(f"num_completions: {num_completions}, expected at least 1")
+        if not greedy and sampling.temperature <= 0:
+            raise ValueError(
+                f"rollout.sampling.temperature: {sampling.temperature}, expected more than 0; ask for greedy instead"
+            )
+        group = _Group(
+            prompt=prompt,
+            item=item,
+            group_id=group_id,
+            num_completions=num_completions,
+            run_seed=run_seed,
+            sampling=sampling,
+            greedy=greedy,
+            max_tokens=min(sampling.max_new_tokens, room),
+            future=_uncancellable(),
+        )
+        self._send(group)
+        return group.future
+
+    def update_weights(self, buffer: WeightBuffer, on_update: OnUpdate = "continue") -> int:
+        """Takes new weights between two steps; every later token is theirs.
+
+        Args:
+            buffer: the weights that change, whole or in part.
+            on_update: requests in flight "continue" with keys and values computed anew, are let to "finish" first,
+                or "restart" from their prompts.
+
+        Returns:
+            The checksum of what arrived.
+
+        Raises:
+            WeightBufferError: the checksum is wrong; nothing was loaded and the engine goes on serving.
+            EngineBrokenError: the load failed half-way.
+        """
+        if on_update not in ("continue", "finish", "restart"):
+            raise ValueError(f"rollout.on_update: {on_update!r}, expected 'continue', 'finish' or 'restart'")
+        update = _Update(buffer=buffer, on_update=on_update, future=_uncancellable())
+        self._send(update)
+        return update.future.result()
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start: tokens of finished completions, seconds stepping and waiting, work at hand."""
+        with self._lock:
+            return {
+                "tokens_generated": self._tokens,
+                "busy_s": self._busy_s,
+                "idle_s": self._idle_s,
+                "num_running": len(self._in_flight),
+                "num_waiting": sum(group.num_completions for group in self._waiting),
+                "version": self.version,
+            }
+
+    def num_encoded(self) -> int:
+        """Multimodal items that went through the encoders since the start."""
+        future: Future[int] = Future()
+        self._send(lambda: future.set_result(self._core.num_encoded()))
+        return future.result()
+
+    def close(self) -> None:
+        """Ends the loop and vLLM; groups not finished raise EngineBrokenError. May be called twice."""
+        atexit.unregister(self.close)
+        self._commands.put(None)
+        self._thread.join()
+
+    def __enter__(self) -> VllmEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _send(self, command: _Group | _Update | Callable[[], None]) -> None:
+        with self._lock:
+            if self.broken is not None:
+                raise EngineBrokenError(self.broken)
+            self._commands.put(command)
+
+    # The rest runs in the engine's thread.
+
+    def _run(self, model_folder: str | Path, config: EngineConfig, item_modality: str, started: Future[None]) -> None:
+        try:
+            self._core = VllmCore(model_folder, config, item_modality)
+        except BaseException as error:
+            self.broken = f"the engine did not start: {error}"
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        try:
+            while not self._closing and self.broken is None:
+                self._turn()
+        except Exception as error:
+            logger.exception("the rollout engine's loop failed")
+            self._break(f"a step of the engine failed: {error!r}; start a new engine with the newest weights")
+        finally:
+            self._break("the engine was closed")
+            self._core.close()
+
+    def _turn(self) -> None:
+        """Takes commands, then updates, then admits, then one step."""
+        self._take_commands()
+        self._apply_updates()
+        if not self._updates:
+            self._admit()
+        if self._in_flight:
+            start = time.perf_counter()
+            finished = self._core.step()
+            for sampled in finished:
+                self._finish(sampled)
+            with self._lock:
+                self._busy_s += time.perf_counter() - start
+
+    def _take_commands(self) -> None:
+        """Empties the command queue; sleeps on it when there is nothing else to do."""
+        has_work = bool(self._in_flight or self._waiting or self._updates)
+        start = time.perf_counter()
+        while True:
+            try:
+                command = self._commands.get(block=not has_work)
+            except queue.Empty:
+                return
+            if not has_work:
+                with self._lock:
+                    self._idle_s += time.perf_counter() - start
+                has_work = True
+            if command is None:
+                self._closing = True
+            elif isinstance(command, _Group):
+                self._waiting.append(command)
+            elif isinstance(command, _Update):
+                self._updates.append(command)
+            else:
+                command()
+
+    def _admit(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for group in waiting:
+            try:
+                group.rendered = self._core.render(group.prompt, group.item)
+            except Exception as error:
+                group.future.set_exception(error)
+                continue
+            group.item = None
+            for index in range(group.num_completions):
+                self._start(_Request(group=group, index=index))
+
+    def _start(self, request: _Request) -> None:
+        group = request.group
+        request_id = str(self._next_request)
+        self._next_request += 1
+        seed = None if group.greedy else completion_seed(group.run_seed, group.group_id, request.index)
+        request.marks = []
+        request.internal_id = self._core.add(request_id, group.rendered, group.sampling, group.max_tokens, seed)
+        self._in_flight[request_id] = request
+
+    def _finish(self, sampled: SampledTokens) -> None:
+        request = self._in_flight.pop(sampled.request_id)
+        group = request.group
+        versions = np.full(len(sampled.token_ids), self.version, dtype=np.int32)
+        for count, version in reversed(request.marks):
+            versions[:count] = version
+        group.completions[request.index] = Completion(
+            completion_id=f"{group.group_id}/{request.index}",
+            token_ids=sampled.token_ids,
+            behaviour_logprobs=sampled.logprobs,
+            policy_versions=versions,
+            finish_reason=sampled.finish_reason,
+        )
+        with self._lock:
+            self._tokens += len(sampled.token_ids)
+        if len(group.completions) == group.num_completions:
+            ordered = tuple(group.completions[i] for i in range(group.num_completions))
+            group.future.set_result(RolloutGroup(group_id=group.group_id, prompt=group.prompt, completions=ordered))
+
+    def _apply_updates(self) -> None:
+        while self._updates and self.broken is None:
+            if self._updates[0].on_update == "finish" and self._in_flight:
+                return
+            update = self._updates.pop(0)
+            try:
+                update.future.set_result(self._update(update))
+            except Exception as error:
+                update.future.set_exception(error)
+
+    def _update(self, update: _Update) -> int:
+        """Verifies, loads, drops caches. Nothing is paused: this thread steps again only when it is through."""
+        checksum = update.buffer.verify()
+        restarted = self._withdraw() if update.on_update == "restart" else []
+        for request in self._in_flight.values():
+            request.marks.append((self._core.num_generated(request.internal_id), self.version))
+        try:
+            self._core.load(quiet_tensors(update.buffer))
+            self._core.drop_caches()
+        except Exception as error:
+            self._break(
+                f"loading weights of version {update.buffer.version} failed half-way: {error!r}; "
+                "start a new engine with the newest weights",
+                also=restarted,
+            )
+            raise EngineBrokenError(self.broken) from error
+        self.version = update.buffer.version
+        for request in restarted:
+            self._start(request)
+        return checksum
+
+    def _withdraw(self) -> list[_Request]:
+        """Takes every request out of vLLM, to be started again."""
+        requests = list(self._in_flight.values())
+        self._core.abort(list(self._in_flight))
+        self._in_flight.clear()
+        return requests
+
+    def _break(self, reason: str, also: list[_Request] | None = None) -> None:
+        """Serves no more: everything at hand and everything to come raises EngineBrokenError."""
+        with self._lock:
+            self.broken = self.broken or reason
+        for command in _drain(self._commands):
+            if isinstance(command, _Group):
+                self._waiting.append(command)
+            elif isinstance(command, _Update):
+                self._updates.append(command)
+        groups = [request.group for request in (*self._in_flight.values(), *(also or ()))]
+        futures = [each.future for each in (*groups, *self._waiting, *self._updates)]
+        self._in_flight.clear()
+        self._waiting.clear()
+        self._updates.clear()
+        for future in futures:
+            if not future.done():
+                future.set_exception(EngineBrokenError(self.broken))
+
+
+def _uncancellable() -> Future[Any]:
+    """A future that a caller who stops waiting cannot cancel: the engine's thread will still set it."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def _drain(commands: queue.SimpleQueue[Any]) -> list[Any]:
+    drained = []
+    while not commands.empty():
+        drained.append(commands.get())
+    return drained

@@ -1,0 +1,135 @@
+"""The command line: `medtvt-rl STAGE -c configs/X.yaml key=value ...`.
+
+Owns: arguments, the one-line form of errors, exit codes. Does not own: what a stage does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+
+from medtvt_rl.config import Config, ConfigError, load_config
+
+HELP = {
+    "run": "all stages of run.stages, then the report; a finished stage is not run again",
+    "cohort": "write the simulated cohort (if configured) and build the study store",
+    "pretrain": "train the encoders' stand-in and explain each modality alone",
+    "sft": "supervised fine-tuning on chains of evidence",
+    "grpo": "reinforcement learning with the Jaccard reward",
+    "evaluate": "held-out evaluation before and after GRPO",
+}
+JOB_FOLDER = "runtime_resources/working_dir_files"
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 failed, 2 a mistake in the arguments or the configuration."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.stage == "diagnose":
+        from pipelines import diagnose
+
+        return diagnose.run(args)
+    try:
+        config = _load(args.config, args.overrides)
+        if args.dry_run:
+            from pipelines.plan import describe
+
+            print(describe(config))
+            return 0
+        return _run(args.stage, config)
+    except ConfigError as error:
+        return _fail(str(error), EXIT_USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="medtvt-rl",
+        description="Post-training of a language model that reads an ECG, a chest X-ray and blood values.",
+    )
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, text in HELP.items():
+        stage = stages.add_parser(name, help=text, description=text)
+        stage.add_argument("-c", "--config", required=True, help="YAML file with deviations from the defaults")
+        stage.add_argument(
+            "--dry-run", action="store_true", help="print configuration, batches and placement; start nothing"
+        )
+        stage.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+    _add_diagnose(stages)
+    return parser
+
+
+def _add_diagnose(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from pipelines import diagnose
+
+    text = "read one patient's ECG, film and blood values, and name the diagnoses"
+    diagnose.add_arguments(stages.add_parser("diagnose", help=text, description=text))
+
+
+def _load(path: str, overrides: Sequence[str]) -> Config:
+    """The configuration. A submitted job runs in a copy of the working directory that is thrown away after it: there a
+    relative `run.root` counts from the home folder, so that the run outlives the job."""
+    config = load_config(path, overrides)
+    root = Path(config.run.root)
+    if JOB_FOLDER in Path.cwd().as_posix() and not root.is_absolute():
+        return load_config(path, [*overrides, f"run.root={Path.home() / root}"])
+    return config
+
+
+def _run(stage: str, config: Config) -> int:
+    """Joins or starts the cluster, then runs one stage or all of them."""
+    from medtvt_rl.logs import quiet_third_parties
+    from pipelines.stages import prepare_run_folder
+
+    prepare_run_folder(config)
+    quiet_third_parties(config.folder / "logs")
+    from actors.placement import logical_cpus
+    from actors.session import ray_session
+    from pipelines import run as all_stages
+    from pipelines.reporter import Reporter
+    from pipelines.stages import run_stage
+
+    try:
+        session = nullcontext() if stage == "cohort" else ray_session(config, logical_cpus(config))
+        with Reporter(config.folder) as reporter, session:
+            quiet_third_parties(config.folder / "logs")
+            if stage == "run":
+                all_stages.run(config, reporter)
+            else:
+                run_stage(stage, config, reporter)
+    except KeyboardInterrupt:
+        return _fail("interrupted; finished stages are kept, and the same command goes on from there", EXIT_FAILED)
+    except Exception as error:
+        return _fail(f"{_one_line(error)} (details: {_save_traceback(config)})", EXIT_FAILED)
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    """The error's own words: of a Ray task's error, those of what it was caused by."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return _one_line(cause)
+    text = " ".join(str(error).split())
+    expected = isinstance(error, (ValueError, RuntimeError)) and not type(error).__module__.startswith("ray")
+    return text if expected and text else f"{type(error).__name__}: {text}"
+
+
+def _save_traceback(config: Config) -> str:
+    path = config.folder / "logs" / "error.log"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{datetime.now(UTC).isoformat()}\n{traceback.format_exc()}\n")
+    return str(path)
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"medtvt-rl: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The first stage: studies in the published formats, validated once into the study store.
+
+Where the configuration has a `cohort` section, a simulated cohort is written first; scores on it mean nothing
+clinically.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from medtvt_rl.config import Config
+from medtvt_rl.data.simulate.cohort import write_cohort
+from medtvt_rl.data.study_store import StudyStore
+from pipelines.reporter import Reporter
+
+
+def run(config: Config, reporter: Reporter) -> dict[str, Any]:
+    """Writes the cohort if there is none yet, builds or reuses the store; returns its counts."""
+    if config.cohort is not None:
+        total = config.cohort.num_train + config.cohort.num_validation + config.cohort.num_test
+        reporter.start("cohort", total, "studies")
+        write_cohort(config.cohort, Path(config.data.root), lambda done, _: reporter.update(done))
+    reporter.start("store", 0, "studies")
+    store = StudyStore.build(config.data, lambda done, total: reporter.update(done, total=total))
+    counts = {split: len(store.study_ids(split)) for split in config.data.labs_csv}
+    reporter.line("studies: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
+    if store.problems:
+        reporter.line(f"unusable: {len(store.problems)}, listed in {Path(config.data.store) / 'problems.csv'}")
+    return {"summary": {"cohort": {"studies": counts, "problems": len(store.problems)}}}
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["cohort", *sys.argv[1:]]))

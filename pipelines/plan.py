@@ -1,0 +1,50 @@
+"""What a run would do, before anything starts: the batch arithmetic and the placement, as text."""
+
+from __future__ import annotations
+
+from actors.placement import grpo_roles, plan
+from medtvt_rl.config import Config, to_yaml
+
+
+def describe(config: Config) -> str:
+    """The resolved configuration, the batch arithmetic and the placement plan."""
+    return "\n".join(
+        [
+            "configuration",
+            _indent(to_yaml(config)),
+            "batch arithmetic",
+            _indent(batch_arithmetic(config)),
+            "placement",
+            _indent("\n".join(str(bundle) for bundle in plan(config, grpo_roles(config)))),
+        ]
+    )
+
+
+def batch_arithmetic(config: Config) -> str:
+    """Prompts, completions, tokens and micro-batches of one GRPO step, and examples of one supervised step."""
+    grpo, workers = config.grpo, config.learner.num_workers
+    completions = grpo.groups_per_step * grpo.group_size
+    sampled = completions * config.rollout.sampling.max_new_tokens
+    longest = config.rollout.engine.max_model_len
+    per_micro_batch = max(1, config.learner.token_budget // longest)
+    micro_batches = -(-completions // workers // per_micro_batch)
+    admitted = (grpo.max_staleness + 1) * grpo.groups_per_step
+    lines = [
+        f"GRPO step: {grpo.groups_per_step} prompts x {grpo.group_size} completions = {completions} completions, "
+        f"at most {sampled} sampled tokens",
+        f"  on {workers} learner rank(s): {completions // workers} completions each, at most {micro_batches} "
+        f"micro-batches of {config.learner.token_budget} tokens (prompt and completion, padded)",
+        f"  at most {admitted} groups under way (max_staleness {grpo.max_staleness}); "
+        f"{grpo.updates_per_batch} update(s) a step",
+        f"  {grpo.steps} steps: {grpo.steps * grpo.groups_per_step} groups, {grpo.steps * completions} completions",
+    ]
+    for name, stage in (("pretrain", config.pretrain), ("sft", config.sft)):
+        lines.append(
+            f"{name} step: {stage.batch_size} examples = {stage.num_workers} rank(s) "
+            f"x {stage.batch_size // stage.num_workers}"
+        )
+    return "\n".join(lines)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -1,0 +1,45 @@
+"""All stages of a run, one after the other; a finished stage is not run again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from medtvt_rl.config import Config
+from medtvt_rl.evaluation.report import print_table, write_report
+from pipelines.reporter import Reporter
+from pipelines.stages import run_stage, write_summary
+
+
+def run(config: Config, reporter: Reporter) -> dict[str, Any]:
+    """Runs `run.stages`, then writes the report and prints the table."""
+    for name in config.run.stages:
+        run_stage(name, config, reporter)
+    summary = write_summary(config)
+    report(config, summary)
+    print_table(summary)
+    reporter.line(f"report: {config.folder / 'report.html'}")
+    return summary
+
+
+def report(config: Config, summary: dict[str, Any]) -> None:
+    """Writes report.html from the summary, the metrics and the samples in the run folder."""
+    write_report(
+        config.folder / "report.html",
+        summary=summary,
+        metrics=_lines(config, "metrics.jsonl"),
+        samples=_lines(config, "journal/samples.jsonl"),
+        config_yaml=(config.folder / "config.yaml").read_text(),
+    )
+
+
+def _lines(config: Config, name: str) -> list[dict[str, Any]]:
+    path = config.folder / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["run", *sys.argv[1:]]))

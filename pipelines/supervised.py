@@ -1,0 +1,249 @@
+"""What pretrain and sft share: a Ray Train job over DeepSpeed, and its progress on the driver while it runs.
+
+    driver: TorchTrainer.fit  ->  N workers: StageRank.run (medtvt_rl/learner/supervised_stage.py)
+       ^ reporter  <- relay thread polls <-  ProgressBoard (actor)  <- rank observers
+
+Owns: resources of the workers, live progress, the error that names a worker and its log. Does not own: the training.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from medtvt_rl.config import Config
+from medtvt_rl.learner.config import SupervisedConfig
+from medtvt_rl.logs import last_lines, redirect_output
+from pipelines.stages import StageError
+
+POLL_S, SEND_S = 0.5, 0.5
+QUIET_RAY_TRAIN = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+Event = tuple[str, dict[str, Any]]
+
+
+class Reporter(Protocol):
+    """What the driver shows and stores of a stage."""
+
+    def start(self, stage: str, total: int | None = None, unit: str = "step") -> None: ...
+    def update(self, done: int, *, total: int | None = None, **metrics: float) -> None: ...
+    def line(self, text: str) -> None: ...
+    def scalars(self, stage: str, step: int, values: dict[str, float]) -> None: ...
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Holds what the workers tell until the driver fetches it."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def put(self, events: list[Event]) -> None:
+        """Adds events, in their order."""
+        self._events += events
+
+    def drain(self) -> list[Event]:
+        """Every event since the last call."""
+        events, self._events = self._events, []
+        return events
+
+
+class BoardObserver:
+    """A StageObserver that sends what it is told to the board, at most twice a second."""
+
+    def __init__(self, board: Any) -> None:
+        self._board, self._waiting, self._sent_s = board, list[Event](), 0.0
+
+    def encoder_step(self, modality: str, step: int, total_steps: int) -> None:
+        """Sends now and then, and the last step."""
+        self._add("encoder_step", modality=modality, step=step, now=step == total_steps)
+
+    def encoders(self, aucs: dict[str, float]) -> None:
+        """Sends at once."""
+        self._add("encoders", aucs=aucs, now=True)
+
+    def step(self, step: int, total_steps: int, metrics: dict[str, float]) -> None:
+        """Keeps every step, so that curves are whole, and sends now and then."""
+        self._add("step", step=step, total=total_steps, metrics=metrics)
+
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Sends at once."""
+        self._add("epoch", epoch=epoch, metrics=metrics, now=True)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Sends the rest, and returns when it has arrived."""
+        self._waiting.append(("result", result))
+        ray.get(self._board.put.remote(self._waiting), timeout=60)
+
+    def _add(self, kind: str, now: bool = False, **what: Any) -> None:
+        self._waiting.append((kind, what))
+        if now or time.monotonic() - self._sent_s > SEND_S:
+            self._board.put.remote(self._waiting)
+            self._waiting, self._sent_s = [], time.monotonic()
+
+
+class Relay:
+    """A thread on the driver that turns the board's events into progress, while Ray Train has the main thread."""
+
+    def __init__(self, board: Any, reporter: Reporter, stage: str, encoder_steps: int) -> None:
+        self._board, self._reporter, self._stage = board, reporter, stage
+        self._encoder_steps, self._encoder_done = encoder_steps, dict[str, int]()
+        self._step, self._started = 0, False
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"{stage} progress", daemon=True)
+        self.result: dict[str, Any] | None = None
+        self.error: Exception | None = None
+
+    def __enter__(self) -> Relay:
+        if self._encoder_steps:
+            self._reporter.start("encoders", self._encoder_steps, "step")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        self._thread.join(timeout=60)
+
+    def _run(self) -> None:
+        """Shows until the end, and then once more, so that nothing is left on the board."""
+        handlers: dict[str, Callable[..., None]] = {
+            "encoder_step": self._on_encoder_step,
+            "encoders": self._on_encoders,
+            "step": self._on_step,
+            "epoch": self._on_epoch,
+        }
+        try:
+            last = False
+            while not last:
+                last = self._end.wait(POLL_S)
+                for kind, what in ray.get(self._board.drain.remote(), timeout=30):
+                    if kind == "result":
+                        self.result = what
+                    else:
+                        handlers[kind](**what)
+        except Exception as error:  # the training goes on without its progress; the driver says so at its end
+            self.error = error
+
+    def _on_encoder_step(self, modality: str, step: int) -> None:
+        self._encoder_done[modality] = step
+        self._reporter.update(sum(self._encoder_done.values()))
+
+    def _on_encoders(self, aucs: dict[str, float]) -> None:
+        self._reporter.scalars("encoders", self._encoder_steps, aucs)
+        worst = min(aucs, key=aucs.__getitem__, default=None)
+        if worst:
+            self._reporter.line(f"encoders: lowest validation AUC {aucs[worst]:.3f} ({worst.removeprefix('auc/')})")
+
+    def _on_step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        if not self._started:
+            self._reporter.start(self._stage, total, "step")
+            self._started = True
+        self._step = step
+        self._reporter.scalars(self._stage, step, metrics)
+        self._reporter.update(step, loss=metrics["loss"], epoch=metrics["epoch"])
+
+    def _on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        self._reporter.scalars(self._stage, self._step, {f"epoch/{name}": value for name, value in metrics.items()})
+        shown = "  ".join(
+            f"{name} {metrics[name]:.4g}" for name in ("train_loss", "validation_loss", "total") if name in metrics
+        )
+        self._reporter.line(f"{self._stage}: epoch {epoch + 1}  {shown}")
+
+
+def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, reporter: Reporter) -> dict[str, Any]:
+    """Runs a stage on its Ray Train workers; returns what rank 0 said at its end.
+
+    Raises:
+        StageError: a worker failed; the message holds its cause and the end of its log.
+    """
+    from medtvt_rl.learner.supervised_stage import StageTask
+
+    assert ray.is_initialized()
+    for name, value in QUIET_RAY_TRAIN.items():
+        os.environ.setdefault(name, value)
+    from ray.train import RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    task = StageTask(
+        stage=stage,
+        config=config,
+        start_folder=Path(start_folder).resolve(),
+        output=(config.stage_folder(stage) / "model").resolve(),
+        warm_encoders=warm_encoders,
+    )
+    encoders = config.encoders
+    encoder_steps = encoders.ecg_steps + encoders.cxr_steps + encoders.lab_steps if warm_encoders else 0
+    board: Any = ProgressBoard
+    board = board.remote()
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"task": task, "board": board},
+        torch_config=TorchConfig(timeout_s=int(task.settings.timeout_s)),
+        scaling_config=_scaling(config, task.settings),
+        run_config=RunConfig(name=stage, storage_path=str((config.folder / "ray_train").resolve())),
+    )
+    with Relay(board, reporter, stage, encoder_steps) as relay:
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise StageError(_failure(config, stage, task.settings.num_workers, error)) from error
+    ray.kill(board)
+    if relay.result is None:
+        raise StageError(f"{stage}: the workers ended without a result; progress said {relay.error!r}")
+    return relay.result
+
+
+def _scaling(config: Config, settings: SupervisedConfig) -> Any:
+    from ray.train import ScalingConfig
+
+    role = config.placement.learner
+    resources = {"CPU": role.cpus} | ({"GPU": role.gpus} if role.gpus else {})
+    return ScalingConfig(
+        num_workers=settings.num_workers,
+        use_gpu=role.gpus > 0,
+        resources_per_worker=resources,
+        label_selector=dict(role.labels) or None,  # type: ignore[call-arg]
+    )
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """One Ray Train worker; Ray has set up the process group."""
+    import ray.train
+
+    from medtvt_rl.learner import process_group
+
+    task, context = arguments["task"], ray.train.get_context()
+    rank = context.get_world_rank()
+    redirect_output(task.config.folder / "logs" / f"{task.stage}_{rank}.log")
+    process_group.prepare_environment(task.settings.num_threads)
+    process_group.bound_every_group(task.settings.timeout_s)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(context.get_world_size()), LOCAL_RANK=str(context.get_local_rank())
+    )
+    from medtvt_rl.learner.supervised_stage import StageRank
+
+    observer = BoardObserver(arguments["board"])
+    device = ray.train.torch.get_device()
+    result = StageRank(task, device, observer).run()
+    if rank == 0:
+        observer.finish(result)
+
+
+def _failure(config: Config, stage: str, num_workers: int, error: Exception) -> str:
+    """The first worker's own error, not Ray Train's report of it, and the end of that worker's log."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    rank = min(failures, default=0)
+    cause = str(failures.get(rank, error)).strip().splitlines() or [repr(error)]
+    log = config.folder / "logs" / f"{stage}_{rank}.log"
+    tail = "".join(f"\n  {line}" for line in last_lines(log, 5))
+    return f"{stage}: worker {rank} of {num_workers} failed: {cause[-1]}" + (f"\nend of {log}:{tail}" if tail else "")

@@ -1,0 +1,63 @@
+"""F1 by hand and against scikit-learn; AUC and average precision against scikit-learn, resampled ones included."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+from medtvt_rl.evaluation.metrics import confusion_counts, f1_measures, membership, ranking_measures
+
+KEYS = ("a", "b", "c")
+
+
+def test_confusion_counts_by_hand():
+    counts = confusion_counts([{"a", "b", "other"}, set()], [{"a"}, {"c"}], KEYS)
+    assert counts.tolist() == [[[1, 0, 0], [0, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0], [0, 0, 1]]]
+
+
+def test_f1_by_hand():
+    micro, macro = f1_measures(confusion_counts([{"a", "b"}, {"a"}], [{"a"}, {"a"}], KEYS))
+    total = micro.rows.sum(axis=0)
+    assert float(micro.statistic(total)) == pytest.approx(2 * 2 / (2 * 2 + 1))
+    assert float(macro.statistic(total)) == pytest.approx((1.0 + 0.0) / 2), "c was neither true nor named"
+
+
+def random_case(n: int = 60, samples: int = 4):
+    generator = np.random.default_rng(0)
+    true = generator.random((n, 3)) < [0.5, 0.2, 0.7]
+    shares = generator.binomial(samples, 0.3 + 0.4 * true) / samples
+    return true, shares
+
+
+def test_agrees_with_scikit_learn():
+    true, shares = random_case()
+    said = shares >= 0.5
+    named = [{key for key, yes in zip(KEYS, row) if yes} for row in said]
+    holds = [{key for key, yes in zip(KEYS, row) if yes} for row in true]
+    assert (membership(named, KEYS) == said).all()
+    micro, macro = f1_measures(confusion_counts(named, holds, KEYS))
+    assert float(micro.statistic(micro.rows.sum(0))) == pytest.approx(f1_score(true, said, average="micro"))
+    assert float(macro.statistic(macro.rows.sum(0))) == pytest.approx(f1_score(true, said, average="macro"))
+    auc, precision = ranking_measures(shares, true)
+    assert float(auc.statistic(auc.rows.sum(0))) == pytest.approx(roc_auc_score(true, shares))
+    assert float(precision.statistic(precision.rows.sum(0))) == pytest.approx(average_precision_score(true, shares))
+
+
+def test_a_resample_equals_the_metric_of_the_resampled_studies():
+    true, shares = random_case()
+    weights = np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60), size=5)
+    auc, precision = ranking_measures(shares, true)
+    for row, weight in enumerate(weights):
+        chosen = np.repeat(np.arange(60), weight)
+        found = auc.statistic(weights @ auc.rows)[row], precision.statistic(weights @ precision.rows)[row]
+        expected = (
+            roc_auc_score(true[chosen], shares[chosen]),
+            average_precision_score(true[chosen], shares[chosen]),
+        )
+        assert found == pytest.approx(expected)
+
+
+def test_undefined_where_nothing_is_true():
+    auc, precision = ranking_measures(np.zeros((4, 2)), np.zeros((4, 2), dtype=bool))
+    assert np.isnan(auc.statistic(auc.rows.sum(0))) and np.isnan(precision.statistic(precision.rows.sum(0)))
+    micro, macro = f1_measures(confusion_counts([set()], [set()], KEYS))
+    assert np.isnan(micro.statistic(micro.rows.sum(0))) and np.isnan(macro.statistic(macro.rows.sum(0)))

@@ -1,0 +1,109 @@
+"""The whole system once, small: real vLLM, DeepSpeed and Ray processes, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+SMALL = [
+    "run.name=small",
+    "cohort.num_train=96",
+    "cohort.num_validation=16",
+    "cohort.num_test=16",
+    "encoders.ecg_steps=20",
+    "encoders.cxr_steps=20",
+    "encoders.lab_steps=20",
+    "pretrain.epochs=1",
+    "sft.epochs=2",
+    "sft.validation_studies=8",
+    "sft.validation_samples=2",
+    "grpo.steps=3",
+    "grpo.groups_per_step=4",
+    "grpo.group_size=4",
+    "evaluation.num_samples=2",
+    "evaluation.bootstrap_resamples=200",
+]
+METRICS = [
+    "jaccard",
+    "jaccard_greedy",
+    "f1_micro",
+    "f1_macro",
+    "parse_rate",
+    "findings_f1_ecg",
+    "findings_f1_cxr",
+    "findings_f1_lab",
+]
+
+
+def medtvt_rl(root: Path, *arguments: str, timeout_s: float = 420) -> subprocess.CompletedProcess[str]:
+    """Runs a stage in a process of its own, as a user does."""
+    command = [sys.executable, "-m", f"pipelines.{arguments[0]}", "-c", "configs/quickstart.yaml", f"run.root={root}"]
+    return subprocess.run(
+        [*command, *arguments[1:]],
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    done = medtvt_rl(folder, "run", *SMALL)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (folder / "first_output.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.mark.cluster
+def test_the_summary_holds_what_a_reader_looks_for(root: Path) -> None:
+    summary = json.loads((root / "small" / "summary.json").read_text())
+    assert all(summary["stages"][name]["seconds"] > 0 for name in ("pretrain", "sft", "grpo", "evaluate"))
+    for policy in ("sft", "grpo"):
+        for name in METRICS:
+            assert set(summary["evaluation"][policy][name]) >= {"value", "low", "high"}, name
+    assert set(summary["evaluation"]["gain"]) >= {"value", "low", "high"}
+    assert summary["grpo"]["steps"] == 3
+    assert summary["grpo"]["completions"] == 48
+    assert summary["grpo"]["max_staleness_seen"] <= 1
+    assert summary["grpo"]["logprob_max_abs_diff"] <= 1e-4
+    assert {"reward_first", "reward_last"} <= set(summary["grpo"])
+    assert summary["peak_rss_bytes"] > 0
+
+
+@pytest.mark.cluster
+def test_the_run_folder_is_complete(root: Path) -> None:
+    run = root / "small"
+    for name in ("config.yaml", "report.html", "metrics.jsonl", "model/config.json", "model/model.safetensors"):
+        assert (run / name).is_file(), name
+    assert any((run / "tensorboard").iterdir())
+    groups = [json.loads(line) for line in (run / "journal" / "groups.jsonl").read_text().splitlines()]
+    assert sorted(group["group_id"] for group in groups) == list(range(12))
+
+
+@pytest.mark.cluster
+def test_the_terminal_shows_progress_and_no_noise(root: Path) -> None:
+    text = (root / "first_output.txt").read_text()
+    for word in ("pretrain", "sft", "grpo", "evaluate", "report:"):
+        assert word in text
+    for noise in ("WARNING", "(pid=", "vllm", "Traceback", "raylet"):
+        assert noise not in text, text
+
+
+@pytest.mark.cluster
+def test_finished_stages_are_not_run_again_and_other_settings_are_refused(root: Path) -> None:
+    again = medtvt_rl(root, "run", *SMALL)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished before") == 4
+    changed = medtvt_rl(root, "sft", *SMALL, "sft.epochs=3")
+    assert changed.returncode == 1
+    assert "sft.epochs: 2 then, 3 now" in changed.stderr

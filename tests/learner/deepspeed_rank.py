@@ -1,0 +1,115 @@
+"""One rank of the DeepSpeed tests, run as a process: `python deepspeed_rank.py RANK WORLD_SIZE PORT FOLDER`.
+
+Runs every scenario once and writes results_RANK.pt; the tests read it. One start of DeepSpeed serves them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_policy import TinyItems, TinyPolicy, make_sequences
+
+from medtvt_rl.algorithm.losses import Denominators
+from medtvt_rl.algorithm.packing import balanced_shards
+from medtvt_rl.config import Config
+from medtvt_rl.learner import process_group
+from medtvt_rl.types import TrainingSequence
+
+NUM_SEQUENCES, TOKEN_BUDGET, LEARNING_RATE, VERSION = 11, 20, 1e-2, 3
+
+
+def config() -> Config:
+    """A token budget so small that the two ranks run several micro-batches, and not equally many of their own."""
+    config = Config()
+    config.learner.token_budget = TOKEN_BUDGET
+    return config
+
+
+def denominators(sequences: list[TrainingSequence]) -> Denominators:
+    """Over the whole batch."""
+    tokens = sum(len(s.completion.token_ids) for s in sequences)
+    return Denominators(num_sequences=len(sequences), num_tokens=tokens, max_new_tokens=16)
+
+
+def broken(sequence: TrainingSequence) -> TrainingSequence:
+    """The same sequence with an advantage of NaN, so that its loss is not finite."""
+    return dataclasses.replace(sequence, advantage=math.nan)
+
+
+class Rank:
+    """Makes learners and runs scenarios on this rank."""
+
+    def __init__(self, rank: int, world_size: int, folder: Path, device: torch.device) -> None:
+        self._rank, self._folder, self._device = rank, folder, device
+        self._sequences = make_sequences(NUM_SEQUENCES)
+        self._shards = balanced_shards([len(s.completion.token_ids) for s in self._sequences], world_size)
+
+    def learner(self, stage: int, dtype: torch.dtype = torch.float32) -> Any:
+        from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
+        from medtvt_rl.learner.grpo_learner import GrpoLearner
+
+        settings = EngineSettings(zero_stage=stage, dtype=dtype, weight_decay=0.1)
+        return GrpoLearner(DeepSpeedEngine(TinyPolicy(), settings, self._device), TinyItems(), config())
+
+    def train(self, learner: Any, break_one: bool = False) -> dict[str, float]:
+        own = [self._sequences[i] for i in self._shards[self._rank]]
+        if break_one and self._rank == 1:
+            own[0] = broken(own[0])
+        return learner.train_step(own, denominators(self._sequences), LEARNING_RATE, VERSION)
+
+    def weights(self, learner: Any) -> dict[str, torch.Tensor]:
+        with learner.engine.gathered(learner.engine.policy.parameters()):
+            return {k: v.detach().clone() for k, v in learner.engine.policy.named_parameters()}
+
+    def agreement(self, stage: int, dtype: torch.dtype) -> dict[str, Any]:
+        learner = self.learner(stage, dtype)
+        metrics = [self.train(learner) for _ in range(2)]
+        exported = learner.export(7)
+        names = None if exported is None else {name: tensor.clone() for name, tensor in exported.tensors()}
+        return {"metrics": metrics, "weights": self.weights(learner), "exported": names}
+
+    def not_finite(self, stage: int) -> dict[str, Any]:
+        learner = self.learner(stage)
+        before = self.weights(learner)
+        metrics = self.train(learner, break_one=True)
+        after = self.weights(learner)
+        return {"before": before, "metrics": metrics, "after": after, "next": self.train(learner)}
+
+    def resume(self, stage: int) -> dict[str, Any]:
+        learner, folder = self.learner(stage), self._folder / f"checkpoint_{stage}"
+        self.train(learner)
+        learner.save_checkpoint(folder)
+        drawn = (torch.rand(3), np.random.rand(3))
+        self.train(learner)
+        straight = self.weights(learner)
+        fresh = self.learner(stage)
+        fresh.load_checkpoint(folder)
+        redrawn = (torch.rand(3), np.random.rand(3))
+        self.train(fresh)
+        return {"straight": straight, "resumed": self.weights(fresh), "drawn": drawn, "redrawn": redrawn}
+
+
+def main() -> None:
+    rank, world_size, port, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    process_group.prepare_environment(num_threads=1)
+    meeting = process_group.Rendezvous(rank=rank, world_size=world_size, address="127.0.0.1", port=port, timeout_s=60)
+    this = Rank(rank, world_size, folder, process_group.join(meeting))
+    results: dict[str, Any] = {}
+    for stage in (0, 1, 2, 3):
+        results[f"float32-{stage}"] = this.agreement(stage, torch.float32)
+        results[f"not-finite-{stage}"] = this.not_finite(stage)
+    results["bfloat16-2"] = this.agreement(2, torch.bfloat16)
+    for stage in (1, 2):
+        results[f"resume-{stage}"] = this.resume(stage)
+    torch.save(results, folder / f"results_{rank}.pt")
+    process_group.leave()
+
+
+if __name__ == "__main__":
+    main()

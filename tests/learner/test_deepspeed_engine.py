@@ -1,0 +1,124 @@
+"""DeepSpeed on two real ranks against one process of plain torch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed_rank import LEARNING_RATE, NUM_SEQUENCES, VERSION, config, denominators
+from tiny_policy import PlainEngine, TinyItems, TinyPolicy, make_sequences
+
+from medtvt_rl.learner.deepspeed_engine import EngineSettings, parameter_groups
+from medtvt_rl.learner.grpo_learner import GrpoLearner
+
+torch.set_num_threads(1)
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Results of every scenario on both ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    script = str(HERE / "deepspeed_rank.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), "2", str(port), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        output = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, output):
+        assert process.returncode == 0, text[-3000:]
+    return [torch.load(folder / f"results_{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    """The same two steps over the whole batch in this process."""
+    sequences = make_sequences(NUM_SEQUENCES)
+    learner = GrpoLearner(PlainEngine(TinyPolicy(), weight_decay=0.1), TinyItems(), config())
+    metrics = [learner.train_step(sequences, denominators(sequences), LEARNING_RATE, VERSION) for _ in range(2)]
+    return {"metrics": metrics, "weights": dict(learner.engine.policy.named_parameters())}
+
+
+def _largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name].detach().float() - b[name].detach().float()).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_agree_with_one_process(ranks: list[dict[str, Any]], plain: dict[str, Any], stage: int) -> None:
+    for rank in ranks:
+        found = rank[f"float32-{stage}"]
+        assert _largest_difference(found["weights"], plain["weights"]) < 1e-5
+        for ours, theirs in zip(found["metrics"], plain["metrics"]):
+            for name in ("loss", "kl", "entropy", "num_tokens", "fresh_gap_mean", "fresh_gap_max", "gradient_norm"):
+                assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
+
+
+def test_bfloat16_stays_near(ranks: list[dict[str, Any]], plain: dict[str, Any]) -> None:
+    found = ranks[0]["bfloat16-2"]
+    for ours, theirs in zip(found["metrics"], plain["metrics"]):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=5e-2)
+    # Adam's first steps have the size of the learning rate, whichever way the gradient was rounded.
+    assert _largest_difference(found["weights"], plain["weights"]) < 4 * LEARNING_RATE
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_loss_that_is_not_finite_changes_no_weight_on_any_rank(ranks: list[dict[str, Any]], stage: int) -> None:
+    for rank in ranks:
+        found = rank[f"not-finite-{stage}"]
+        assert found["metrics"]["skipped"] == 1.0
+        assert _largest_difference(found["before"], found["after"]) == 0.0
+        assert found["next"]["skipped"] == 0.0
+        assert found["next"]["gradient_norm"] == pytest.approx(
+            rank["float32-2"]["metrics"][0]["gradient_norm"], rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_resumed_run_is_bitwise_the_same(ranks: list[dict[str, Any]], stage: int) -> None:
+    for rank in ranks:
+        found = rank[f"resume-{stage}"]
+        assert _largest_difference(found["straight"], found["resumed"]) == 0.0
+        for a, b in zip(found["drawn"], found["redrawn"]):
+            assert a.tolist() == b.tolist()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_only_rank_zero_exports_what_trains(ranks: list[dict[str, Any]], stage: int) -> None:
+    found = ranks[0][f"float32-{stage}"]
+    trained = {name: tensor for name, tensor in found["weights"].items() if not name.startswith("frozen")}
+    assert _largest_difference(found["exported"], trained) == 0.0
+    assert ranks[1][f"float32-{stage}"]["exported"] is None
+
+
+def test_settings_and_groups() -> None:
+    with pytest.raises(ValueError, match="zero_stage: got 4"):
+        EngineSettings(zero_stage=4)
+    assert EngineSettings(zero_stage=0, dtype=torch.bfloat16).effective_stage == 2
+    groups = parameter_groups(TinyPolicy(), 0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.ndim < 2 for p in groups[1]["params"])
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        parameter_groups(TinyPolicy().requires_grad_(False), 0.1)

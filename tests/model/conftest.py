@@ -1,0 +1,19 @@
+"""A small tokenizer and small models for the tests of the model."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from medtvt_rl.model.config import ModelConfig
+from small_model import small_config, small_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return small_tokenizer()
+
+
+@pytest.fixture
+def model_config() -> ModelConfig:
+    return small_config()

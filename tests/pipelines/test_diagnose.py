@@ -1,0 +1,154 @@
+"""One patient through a trained model: a small model, a real ECG, a real chest film."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom.data import get_testdata_file
+
+from medtvt_rl.data.labs import LAB_IDS, NUM_LABS, PercentileTable
+from medtvt_rl.data.tokenizer import train_tokenizer
+from medtvt_rl.model.build import build_model
+from medtvt_rl.model.config import BackboneConfig, CxrEncoderConfig, EcgEncoderConfig, LabEncoderConfig, ModelConfig
+from pipelines.diagnose import (
+    DEFAULT_QUESTION,
+    PERCENTILES_FILE,
+    Diagnosis,
+    _read_answer,
+    add_arguments,
+    diagnose,
+    render,
+    run,
+)
+
+REAL_ECG = Path(get_testdata_file("waveform_ecg.dcm", download=False))
+REAL_FILM = Path(get_testdata_file("RG1_UNCR.dcm", download=False))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model: what it says is noise, and still must come out whole."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer([DEFAULT_QUESTION, "ECG: normal. <answer>Sepsis</answer>"], 320)
+    config = ModelConfig(
+        backbone=BackboneConfig(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=48),
+        ecg=EcgEncoderConfig(widths=[4, 4, 4, 4]),
+        cxr=CxrEncoderConfig(widths=[4, 4], image_size=32),
+        lab=LabEncoderConfig(widths=[8]),
+    )
+    config.backbone.vocab_size = len(tokenizer)
+    config.backbone.max_positions = 200
+    config.perception.tokens_per_modality = 2
+    build_model(config, tokenizer).save(folder)
+    tokenizer.save_pretrained(folder)
+    samples = np.random.default_rng(0).normal(10.0, 2.0, (40, NUM_LABS))
+    PercentileTable.fit(samples).save(folder / PERCENTILES_FILE)
+    return folder
+
+
+@pytest.fixture
+def labs(tmp_path: Path) -> Path:
+    path = tmp_path / "labs.json"
+    path.write_text(json.dumps({"Creatinine": 11.5, LAB_IDS[2]: 9.0}))
+    return path
+
+
+def parsed(*arguments: str | Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def test_a_real_ecg_a_real_film_and_labs(model_folder: Path, labs: Path) -> None:
+    first = diagnose(model_folder, ecg=REAL_ECG, cxr=REAL_FILM, labs=labs, max_new_tokens=12)
+    assert list(first.gates) == ["ecg", "cxr", "lab"] and first.missing == ()
+    assert all(0.0 <= gate <= 1.0 for gate in first.gates.values())
+    assert first == diagnose(model_folder, ecg=REAL_ECG, cxr=REAL_FILM, labs=labs, max_new_tokens=12)  # greedy
+
+
+@pytest.mark.parametrize("kept", ["ecg", "cxr", "labs"])
+def test_one_modality_is_enough(model_folder: Path, labs: Path, kept: str) -> None:
+    given = {"ecg": REAL_ECG, "cxr": REAL_FILM, "labs": labs}
+    found = diagnose(model_folder, **{kept: given[kept]}, max_new_tokens=4)
+    assert set(found.missing) == {"ecg", "cxr", "lab"} - {"lab" if kept == "labs" else kept}
+
+
+def test_the_input_matters(model_folder: Path, labs: Path) -> None:
+    one = diagnose(model_folder, ecg=REAL_ECG, max_new_tokens=1)
+    other = diagnose(model_folder, ecg=REAL_ECG, labs=labs, max_new_tokens=1)
+    assert one.gates != other.gates
+
+
+def test_input_that_cannot_be_used(model_folder: Path, tmp_path: Path, labs: Path) -> None:
+    with pytest.raises(ValueError, match="at least one file"):
+        diagnose(model_folder)
+    with pytest.raises(ValueError, match=r"absent\.dcm"):
+        diagnose(model_folder, ecg=tmp_path / "absent.dcm")
+    with pytest.raises(ValueError, match="Troponin"):
+        unknown = tmp_path / "unknown.json"
+        unknown.write_text('{"Troponin": 1}')
+        diagnose(model_folder, labs=unknown)
+    with pytest.raises(ValueError, match="question"):
+        diagnose(model_folder, ecg=REAL_ECG, question=" ")
+    with pytest.raises(ValueError, match="ask a shorter question"):
+        diagnose(model_folder, ecg=REAL_ECG, question="why? " * 200)
+    with pytest.raises(ValueError, match="model folder"):
+        diagnose(tmp_path, ecg=REAL_ECG)
+    table = (model_folder / PERCENTILES_FILE).read_text()
+    (model_folder / PERCENTILES_FILE).unlink()
+    try:
+        with pytest.raises(ValueError, match="leave the labs out"):
+            diagnose(model_folder, labs=labs)
+        diagnose(model_folder, ecg=REAL_ECG, max_new_tokens=1)  # needs no table
+    finally:
+        (model_folder / PERCENTILES_FILE).write_text(table)
+
+
+def test_the_command(model_folder: Path, labs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(parsed(model_folder, "--ecg", REAL_ECG, "--labs", labs, "--max-new-tokens", "3", "--json")) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert set(content) == {"reasoning", "diagnoses", "gates", "missing", "well_formed"} and content["missing"] == [
+        "cxr"
+    ]
+    assert run(parsed(model_folder, "--cxr", labs)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("medtvt-rl diagnose: ") and captured.err.count("\n") == 1
+
+
+def test_what_is_printed() -> None:
+    good = Diagnosis(
+        reasoning="ECG: atrial fibrillation.",
+        diagnoses=("Atrial Fibrillation", "Sepsis"),
+        gates={"ecg": 0.5, "cxr": 0.25, "lab": 1.0},
+        missing=("cxr",),
+        well_formed=True,
+    )
+    lines = render(good).splitlines()
+    assert lines[:5] == ["reasoning", "  ECG: atrial fibrillation.", "diagnoses", "  Atrial Fibrillation", "  Sepsis"]
+    assert lines[6:9] == [
+        "  ECG  0.50  ##########",
+        "  film 0.25  #####                 not given",
+        "  labs 1.00  ####################",
+    ]
+    assert "not a medical device" in lines[-1]
+
+
+def test_an_answer_that_breaks_the_format_names_nothing() -> None:
+    from medtvt_rl.types import Study
+
+    study = Study(
+        study_id="s",
+        patient_id="p",
+        ecg=None,
+        cxr=None,
+        lab_percentiles=np.full(NUM_LABS, 0.5, dtype=np.float32),
+        lab_measured=np.ones(NUM_LABS, dtype=bool),
+    )
+    gates = {"ecg": 0.1, "cxr": 0.2, "lab": 0.3}
+    broken = _read_answer("<think> LAB: high lactate. <answer> Sepsis", gates, study)
+    assert broken.diagnoses == () and not broken.well_formed and broken.missing == ("ecg", "cxr")
+    assert "breaks the format" in render(broken) and "LAB: high lactate" in render(broken)
+    good = _read_answer("<think> LAB: high lactate. </think><answer> Sepsis; Hypertension </answer>", gates, study)
+    assert good.diagnoses == ("Sepsis", "Hypertension") and good.reasoning == "LAB: high lactate."

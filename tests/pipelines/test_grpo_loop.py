@@ -1,0 +1,124 @@
+"""The loop against fakes: its order of events, its bound on staleness, and what it does when a group fails."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import numpy as np
+import pytest
+
+from medtvt_rl.algorithm.config import GrpoConfig
+from medtvt_rl.data.sampler import PromptSampler
+from medtvt_rl.rewards.scorer import GroupRewards
+from medtvt_rl.types import GroupHeader, Prompt
+from pipelines.grpo_loop import GrpoLoop, LoopError, TrainingGroup, learning_rate
+
+
+class FakeCluster:
+    """Generators, scorers, reference and learner in one: it notes every event, and sleeps for random times."""
+
+    def __init__(self, seed: int = 0, fail: frozenset[int] = frozenset()) -> None:
+        self.version = 0
+        self.random = random.Random(seed)
+        self.fail = fail
+        self.trained: list[list[int]] = []
+        self.staleness: list[int] = []
+        self.started_at: dict[int, int] = {}
+
+    async def generate(self, prompt: Prompt, group_id: int, num_completions: int) -> tuple[GroupHeader, int]:
+        self.started_at[group_id] = self.version
+        version = self.version
+        await asyncio.sleep(self.random.random() * 0.004)
+        if group_id in self.fail:
+            raise RuntimeError("the engine is on fire")
+        header = GroupHeader(
+            group_id=group_id,
+            prompt_id=prompt.prompt_id,
+            lengths=(3,) * num_completions,
+            num_cut=0,
+            oldest_version=version,
+            newest_version=self.version,
+            generate_s=0.0,
+        )
+        return header, group_id
+
+    async def score(self, group: int) -> GroupRewards:
+        values = np.array([0.0, 1.0, 0.5, 0.25], dtype=np.float32)
+        return GroupRewards(
+            components={"jaccard": values}, total=values, failed=np.zeros(4, dtype=bool), reasons=(None,) * 4
+        )
+
+    async def logprobs(self, group: int) -> tuple[int, np.ndarray]:
+        await asyncio.sleep(self.random.random() * 0.002)
+        return group, np.zeros(4, dtype=np.float32)
+
+    async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> dict[str, float]:
+        assert version == self.version
+        await asyncio.sleep(0.002)
+        self.trained.append([g.group.header.group_id for g in groups])
+        self.staleness.extend(version - g.group.header.oldest_version for g in groups)
+        return {}
+
+    async def export(self, version: int) -> tuple[int, int]:
+        return version, 0
+
+    async def update_weights(self, weights: int, version: int, checksum: int) -> None:
+        assert weights == version
+        self.version = version
+
+
+def run_loop(cluster: FakeCluster, **settings: object) -> GrpoLoop:
+    config = GrpoConfig(steps=6, groups_per_step=4, group_size=4, **settings)  # type: ignore[arg-type]
+    prompts = [
+        Prompt(prompt_id=f"p{i}", token_ids=np.arange(3, dtype=np.int32), item_id=None, ground_truth="")
+        for i in range(5)
+    ]
+
+    async def run() -> GrpoLoop:
+        loop = GrpoLoop(config, PromptSampler(prompts, 0), cluster, cluster, cluster, cluster, lambda *_: None)
+        await asyncio.wait_for(loop.run(), 20)
+        return loop
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+def test_every_group_is_trained_once_within_the_bound(max_staleness: int) -> None:
+    for seed in range(10):
+        cluster = FakeCluster(seed)
+        loop = run_loop(cluster, max_staleness=max_staleness)
+        trained = [group for step in cluster.trained for group in step]
+        assert sorted(trained) == list(range(24))
+        assert max(cluster.staleness) <= max_staleness
+        assert loop.result.steps == 6
+        assert loop.result.completions == 96
+        assert loop.result.max_staleness_seen == max(cluster.staleness)
+
+
+def test_on_policy_training_takes_groups_in_order_and_starts_none_early() -> None:
+    cluster = FakeCluster()
+    run_loop(cluster, max_staleness=0)
+    assert cluster.trained == [list(range(4 * step, 4 * step + 4)) for step in range(6)]
+    assert all(cluster.started_at[group] == group // 4 for group in range(24))
+
+
+def test_a_failed_group_is_replaced() -> None:
+    cluster = FakeCluster(fail=frozenset({2, 9}))
+    loop = run_loop(cluster, max_staleness=1)
+    trained = [group for step in cluster.trained for group in step]
+    assert len(trained) == len(set(trained)) == 24
+    assert not {2, 9} & set(trained)
+    assert loop.result.steps == 6
+
+
+def test_groups_that_keep_failing_end_the_run_with_the_reason() -> None:
+    with pytest.raises(LoopError, match="the engine is on fire"):
+        run_loop(FakeCluster(fail=frozenset(range(1000))))
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    config = GrpoConfig(steps=101, warmup_steps=5, learning_rate=1.0, final_lr_share=0.1)
+    assert learning_rate(config, 0) == pytest.approx(0.2)
+    assert learning_rate(config, 50) == pytest.approx(0.55)
+    assert learning_rate(config, 100) == pytest.approx(0.1)

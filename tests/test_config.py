@@ -1,0 +1,53 @@
+"""Configuration: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from medtvt_rl.config import ConfigError, load_config, to_yaml
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.grop_size=3", "did you mean 'grpo.group_size'"),
+        ("rewards.jaccard.functin=a:b", "did you mean 'rewards.jaccard.function'"),
+        ("grpo.group_size=1", "grpo.group_size is 1: a group of one has no advantage"),
+        ("grpo.group_size=many", "grpo.group_size: Value 'many'"),
+        ("grpo.loss.kind=ppo", "grpo.loss.kind"),
+        ("sft.batch_size=33", "sft.batch_size is 33: it does not divide"),
+        ("learner.num_workers=3", "does not divide by learner.num_workers = 3"),
+        ("rollout.sampling.top_p=0.9", "would bias the importance ratio"),
+        ("rollout.sampling.temperature=0", "rollout.sampling.temperature"),
+        ("data.film.size=64", "data.film.size is 64"),
+        ("num_references=0", "needs a reference policy"),
+        ("run.stages=[cohort,pretrian]", "run.stages is 'pretrian'"),
+        ("evaluation.split=holdout", "evaluation.split is 'holdout'"),
+        ("steps", "not of the form key=value"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_broken_one_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [unclosed")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML"):
+        load_config(broken)
+
+
+def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, ["run.name=again", "grpo.group_size=4"])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
