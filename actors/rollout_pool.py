@@ -34,8 +34,9 @@ class RolloutPool:
     @classmethod
     async def start(cls, config: Config, placement: Placement, model_folder: Path) -> RolloutPool:
         """Starts every generator in its bundle and waits until its engine has loaded `model_folder`."""
+        actor: Any = RolloutGenerator
         generators = [
-            RolloutGenerator.options(**placement.options("rollout", index)).remote(str(model_folder), config, index)
+            actor.options(**placement.options("rollout", index)).remote(str(model_folder), config, index)
             for index in range(config.rollout.num_generators)
         ]
         pool = cls(config, generators)

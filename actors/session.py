@@ -5,6 +5,7 @@ Owns: how this process becomes a Ray driver. Does not own: what is placed where 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -35,14 +36,14 @@ def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         probe_address(address)
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
             num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
             include_dashboard=False,
             object_store_memory=config.cluster.object_store_bytes,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
     try:
         yield

@@ -216,6 +216,7 @@ def _check_counts(config: Config) -> None:
         config.learner.zero_stage,
         "ZeRO has stages 0 to 3",
     )
+    _require(grpo.loss.kl.coefficient >= 0, "grpo.loss.kl.coefficient", grpo.loss.kl.coefficient, "set 0 or more")
     needs_reference = grpo.loss.kl.coefficient > 0
     _require(
         config.num_references >= 1 or not needs_reference,

@@ -50,7 +50,7 @@ class WeightBuffer:
 
     def verify(self) -> int:
         """The checksum of the data at hand. Raises WeightBufferError if it isn't the one that was sent."""
-        found = zlib.crc32(self.data)
+        found = zlib.crc32(self.data.data)
         if found != self.checksum:
             raise WeightBufferError(
                 f"weights of version {self.version}: checksum {found:#010x}, sent {self.checksum:#010x}; transfer again"
@@ -79,4 +79,4 @@ def pack_weights(version: int, named: Iterable[tuple[str, torch.Tensor]]) -> Wei
     for entry, (_, tensor) in zip(index, tensors):
         flat = tensor.reshape(-1).view(torch.uint8).numpy()
         data[entry.offset_bytes : entry.offset_bytes + entry.num_bytes] = flat
-    return WeightBuffer(version=version, data=data, index=tuple(index), checksum=zlib.crc32(data))
+    return WeightBuffer(version=version, data=data, index=tuple(index), checksum=zlib.crc32(data.data))

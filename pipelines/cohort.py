@@ -20,9 +20,10 @@ def run(config: Config, reporter: Reporter) -> dict[str, Any]:
     """Writes the cohort if there is none yet, builds or reuses the store; returns its counts."""
     if config.cohort is not None:
         total = config.cohort.num_train + config.cohort.num_validation + config.cohort.num_test
-        reporter.start("cohort", total, "studies")
+        reporter.start("cohort", total, "study")
         write_cohort(config.cohort, Path(config.data.root), lambda done, _: reporter.update(done))
-    reporter.start("store", 0, "studies")
+        reporter.update(total)
+    reporter.start("store", None, "study")
     store = StudyStore.build(config.data, lambda done, total: reporter.update(done, total=total))
     counts = {split: len(store.study_ids(split)) for split in config.data.labs_csv}
     reporter.line("studies: " + ", ".join(f"{count} {split}" for split, count in counts.items()))

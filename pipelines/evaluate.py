@@ -20,11 +20,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from actors.placement import place, plan
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
+from medtvt_rl.data.study_build import store_folder
+from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.diagnosis import DiagnosisEvaluator, DiagnosisResult, StudyAnswers
 from medtvt_rl.model.policy import load_policy, named_weights
 from medtvt_rl.types import MODALITIES, Prompt, RolloutGroup
 from medtvt_rl.weights import pack_weights
+from pipelines.diagnose import PERCENTILES_FILE
 from pipelines.grpo import load_prompts
 from pipelines.reporter import Reporter
 from pipelines.stages import start_model
@@ -45,6 +48,7 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     prompts = load_prompts(config, tokenizer, config.evaluation.split)
     prompts = prompts[: config.evaluation.max_studies or len(prompts)]
     evaluator = resolve(config.task.evaluate or "", "task.evaluate")(config, config.evaluation.split)
+    reporter.line("evaluate: starting the engines")
     placement = place(plan(config, {"rollout": config.rollout.num_generators}), config.placement.timeout_s)
     try:
         pool = await RolloutPool.start(config, placement, before_folder)
@@ -56,7 +60,7 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
         pool.stop()
     finally:
         placement.release()
-    publish_model(after_folder, config.folder / "model")
+    publish_model(config, after_folder)
     gain = evaluator.paired_gain(before, after)
     return {
         "summary": {
@@ -92,7 +96,7 @@ class Asker:
 
     async def answers(self, label: str, prompts: Sequence[Prompt], sample: bool = True) -> dict[str, StudyAnswers]:
         """Sampled and greedy answers by prompt id; none is sampled with `sample=False`."""
-        self._reporter.start(label, len(prompts), "studies")
+        self._reporter.start(label, len(prompts), "study")
         answered = 0
 
         async def ask(index: int, prompt: Prompt) -> tuple[str, StudyAnswers]:
@@ -110,7 +114,7 @@ class Asker:
     async def _texts(self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool) -> tuple[str, ...]:
         _, payload = await self._pool.generate(prompt, group_id, num_completions, greedy)
         group: RolloutGroup = ray.get(payload, timeout=FETCH_TIMEOUT_S)
-        return tuple(self._tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in group.completions)
+        return tuple(str(self._tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in group.completions)
 
 
 async def _ablations(
@@ -132,11 +136,15 @@ async def load_into(pool: RolloutPool, folder: Path) -> None:
     await pool.update_weights(ray.put(weights), weights.version, weights.checksum)
 
 
-def publish_model(source: Path, target: Path) -> None:
-    """Copies the final policy to a folder that appears complete or not at all."""
+def publish_model(config: Config, source: Path) -> None:
+    """Copies the policy, with what `diagnose` needs to read raw blood values, to RUN/model, complete or not at all."""
+    target = config.folder / "model"
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
+    if config.task.items is not None:
+        store = StudyStore.open(store_folder(config.data))
+        store.percentile_table.save(temporary / PERCENTILES_FILE)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 

@@ -30,7 +30,7 @@ from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.dotted import resolve
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import Prompt
-from pipelines.grpo_loop import GrpoLoop, TrainingGroup
+from pipelines.grpo_loop import GrpoLoop, LoopResult, TrainingGroup
 from pipelines.journal import Journal
 from pipelines.reporter import Reporter
 from pipelines.stages import start_model
@@ -44,44 +44,43 @@ def run(config: Config, reporter: Reporter) -> dict[str, Any]:
 async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
     folder = start_model(config)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = load_prompts(config, tokenizer, "train")
-    reporter.start("actors", 0, "actors")
-    placement = place(plan(config, grpo_roles(config)), config.placement.timeout_s)
+    sampler = PromptSampler(load_prompts(config, tokenizer, "train"), config.run.seed)
+    bundles = plan(config, grpo_roles(config))
+    reporter.line(f"grpo: starting {len(bundles)} actors")
+    placement = place(bundles, config.placement.timeout_s)
     try:
-        pool, gang = await asyncio.gather(
+        rollouts, gang = await asyncio.gather(
             RolloutPool.start(config, placement, folder), LearnerGang.start(config, placement, folder)
         )
         reference = ReferencePool(config, placement, folder) if grpo_roles(config)["reference"] else None
         scoring = ScorerPool(config, placement, folder)
-        reporter.start("grpo", config.grpo.steps, "steps")
+        reporter.start("grpo", config.grpo.steps, "step")
         with Journal(config.folder / "journal", tokenizer) as journal:
-            loop = GrpoLoop(
-                config.grpo,
-                PromptSampler(prompts, config.run.seed),
-                pool,
-                scoring,
-                reference,
-                gang,
-                on_step=lambda step, metrics, groups: _show(reporter, journal, step, metrics, groups),
-            )
+
+            def on_step(step: int, metrics: dict[str, float], groups: list[TrainingGroup]) -> None:
+                _show(reporter, step, metrics)
+                journal.write(step, groups)
+
+            loop = GrpoLoop(config.grpo, sampler, rollouts, scoring, reference, gang, on_step)
             result = await loop.run()
         await gang.save_model(config.stage_folder("grpo") / "model")
-        pool.stop()
+        rollouts.stop()
         gang.stop()
     finally:
         placement.release()
+    return {"summary": {"grpo": summarise(result)}}
+
+
+def summarise(result: LoopResult) -> dict[str, float]:
+    """What the summary says of the loop; first and last reward are means over a tenth of the steps."""
     tail = max(1, len(result.rewards) // 10)
     return {
-        "summary": {
-            "grpo": {
-                "steps": result.steps,
-                "completions": result.completions,
-                "max_staleness_seen": result.max_staleness_seen,
-                "logprob_max_abs_diff": result.logprob_max_abs_diff,
-                "reward_first": float(np.mean(result.rewards[:tail])),
-                "reward_last": float(np.mean(result.rewards[-tail:])),
-            }
-        }
+        "steps": result.steps,
+        "completions": result.completions,
+        "max_staleness_seen": result.max_staleness_seen,
+        "logprob_max_abs_diff": result.logprob_max_abs_diff,
+        "reward_first": float(np.mean(result.rewards[:tail])),
+        "reward_last": float(np.mean(result.rewards[-tail:])),
     }
 
 
@@ -105,8 +104,9 @@ class ScorerPool:
 
     def __init__(self, config: Config, placement: Placement, model_folder: Path) -> None:
         self._timeout_s = config.score_timeout_s
+        actor: Any = RewardScorer
         self._scorers = [
-            RewardScorer.options(**placement.options("reward", index)).remote(config, str(model_folder))
+            actor.options(**placement.options("reward", index)).remote(config, str(model_folder))
             for index in range(config.num_scorers)
         ]
         self._turn = count()
@@ -127,8 +127,9 @@ class ReferencePool:
 
     def __init__(self, config: Config, placement: Placement, model_folder: Path) -> None:
         self._timeout_s = config.score_timeout_s
+        actor: Any = ReferencePolicy
         self._references = [
-            ReferencePolicy.options(**placement.options("reference", index)).remote(str(model_folder), config)
+            actor.options(**placement.options("reference", index)).remote(str(model_folder), config)
             for index in range(config.num_references)
         ]
         self._turn = count()
@@ -141,17 +142,15 @@ class ReferencePool:
         return payload, kl
 
 
-def _show(
-    reporter: Reporter, journal: Journal, step: int, metrics: dict[str, float], groups: list[TrainingGroup]
-) -> None:
+def _show(reporter: Reporter, step: int, metrics: dict[str, float]) -> None:
     reporter.scalars("grpo", step, metrics)
     reporter.update(
         step + 1,
         reward=metrics["reward/total"],
         staleness=metrics["staleness/max"],
-        kl=metrics.get("kl", 0.0),
+        kl=metrics["kl"],
+        entropy=metrics["entropy"],
     )
-    journal.write(step, metrics, groups)
 
 
 if __name__ == "__main__":

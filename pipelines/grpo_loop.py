@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from medtvt_rl.algorithm.advantages import group_advantages
+from medtvt_rl.algorithm.advantages import group_advantages, has_signal
 from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.rewards.scorer import GroupRewards
@@ -259,7 +259,7 @@ def rollout_metrics(groups: list[TrainingGroup], version: int) -> dict[str, floa
         "reward/total": float(totals.mean()),
         "reward/deviation": float(totals.std()),
         "reward/failed": float(sum(r.failed.sum() for r in rewards)),
-        "groups/zero_variance_share": float((np.ptp(totals, axis=1) < 1e-8).mean()),
+        "groups/zero_variance_share": float(np.mean([not has_signal(total) for total in totals])),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/cut_share": float(sum(h.num_cut for h in headers) / len(lengths)),

@@ -42,7 +42,7 @@ class Journal:
             if file is not None:
                 file.close()
 
-    def write(self, step: int, metrics: dict[str, float], groups: list[TrainingGroup]) -> None:
+    def write(self, step: int, groups: list[TrainingGroup]) -> None:
         """One step: a line per group, and now and then the text of one group."""
         for group in groups:
             self._append(self._groups, _group_line(step, group))

@@ -29,9 +29,11 @@ def _start(config: Config, reporter: Reporter) -> tuple[Path, bool]:
 
     from medtvt_rl.data.study_store import StudyStore
     from medtvt_rl.data.tokenizer import build_tokenizer
+    from medtvt_rl.learner.process_group import prepare_environment
     from medtvt_rl.model.build import build_model
     from medtvt_rl.model.medtvt import MedTVTConfig
 
+    prepare_environment(config.pretrain.num_threads)
     reporter.start("studies", None, "study")
     store = StudyStore.build(config.data, lambda done, total: reporter.update(done, total=total))
     tokenizer = build_tokenizer(config, store)

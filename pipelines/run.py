@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from medtvt_rl.config import Config
 from medtvt_rl.evaluation.report import print_table, write_report
-from pipelines.reporter import Reporter
+from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
 from pipelines.stages import run_stage, write_summary
 
 
@@ -28,14 +29,13 @@ def report(config: Config, summary: dict[str, Any]) -> None:
     write_report(
         config.folder / "report.html",
         summary=summary,
-        metrics=_lines(config, "metrics.jsonl"),
-        samples=_lines(config, "journal/samples.jsonl"),
+        metrics=read_metrics(config.folder / METRICS_FILE),
+        samples=_samples(config.folder / "journal" / "samples.jsonl"),
         config_yaml=(config.folder / "config.yaml").read_text(),
     )
 
 
-def _lines(config: Config, name: str) -> list[dict[str, Any]]:
-    path = config.folder / name
+def _samples(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 

@@ -187,7 +187,7 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
     board = board.remote()
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"task": task, "board": board},
+        train_loop_config={"task": task, "board": board, "folder": os.getcwd()},
         torch_config=TorchConfig(timeout_s=int(task.settings.timeout_s)),
         scaling_config=_scaling(config, task.settings),
         run_config=RunConfig(name=stage, storage_path=str((config.folder / "ray_train").resolve())),
@@ -224,6 +224,9 @@ def _worker(arguments: dict[str, Any]) -> None:
 
     task, context = arguments["task"], ray.train.get_context()
     rank = context.get_world_rank()
+    if os.path.isdir(arguments["folder"]):
+        # Ray Train moves workers to a folder of its own; relative paths of the configuration count from the driver's.
+        os.chdir(arguments["folder"])
     redirect_output(task.config.folder / "logs" / f"{task.stage}_{rank}.log")
     process_group.prepare_environment(task.settings.num_threads)
     process_group.bound_every_group(task.settings.timeout_s)

@@ -35,12 +35,13 @@ def ordered_map(
     total = len(items)
     if num_workers == 1 or total < _WORTH_A_POOL:
         for done, item in enumerate(items, 1):
-            yield function(item)
+            result = function(item)
             if progress:
                 progress(done, total)
+            yield result
         return
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         for done, result in enumerate(pool.imap(function, items, _CHUNK), 1):
-            yield result
             if progress:
                 progress(done, total)
+            yield result

@@ -110,8 +110,11 @@ def _read_by_package(record: Path) -> RawEcg:
     import wfdb
 
     content = wfdb.rdrecord(str(record))
+    if content.p_signal is None or not content.sig_name or not content.units:
+        raise ValueError("the header describes no signals")
     signal = np.asarray(content.p_signal, dtype=np.float64)
-    return RawEcg(signal=signal, rate_hz=float(content.fs), leads=content.sig_name, units=content.units)
+    leads, units = [str(name) for name in content.sig_name], [str(unit) for unit in content.units]
+    return RawEcg(signal=signal, rate_hz=float(content.fs), leads=leads, units=units)
 
 
 def _read_dicom(path: Path) -> RawEcg:

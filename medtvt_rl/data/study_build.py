@@ -19,9 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from medtvt_rl.data.config import DataConfig, FilmConfig
-from medtvt_rl.data.cxr import read_film
-from medtvt_rl.data.ecg import read_ecg
+from medtvt_rl.data.config import DataConfig
 from medtvt_rl.data.errors import DataError, Problem
 from medtvt_rl.data.labs import PercentileTable, read_labs_means
 from medtvt_rl.data.medtvt_qa import QA_KINDS, REFUSED, QAExample, QAKind, StudyIndex, read_qa
@@ -29,6 +27,7 @@ from medtvt_rl.data.parallel import Progress, ordered_map
 from medtvt_rl.data.paths import inside_root
 from medtvt_rl.data.raw_ecg import ecg_files
 from medtvt_rl.data.study_files import StoredStudy, write_studies
+from medtvt_rl.data.study_read import ReadTask, read_study_files
 from medtvt_rl.data.study_rows import StudyRow, read_findings, read_rows
 from medtvt_rl.data.validation import check_ids, write_problems
 
@@ -57,20 +56,6 @@ class _Tables:
     problems: list[Problem]
     findings: dict[str, NDArray[np.bool_]]
     lab_means: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ReadTask:
-    root: Path
-    row: StudyRow
-    film: FilmConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ReadFiles:
-    ecg: bytes | None
-    film: bytes | None
-    problems: tuple[Problem, ...]
 
 
 def store_folder(config: DataConfig) -> Path:
@@ -191,31 +176,6 @@ def _fingerprint(config: DataConfig, root: Path, tables: _Tables) -> str:
     return digest.hexdigest()
 
 
-def read_study_files(task: _ReadTask) -> _ReadFiles:
-    """Reads one study's ECG and film; whatever is wrong with either is in `problems`."""
-    row, problems = task.row, []
-    ecg = film = None
-    if row.ecg_path:
-        try:
-            for path in ecg_files(Path(row.ecg_path)):
-                inside_root(task.root, str(path), "ecg_path")
-            ecg = read_ecg(inside_root(task.root, row.ecg_path, "ecg_path")).astype(np.float16).tobytes()
-        except DataError as error:
-            problems.append(row.problem("ecg_path", _relative(error, task.root)))
-    if row.cxr_path:
-        try:
-            film = read_film(inside_root(task.root, row.cxr_path, "cxr_path"), task.film).tobytes()
-        except DataError as error:
-            problems.append(row.problem("cxr_path", _relative(error, task.root)))
-    if not row.ecg_path and not row.cxr_path and np.isnan(row.labs.values).all():
-        problems.append(row.problem("study_id", "the study has no ECG, no film and no laboratory value; drop the row"))
-    return _ReadFiles(ecg=ecg, film=film, problems=tuple(problems))
-
-
-def _relative(error: DataError, root: Path) -> str:
-    return str(error).replace(f"{os.path.realpath(root)}{os.sep}", "")
-
-
 def _first(problems: Sequence[Problem]) -> str:
     return f"the first problem is {problems[0]}" if problems else "the tables are empty"
 
@@ -260,7 +220,7 @@ def _usable_studies(
     progress: Progress | None,
 ) -> Iterator[StoredStudy]:
     """Yields studies whose files can be read and adds them to `usable`; the faults of the rest go to `problems`."""
-    tasks = [_ReadTask(root=root, row=row, film=config.film) for row in tables.rows]
+    tasks = [ReadTask(root=root, row=row, film=config.film) for row in tables.rows]
     for row, files in zip(tables.rows, ordered_map(read_study_files, tasks, config.num_workers, progress)):
         problems += files.problems
         if files.problems:

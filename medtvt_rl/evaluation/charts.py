@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 440, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 30
 MAX_POINTS = 400
 NUM_COLOURS = 6
-ROW_HEIGHT, LABEL_WIDTH, AXIS_HEIGHT = 19, 190, 20
+ROW_HEIGHT, LABEL_WIDTH, AXIS_HEIGHT, BAR_TEXT_WIDTH = 19, 190, 20, 110
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ def bar_chart(title: str, rows: Sequence[tuple[str, float, str]], note: str = ""
     parts = []
     for number, (label, value, text) in enumerate(rows):
         y = TOP + ROW_HEIGHT * 1.25 * number
-        width = max(1.0, value / largest * (WIDTH - LABEL_WIDTH - 80))
+        width = max(1.0, value / largest * (WIDTH - LABEL_WIDTH - BAR_TEXT_WIDTH))
         parts.append(f'<text class="label" x="{LABEL_WIDTH - 12}" y="{y + 13:.1f}">{escape(label)}</text>')
         parts.append(f'<rect class="bar" x="{LABEL_WIDTH}" y="{y + 2:.1f}" width="{width:.1f}" height="15" rx="2"/>')
         parts.append(f'<text class="tick" x="{LABEL_WIDTH + width + 6:.1f}" y="{y + 13:.1f}">{escape(text)}</text>')

@@ -50,6 +50,7 @@ th, td { padding: 6px 14px; text-align: right; border-top: 1px solid var(--rule)
 th { font-weight: 600; color: var(--soft); border-top: 0; } th:first-child, td:first-child { text-align: left; }
 td small { color: var(--soft); } td.up { color: var(--c2); } td.down { color: var(--c1); }
 details { margin: 10px 0; padding: 8px 14px; } summary { cursor: pointer; font-weight: 600; }
+section > .charts + .charts { margin-top: 14px; }
 details .charts { margin-top: 10px; } details figure { border: 0; padding: 4px; }
 pre { overflow-x: auto; font: 12.5px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; margin: 8px 0; }
 .sample { padding: 8px 0 4px 12px; margin: 10px 0 0; border-left: 3px solid var(--rule); }
@@ -100,6 +101,6 @@ def card(name: str, big: str, before: str = "", under: str = "") -> str:
     )
 
 
-def details(summary: str, body: str) -> str:
-    """Something folded; `summary` is escaped, `body` is HTML. Empty without body."""
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>" if body else ""
+def details(summary: str, body: str, unfolded: bool = False) -> str:
+    """Something to fold and unfold; `summary` is escaped, `body` is HTML. Empty without body."""
+    return f"<details{' open' if unfolded else ''}><summary>{escape(summary)}</summary>{body}</details>" if body else ""

@@ -304,7 +304,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
         truth = f"<p><b>True diagnoses:</b> {escape(str(sample.get('ground_truth', 'unknown')))}</p>"
         texts = "".join(_completion(one) for one in shown) or missing_line("no completion was kept")
         title = f"step {sample.get('step', '?')}, {sample.get('prompt_id', '?')}"
-        parts.append(details(title, truth + texts))
+        parts.append(details(title, truth + texts, unfolded=sample is samples[-1]))
     return "".join(parts)
 
 

@@ -49,9 +49,11 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisedResult:
-    """Attributes:
-    best_epoch: 0-based, the epoch whose weights were kept.
-    validation: metrics after that epoch.
+    """What a stage did.
+
+    Attributes:
+        best_epoch: 0-based, the epoch whose weights were kept.
+        validation: metrics after that epoch.
     """
 
     epochs: int
@@ -139,8 +141,17 @@ class SupervisedTrainer:
             step += 1
             if self._engine.rank == 0:
                 self._observer.step(step, total_steps, {**metrics, "epoch": epoch + 1})
+        if self._config.train_encoders:
+            self._average_statistics()
         self._engine.policy.eval()
         return step, float(np.mean(losses))
+
+    @torch.no_grad()
+    def _average_statistics(self) -> None:
+        """Each rank's BatchNorm has seen other examples; from here on all ranks hold the mean of what they saw."""
+        for buffer in self._engine.policy.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(self._engine.all_reduce(buffer.clone(), "sum") / self._engine.world_size)
 
     def _plan(self, examples: Sequence[ScoredSequence], epoch: int) -> list[list[int]]:
         lengths = [example.length for example in examples]

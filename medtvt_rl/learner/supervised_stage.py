@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from medtvt_rl.config import Config
@@ -124,7 +125,8 @@ class StageRank:
             self._observer.encoder_step,
         )
         aucs = warmup.run()
-        self._observer.encoders(aucs)
+        if dist.get_rank() == 0:
+            self._observer.encoders(aucs)
         return aucs
 
     def _examples(self, split: str) -> QaExamples:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from medtvt_rl.model.config import ModelConfig
-from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM
+from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
 from medtvt_rl.types import MODALITIES
 
 EMBEDDING_STD = 0.05
@@ -40,10 +40,10 @@ def build_model(config: ModelConfig, tokenizer: Any) -> MedTVTForCausalLM:
         raise ValueError(f"model.init: {config.init!r} holds no config.json; expected a Hugging Face model folder")
     found = AutoConfig.from_pretrained(config.init)
     if isinstance(found, MedTVTConfig):
-        model = MedTVTForCausalLM.from_pretrained(config.init, dtype=torch.float32)
+        model = load_exactly(MedTVTForCausalLM, config.init, torch.float32)
         _check_same_tower(config, found, config.init)
     elif isinstance(found, LlamaConfig) and found.model_type == "llama":
-        model = _model_on_llama(config, placeholders)
+        model = _model_on_llama(config, config.init, placeholders)
     else:
         raise ValueError(
             f"model.init: {config.init!r} is a {found.model_type!r} model, expected a Llama or a MedTVT folder"
@@ -109,9 +109,9 @@ def initialise_backbone(backbone: LlamaForCausalLM) -> None:
             nn.init.normal_(parameter, std=scale)
 
 
-def _model_on_llama(config: ModelConfig, placeholders: list[int]) -> MedTVTForCausalLM:
-    """A fresh tower in front of the Llama in `config.init`."""
-    backbone = LlamaForCausalLM.from_pretrained(config.init, dtype=torch.float32)
+def _model_on_llama(config: ModelConfig, folder: str, placeholders: list[int]) -> MedTVTForCausalLM:
+    """A fresh tower in front of the Llama in `folder`."""
+    backbone = load_exactly(LlamaForCausalLM, folder, torch.float32)
     settings = backbone.config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "dtype"):
         settings.pop(key, None)

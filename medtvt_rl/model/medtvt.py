@@ -238,5 +238,18 @@ class MedTVTForCausalLM(PreTrainedModel, GenerationMixin):
         self.save_pretrained(folder, state_dict=dict(named_weights(self)))
 
 
+def load_exactly(kind: Any, folder: str | Path, dtype: torch.dtype | str) -> Any:
+    """`kind.from_pretrained(folder)`, but weights that are missing, left over or of another size are an error.
+
+    Raises:
+        ValueError: weights and configuration of the folder do not fit each other exactly.
+    """
+    model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    faults = {key: sorted(map(str, value)) for key, value in report.items() if value}
+    if faults:
+        raise ValueError(f"model folder: {folder} does not fit its config.json: {faults}; save the model again, whole")
+    return model
+
+
 AutoConfig.register(MedTVTConfig.model_type, MedTVTConfig, exist_ok=True)
 AutoModelForCausalLM.register(MedTVTConfig, MedTVTForCausalLM, exist_ok=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medtvt_rl.model.config import LoraSettings
-from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM
+from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
 from medtvt_rl.model.tower import set_encoders_trainable
 
 ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -83,7 +83,7 @@ class TextPolicy(nn.Module):
 
 
 def load_policy(
-    folder: str | Path, dtype: torch.dtype = torch.float32, lora: LoraSettings | None = None
+    folder: str | Path, dtype: torch.dtype | str = torch.float32, lora: LoraSettings | None = None
 ) -> MedTVTForCausalLM | TextPolicy:
     """The policy in a Hugging Face folder, encoders frozen, in evaluation mode.
 
@@ -98,10 +98,7 @@ def load_policy(
         raise ValueError(f"model folder: {folder} holds no config.json; expected a Hugging Face model folder")
     config = AutoConfig.from_pretrained(folder)
     kind: Any = MedTVTForCausalLM if isinstance(config, MedTVTConfig) else AutoModelForCausalLM
-    model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    faults = {key: sorted(map(str, value)) for key, value in report.items() if value}
-    if faults:
-        raise ValueError(f"model folder: {folder} does not fit its config.json: {faults}; save the model again, whole")
+    model = load_exactly(kind, folder, dtype)
     policy = model if isinstance(model, MedTVTForCausalLM) else TextPolicy(model)
     set_encoders_trainable(policy, False)
     if lora is not None and lora.rank > 0:

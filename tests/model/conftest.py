@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from small_model import small_config, small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from medtvt_rl.model.config import ModelConfig
-from small_model import small_config, small_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
-"""The rollout engine against the Hugging Face model: log-probs, greedy text, seeds, and weight updates in every mode."""
+"""The rollout engine against the Hugging Face model: log-probs, greedy text, seeds, weight updates in every mode."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from medtvt_rl.weights import WeightBuffer, WeightBufferError, pack_weights
 
 pytestmark = pytest.mark.engine
 TOLERANCE = 1e-4
+LONG = 80
 ENGINE = EngineConfig(max_model_len=128, kv_cache_bytes=1 << 26, max_num_seqs=64)
 SAMPLING = SamplingConfig(max_new_tokens=24)
 ITEMS = [random_item(0), random_item(1, (False, True, True)), random_item(2, (True, False, False))]
@@ -89,6 +92,15 @@ def run(engine: VllmEngine, group_id: int = 0, sampling: SamplingConfig = SAMPLI
     return engine.submit(study_prompt(index), ITEMS[index], group_id, 4, 0, sampling, **options).result()
 
 
+@contextmanager
+def held(engine: VllmEngine) -> Iterator[None]:
+    """Lets submissions pile up, so that one step meets them all."""
+    release = threading.Event()
+    engine._send(lambda: release.wait() and None)
+    yield
+    release.set()
+
+
 def texts(group: RolloutGroup) -> list[list[int]]:
     return [completion.token_ids.tolist() for completion in group.completions]
 
@@ -137,14 +149,15 @@ def test_text_depends_on_run_seed_and_group_not_on_company(engine: VllmEngine) -
     assert len({tuple(text) for text in alone}) > 1
 
 
-def test_many_prompts_than_fit_one_step(engine: VllmEngine, models: list[MedTVTForCausalLM]) -> None:
-    """Prompts are computed in parts here, which ended vLLM on a CPU; the seeds must not notice."""
-    long = [study_prompt(i, length=80) for i in range(12)]
-    futures = [engine.submit(p, random_item(50 + i), 100 + i, 4, 0, SAMPLING) for i, p in enumerate(long)]
+def test_more_prompts_than_fit_one_step(engine: VllmEngine, models: list[MedTVTForCausalLM]) -> None:
+    """Prompts are computed in parts here, which would end vLLM on a CPU; the seeds must not notice."""
+    long = [study_prompt(i, length=90) for i in range(32)]
+    with held(engine):
+        futures = [engine.submit(p, random_item(50 + i), 100 + i, 2, 0, SAMPLING) for i, p in enumerate(long)]
     groups = [future.result() for future in futures]
-    for i in (0, 11):
+    for i in range(0, 32, 4):
         assert difference(models[0], groups[i], random_item(50 + i)) < TOLERANCE
-        alone = engine.submit(long[i], random_item(50 + i), 100 + i, 4, 0, SAMPLING).result()
+        alone = engine.submit(long[i], random_item(50 + i), 100 + i, 2, 0, SAMPLING).result()
         assert texts(alone) == texts(groups[i])
 
 
@@ -174,9 +187,9 @@ def test_part_of_the_weights_updates_that_part(engine: VllmEngine, models: list[
 
 
 def in_flight_update(engine: VllmEngine, buffer: WeightBuffer, on_update: str) -> RolloutGroup:
-    """A long group whose weights change after it began."""
-    sampling = dataclasses.replace(SAMPLING, max_new_tokens=110)
-    groups = [engine.submit(study_prompt(0), ITEMS[0], g, 8, 0, sampling) for g in range(8)]
+    """A long group whose weights change after it began. Its studies lie in blocks that the prefix cache shares."""
+    sampling = dataclasses.replace(SAMPLING, max_new_tokens=LONG)
+    groups = [engine.submit(study_prompt(0, length=40), ITEMS[0], g, 8, 0, sampling) for g in range(8)]
     while engine.stats()["num_running"] == 0:
         time.sleep(0.001)
     time.sleep(0.05)
@@ -209,7 +222,7 @@ def test_requests_in_flight_finish_under_the_old_policy(engine: VllmEngine, mode
 
 def test_requests_in_flight_restart_under_the_new_policy(engine: VllmEngine, models: list[MedTVTForCausalLM]) -> None:
     group = in_flight_update(engine, weights(models[1], 1), "restart")
-    long = [c for c in group.completions if len(c.token_ids) == 110]
+    long = [c for c in group.completions if len(c.token_ids) == LONG]
     assert long and all(set(c.policy_versions.tolist()) == {1} for c in long)
     restarted = dataclasses.replace(group, completions=tuple(long))
     assert difference(models[1], restarted, ITEMS[0]) < TOLERANCE
@@ -243,7 +256,7 @@ def test_completion_ends_at_the_model_length(engine: VllmEngine) -> None:
 
 
 def test_untied_model_then_a_failed_load_breaks_the_engine(tmp_path: Path) -> None:
-    """One more engine: an output layer of its own is updated, and a wrong name leaves the engine broken, not half-new."""
+    """One more engine: its own output layer is updated, and a wrong name leaves the engine broken, not half-new."""
     untied = [small_model(small_config(1, tie=False), small_tokenizer(), seed) for seed in (0, 1)]
     prompt = study_prompt(0, tokens_per_modality=1)
     with start(tmp_path, untied[0]) as engine:

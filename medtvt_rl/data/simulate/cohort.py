@@ -119,7 +119,7 @@ def _write_files(config: CohortConfig, root: Path, progress: Progress | None) ->
             (root / folder / split).mkdir(parents=True)
     (root / "qa").mkdir()
     tasks = [_render_task(config, root, plan, index) for plan in plans for index in range(len(plan.ids))]
-    rendered = iter(ordered_map(render_study, tasks, progress=progress))
+    rendered = iter(list(ordered_map(render_study, tasks, progress=progress)))
     table = PercentileTable.fit(plans[0].labs)
     means = dict(zip(LAB_IDS, table.mean_percentiles().astype(float).round(6).tolist()))
     (root / "labs_means.json").write_text(json.dumps(means, indent=1))

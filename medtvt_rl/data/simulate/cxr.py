@@ -221,7 +221,8 @@ def _effusion(thorax: _Thorax, rng: np.random.Generator, height: float) -> Map:
     level = thorax.domes[side] - 0.05 - 0.22 * height
     inner = 1 - np.clip((side * thorax.x - np.float32(0.05)) / np.float32(0.3), 0, 1)
     surface = np.float32(level) + np.float32(0.10) * inner
-    return np.float32(0.92) * _inside(surface - thorax.y, 0.02) * thorax.lungs[side]
+    beside = np.abs(thorax.x - np.float32(0.22 * side)) - np.float32(0.22)
+    return np.float32(0.95) * _inside(surface - thorax.y, 0.02) * _inside(beside, 0.01)
 
 
 def _expose(attenuation: Map, thorax: _Thorax, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -1,0 +1,122 @@
+"""PT and SFT as Ray Train jobs on a small simulated cohort, two workers each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from transformers import AutoTokenizer
+
+from medtvt_rl.config import Config, load_config
+from medtvt_rl.data.simulate.cohort import write_cohort
+from medtvt_rl.model.policy import load_policy, named_weights
+from pipelines import pretrain, sft
+from pipelines.stages import StageError
+
+pytestmark = pytest.mark.cluster
+PROJECT = Path(__file__).parents[2]
+SMALL = [
+    "cohort.num_train=48",
+    "cohort.num_validation=8",
+    "cohort.num_test=4",
+    "encoders.ecg_steps=6",
+    "encoders.cxr_steps=6",
+    "encoders.lab_steps=6",
+    "pretrain.epochs=1",
+    "pretrain.batch_size=16",
+    "sft.epochs=2",
+    "sft.batch_size=16",
+    "sft.validation_studies=4",
+    "sft.validation_samples=2",
+]
+
+
+class Said:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.lines: list[str] = []
+        self.done: dict[str, int] = {}
+        self.steps: dict[str, list[int]] = {}
+
+    def start(self, stage: str, total: int | None = None, unit: str = "step") -> None:
+        self.started.append(stage)
+
+    def update(self, done: int, *, total: int | None = None, **metrics: float) -> None:
+        self.done[self.started[-1]] = done
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        if "loss" in values:
+            self.steps.setdefault(stage, []).append(step)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    root = tmp_path_factory.mktemp("runs")
+    config = load_config(PROJECT / "configs" / "quickstart.yaml", [f"run.root={root}", *SMALL])
+    assert config.cohort is not None
+    write_cohort(config.cohort, Path(config.data.root), lambda done, total: None)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def trained(config: Config) -> dict[str, Any]:
+    """Both stages, one after the other, and what the reporter was told."""
+    with pytest.raises(StageError, match="run `medtvt-rl pretrain`"):
+        sft.run(config, Said())
+    said = Said()
+    return {"pretrain": pretrain.run(config, said), "sft": sft.run(config, said), "said": said}
+
+
+def test_each_stage_reports_while_it_runs(trained: dict[str, Any]) -> None:
+    said = trained["said"]
+    assert said.started == ["studies", "encoders", "pretrain", "sft"]
+    assert said.done["encoders"] == 18
+    for stage in ("pretrain", "sft"):
+        steps = trained[stage]["summary"][stage]["steps"]
+        assert said.done[stage] == steps and said.steps[stage] == list(range(1, steps + 1))
+    assert sum("sft: epoch" in line for line in said.lines) == 2
+
+
+def test_the_summary_says_what_was_kept(trained: dict[str, Any]) -> None:
+    first, second = trained["pretrain"]["summary"]["pretrain"], trained["sft"]["summary"]["sft"]
+    assert 0 < first["validation"]["validation_loss"] < 8 and first["encoder_auc"]
+    assert {"total", "reward/jaccard", "reward/format", "validation_loss"} <= set(second["validation"])
+    assert second["epochs"] == 2 and second["encoder_auc"] == {}
+
+
+def test_the_folders_are_whole_and_differ_where_training_was(trained: dict[str, Any], config: Config) -> None:
+    folders = {stage: config.stage_folder(stage) / "model" for stage in ("pretrain", "sft")}
+    weights = {stage: dict(named_weights(load_policy(folder))) for stage, folder in folders.items()}
+    start = dict(named_weights(load_policy(config.stage_folder("pretrain") / "start")))
+    encoder = "study_tower.ecg_encoder.blocks.0.0.weight"
+    assert not torch.equal(start[encoder], weights["pretrain"][encoder])
+    frozen = [name for name in start if "_encoder." in name]
+    assert all(torch.equal(weights["pretrain"][name], weights["sft"][name]) for name in frozen)
+    embedding = "language_model.model.embed_tokens.weight"
+    assert not torch.equal(weights["pretrain"][embedding], weights["sft"][embedding])
+    for folder in folders.values():
+        assert AutoTokenizer.from_pretrained(folder).eos_token_id is not None
+        assert not folder.with_name("model.writing").exists()
+
+
+def test_a_failing_worker_is_named_with_its_cause(config: Config, trained: dict[str, Any]) -> None:
+    config.sft.batch_size = 3
+    with pytest.raises(StageError, match=r"sft: worker [01] of 2 failed: .*batch_size: got 3"):
+        sft.run(config, Said())
+    assert (config.stage_folder("sft") / "model" / "config.json").is_file()

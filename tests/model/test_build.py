@@ -1,0 +1,80 @@
+"""Building a model: fresh, on a plain Llama, from a MedTVT folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_model import small_config, small_model, small_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from medtvt_rl.model.build import build_model
+from medtvt_rl.model.config import ModelConfig
+
+
+def test_fresh_model_follows_configuration_and_tokenizer(
+    model_config: ModelConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = build_model(model_config, tokenizer)
+    assert model.config.vocab_size == len(tokenizer) == model.output_weight.shape[0]
+    assert model.config.study_placeholders == [3, 3, 4, 4, 5, 5]
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (0, 2)
+    assert 0.04 < model.output_weight.std().item() < 0.06
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_plain_llama_becomes_the_backbone_and_learns_new_tokens(
+    model_config: ModelConfig, tmp_path: Path, tie: bool
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tie,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    )
+    llama = LlamaForCausalLM(config).eval()
+    llama.save_pretrained(tmp_path / "llama")
+    model_config.init = str(tmp_path / "llama")
+    tokenizer = small_tokenizer()
+    model = build_model(model_config, tokenizer).eval()
+    ids = torch.tensor([[1, 10, 11, 12]])
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        torch.testing.assert_close(found[..., :20], llama(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    assert found.shape[-1] == len(tokenizer) == model.config.vocab_size
+    new = model.get_input_embeddings().weight[20:]
+    assert bool(torch.isfinite(new).all()) and new.std().item() > 0
+    assert (model.output_weight is model.get_input_embeddings().weight) == tie
+    model.save(tmp_path / "medtvt")
+    model_config.init = str(tmp_path / "medtvt")
+    again = build_model(model_config, tokenizer).eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, found)
+
+
+def test_a_medtvt_folder_of_other_sizes_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    small_model(small_config(2), tokenizer).save(tmp_path)
+    config = small_config(1)
+    config.init = str(tmp_path)
+    with pytest.raises(ValueError, match="tokens_per_modality"):
+        build_model(config, tokenizer)
+
+
+def test_what_cannot_be_built_upon_is_refused(model_config: ModelConfig, tmp_path: Path) -> None:
+    model_config.init = str(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        build_model(model_config, small_tokenizer())
+
+    class NoPlaceholders:
+        def get_vocab(self) -> dict[str, int]:
+            return {"<ecg>": 3}
+
+    with pytest.raises(ValueError, match="<cxr>, <lab>"):
+        build_model(model_config, NoPlaceholders())

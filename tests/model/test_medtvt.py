@@ -1,0 +1,112 @@
+"""The Hugging Face model: placement of study tokens, shared studies, generation, folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_model import collate, random_item, small_config, small_model, study_prompt
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, place_study_tokens
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerFast) -> MedTVTForCausalLM:
+    return small_model(small_config(), tokenizer)
+
+
+def ids_of(*seeds: int) -> Tensor:
+    return torch.stack([torch.from_numpy(study_prompt(seed).token_ids).long() for seed in seeds])
+
+
+def test_study_tokens_replace_the_first_placeholders_only() -> None:
+    ids = torch.tensor([[1, 3, 4, 5, 9, 4], [1, 9, 3, 4, 5, 9]])
+    embeddings = torch.zeros(2, 6, 2)
+    tokens = torch.arange(1.0, 13.0).view(2, 3, 2)
+    placed = place_study_tokens(ids, embeddings, tokens, [3, 4, 5])
+    assert torch.equal(placed[0, 1:4], tokens[0]) and torch.equal(placed[1, 2:5], tokens[1])
+    assert placed[0, 4:].abs().sum() == 0 and placed[1, :2].abs().sum() == 0
+
+
+@pytest.mark.parametrize("row", [[1, 3, 4, 9, 9], [1, 4, 3, 5, 9], [1, 3, 3, 4, 5]])
+def test_missing_disordered_or_doubled_placeholders_are_refused(row: list[int]) -> None:
+    with pytest.raises(ValueError, match="exactly once"):
+        place_study_tokens(torch.tensor([row]), torch.zeros(1, 5, 2), torch.ones(1, 3, 2), [3, 4, 5])
+
+
+@torch.no_grad()
+def test_item_index_equals_repeating_the_studies(model: MedTVTForCausalLM) -> None:
+    ids, index = ids_of(0, 1, 2, 3), torch.tensor([1, 0, 1, 1])
+    two = [random_item(0), random_item(1, (True, False, True))]
+    shared = model.hidden_states(ids, torch.ones_like(ids), collate(two), index)
+    repeated = model.hidden_states(ids, torch.ones_like(ids), collate([two[i] for i in index.tolist()]))
+    torch.testing.assert_close(shared, repeated, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="item_index"):
+        model.hidden_states(ids, torch.ones_like(ids), collate(two))
+
+
+@torch.no_grad()
+def test_padding_on_the_right_changes_nothing(model: MedTVTForCausalLM) -> None:
+    ids, items = ids_of(0), collate([random_item(0)])
+    padded = torch.nn.functional.pad(ids, (0, 5))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 5))
+    alone = model.hidden_states(ids, torch.ones_like(ids), items)
+    torch.testing.assert_close(model.hidden_states(padded, mask, items)[:, : ids.shape[1]], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_forward_gives_the_logits_of_hidden_states_and_a_loss(model: MedTVTForCausalLM) -> None:
+    ids, items = ids_of(0, 1), collate([random_item(0), random_item(1)])
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, **items)
+    hidden = model.hidden_states(ids, torch.ones_like(ids), items)
+    torch.testing.assert_close(output.logits, hidden @ model.output_weight.T)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+
+
+@torch.no_grad()
+def test_generate_reads_each_study_once_and_continues_greedily(model: MedTVTForCausalLM) -> None:
+    ids, items = ids_of(0, 1), collate([random_item(0), random_item(1)])
+    answer = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), **items, max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
+    for step in range(ids.shape[1], answer.shape[1]):
+        prefix = answer[:, :step]
+        hidden = model.hidden_states(prefix, torch.ones_like(prefix), items)[:, -1]
+        logits = hidden @ model.output_weight.T
+        logits[:, model.config.eos_token_id] = -torch.inf
+        assert torch.equal(logits.argmax(-1), answer[:, step])
+    several = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        **items,
+        max_new_tokens=3,
+        min_new_tokens=3,
+        num_beams=3,
+        num_return_sequences=3,
+        do_sample=False,
+    )
+    assert several.shape == (6, ids.shape[1] + 3)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@torch.no_grad()
+def test_folder_round_trip(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, tie: bool) -> None:
+    model = small_model(small_config(tie=tie), tokenizer)
+    model.save(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), MedTVTConfig)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, MedTVTForCausalLM) and not loaded.training
+    ids, items = ids_of(0), collate([random_item(0, (True, True, False))])
+    torch.testing.assert_close(model(input_ids=ids, **items).logits, loaded(input_ids=ids, **items).logits)
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert (loaded.output_weight is loaded.get_input_embeddings().weight) == tie
+
+
+def test_default_model_has_no_dropout(model: MedTVTForCausalLM) -> None:
+    active = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    attention = [m.dropout for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention)]
+    assert not active and attention == [0.0] and model.config.attention_dropout == 0

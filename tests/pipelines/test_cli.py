@@ -1,0 +1,105 @@
+"""The command line: what it prints, what it refuses, and its exit codes. Nothing here starts an actor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from medtvt_rl.config import load_config
+from pipelines import cli
+from pipelines.plan import batch_arithmetic
+from pipelines.stages import StageError, finished, run_stage, start_model, write_json, write_summary
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "-c", QUICKSTART, "--dry-run", "grpo.group_size=4"]) == 0
+    text = capsys.readouterr().out
+    assert "group_size: 4" in text
+    assert "16 prompts x 4 completions = 64 completions" in text
+    assert "rollout 0: 1 CPU" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batch_arithmetic_counts_prompts_completions_and_micro_batches() -> None:
+    config = load_config(QUICKSTART, ["learner.num_workers=2", "learner.token_budget=1024", "grpo.max_staleness=2"])
+    text = batch_arithmetic(config)
+    assert "on 2 learner rank(s): 64 completions each, at most 16 micro-batches of 1024 tokens" in text
+    assert "at most 48 groups under way (max_staleness 2)" in text
+    assert "sft step: 32 examples = 2 rank(s) x 16" in text
+
+
+@pytest.mark.parametrize("stage", [*cli.HELP, "diagnose"])
+def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([stage, "--help"])
+    assert caught.value.code == 0
+    assert "usage: medtvt-rl" in capsys.readouterr().out
+
+
+def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["grpo", "-c", QUICKSTART, "grpo.grop_size=8"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "did you mean 'grpo.group_size'?" in error
+
+
+def test_a_job_keeps_its_run_outside_the_copy_of_its_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    config = cli._load(QUICKSTART, [])
+    assert Path(config.run.root) == Path.home() / "runs"
+    assert Path(config.data.root) == Path.home() / "runs" / "cohort"
+    assert cli._load(QUICKSTART, ["run.root=/shared/runs"]).run.root == "/shared/runs"
+
+
+def test_a_finished_stage_is_recognised_and_other_settings_are_named(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, [f"run.root={tmp_path}"])
+    assert finished("sft", config) is None
+    from pipelines.stages import _settings
+
+    left = {
+        "settings": _settings("sft", config),
+        "seconds": 3.0,
+        "peak_rss_bytes": 7,
+        "summary": {"sft": {"epochs": 2}},
+    }
+    write_json(config.stage_folder("sft") / "finished.json", left)
+    assert finished("sft", config) == left
+    changed = load_config(QUICKSTART, [f"run.root={tmp_path}", "sft.learning_rate=0.5"])
+    with pytest.raises(StageError, match=r"sft\.learning_rate: 0\.002 then, 0\.5 now"):
+        finished("sft", changed)
+    summary = write_summary(config)
+    assert summary["stages"] == {"sft": {"seconds": 3.0, "peak_rss_bytes": 7}}
+    assert summary["sft"] == {"epochs": 2}
+    assert json.loads((config.folder / "summary.json").read_text()) == summary
+
+
+def test_grpo_without_a_model_says_which_stage_is_missing(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, [f"run.root={tmp_path}"])
+    with pytest.raises(StageError, match="run `medtvt-rl sft`"):
+        start_model(config)
+
+
+def test_running_an_earlier_stage_again_forgets_the_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipelines.sft
+    from pipelines.reporter import Reporter
+
+    config = load_config(QUICKSTART, [f"run.root={tmp_path}"])
+    marker = config.stage_folder("grpo") / "finished.json"
+    write_json(marker, {"settings": {}, "seconds": 1.0, "peak_rss_bytes": 1})
+    monkeypatch.setattr(pipelines.sft, "run", lambda config, reporter: {"summary": {}})
+    with Reporter(config.folder) as reporter:
+        reporter.start("sft", 1, "step")
+        run_stage("sft", config, reporter)
+    assert not marker.exists()
+    assert (config.stage_folder("sft") / "finished.json").is_file()
