@@ -58,7 +58,7 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
         with Journal(config.folder / "journal", tokenizer) as journal:
 
             def on_step(step: int, metrics: dict[str, float], groups: list[TrainingGroup]) -> None:
-                _show(reporter, step, metrics)
+                _show(reporter, step, metrics, groups)
                 journal.write(step, groups)
 
             loop = GrpoLoop(config.grpo, sampler, rollouts, scoring, reference, gang, on_step)
@@ -142,8 +142,11 @@ class ReferencePool:
         return payload, kl
 
 
-def _show(reporter: Reporter, step: int, metrics: dict[str, float]) -> None:
+def _show(reporter: Reporter, step: int, metrics: dict[str, float], groups: list[TrainingGroup]) -> None:
     reporter.scalars("grpo", step, metrics)
+    failures = [reason for group in groups for reason in group.group.rewards.reasons if reason is not None]
+    if failures:
+        reporter.line(f"grpo: step {step}: {len(failures)} completions could not be scored, e.g. {failures[0]}")
     reporter.update(
         step + 1,
         reward=metrics["reward/total"],

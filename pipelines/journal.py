@@ -78,6 +78,8 @@ def _group_line(step: int, group: TrainingGroup) -> dict[str, Any]:
         "newest_version": header.newest_version,
         "lengths": list(header.lengths),
         "rewards": {name: values.tolist() for name, values in rewards.components.items()},
-        "failures": [reason for reason in rewards.reasons if reason is not None],
+        "failures": {
+            f"{header.group_id}/{index}": reason for index, reason in enumerate(rewards.reasons) if reason is not None
+        },
         "advantages": group.advantages.tolist(),
     }

@@ -26,6 +26,7 @@ SMALL = [
     "grpo.steps=3",
     "grpo.groups_per_step=4",
     "grpo.group_size=4",
+    "rewards.flaky.function=tests.integration.flaky_reward:flaky_reward",
     "evaluation.num_samples=2",
     "evaluation.bootstrap_resamples=200",
 ]
@@ -88,6 +89,15 @@ def test_the_run_folder_is_complete(root: Path) -> None:
     assert any((run / "tensorboard").iterdir())
     groups = [json.loads(line) for line in (run / "journal" / "groups.jsonl").read_text().splitlines()]
     assert sorted(group["group_id"] for group in groups) == list(range(12))
+
+
+@pytest.mark.cluster
+def test_a_reward_that_raises_is_reported_with_its_completion_and_does_not_end_the_run(root: Path) -> None:
+    groups = [json.loads(line) for line in (root / "small" / "journal" / "groups.jsonl").read_text().splitlines()]
+    failures = {name: reason for group in groups for name, reason in group["failures"].items()}
+    assert failures
+    assert set(failures.values()) == {"flaky: ValueError: this one I will not score"}
+    assert "could not be scored, e.g." in (root / "first_output.txt").read_text()
 
 
 @pytest.mark.cluster

@@ -163,7 +163,7 @@ def test_more_prompts_than_fit_one_step(engine: VllmEngine, models: list[MedTVTF
 
 def test_a_study_is_encoded_once_per_group(engine: VllmEngine) -> None:
     before = engine.num_encoded()
-    engine.submit(study_prompt(0), random_item(77), 0, 8, 0, SAMPLING).result()
+    engine.submit(study_prompt(0), random_item(999), 0, 8, 0, SAMPLING).result()
     assert engine.num_encoded() == before + 1
 
 
@@ -187,9 +187,10 @@ def test_part_of_the_weights_updates_that_part(engine: VllmEngine, models: list[
 
 
 def in_flight_update(engine: VllmEngine, buffer: WeightBuffer, on_update: str) -> RolloutGroup:
-    """A long group whose weights change after it began. Its studies lie in blocks that the prefix cache shares."""
-    sampling = dataclasses.replace(SAMPLING, max_new_tokens=LONG)
-    groups = [engine.submit(study_prompt(0, length=40), ITEMS[0], g, 8, 0, sampling) for g in range(8)]
+    """A long group whose weights change after it began, on a study that the prefix cache has from a finished group."""
+    prompt, long = study_prompt(0, length=40), dataclasses.replace(SAMPLING, max_new_tokens=LONG)
+    engine.submit(prompt, ITEMS[0], 0, 1, 0, dataclasses.replace(SAMPLING, max_new_tokens=2)).result()
+    groups = [engine.submit(prompt, ITEMS[0], g, 8, 0, long) for g in range(8)]
     while engine.stats()["num_running"] == 0:
         time.sleep(0.001)
     time.sleep(0.05)
