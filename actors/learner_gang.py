@@ -106,6 +106,16 @@ class LearnerGang:
             raise LearnerError(f"learner rank 0 exported nothing for version {version}")
         return calls[0][1], headers[0].checksum
 
+    async def score(self, group: ray.ObjectRef, index: int) -> NDArray[np.float32]:
+        """Log-probs [T] of one completion of a group at temperature 1, under the weights of now."""
+        scored = await self._all(
+            "score",
+            lambda worker, _: worker.score.remote(group, index),
+            self._config.learner.step_timeout_s,
+            "learner.step_timeout_s",
+        )
+        return np.asarray(scored[0])
+
     async def save_model(self, folder: Path) -> None:
         """Writes the policy and its tokenizer as a Hugging Face folder, complete or not at all."""
         await self._everywhere("save_model", str(Path(folder).resolve()))

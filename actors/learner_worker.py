@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
@@ -134,6 +136,14 @@ class LearnerWorker:
             seconds=time.perf_counter() - started,
         )
         return header, weights
+
+    def score(self, group: RolloutGroup, index: int) -> NDArray[np.float32]:
+        """Log-probs [T] of one completion of a group at temperature 1, under the weights of now."""
+        learner = self._ready("score")
+        try:
+            return learner.score(group.prompt, group.completions[index])
+        finally:
+            self._busy = None
 
     def save_model(self, folder: str) -> None:
         """Writes a Hugging Face folder with model and tokenizer that appears complete or not at all."""

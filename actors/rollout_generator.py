@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
@@ -104,6 +107,14 @@ class RolloutGenerator:
         finally:
             self._num_calls -= 1
         return GroupHeader.of(group, time.perf_counter() - begin), group
+
+    async def score(self, group: RolloutGroup, index: int) -> NDArray[np.float32]:
+        """Log-probs [T], at temperature 1 under the weights of now, of one completion of a group."""
+        completion = group.completions[index]
+        token_ids = np.concatenate([group.prompt.token_ids, completion.token_ids])
+        item = await asyncio.to_thread(self._item, group.prompt)
+        scored = self._running().score(replace(group.prompt, token_ids=token_ids), item, len(completion.token_ids))
+        return await asyncio.wrap_future(scored)
 
     async def update_weights(self, buffer: WeightBuffer, version: int) -> int:
         """Takes new weights; the checksum of what arrived. See VllmEngine.update_weights for what it raises."""

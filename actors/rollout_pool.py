@@ -10,7 +10,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from actors.deadline import within
 from actors.placement import Placement
@@ -89,6 +91,22 @@ class RolloutPool:
             raise WeightSyncError(
                 f"rollout {wrong} hold checksum {[held[i] for i in wrong]} of version {version}, sent {checksum}"
             )
+
+    async def score(self, group: ray.ObjectRef, index: int) -> list[NDArray[np.float32]]:
+        """Log-probs [T] of one completion at temperature 1, of every engine."""
+        return list(
+            await asyncio.gather(
+                *(
+                    within(
+                        generator.score.remote(group, index),
+                        self._config.generate_timeout_s,
+                        f"rollout {engine} to score a completion",
+                        "rollout.generate_timeout_s",
+                    )
+                    for engine, generator in enumerate(self._generators)
+                )
+            )
+        )
 
     async def stats(self) -> list[dict[str, float]]:
         """Each engine's counters (tokens, busy and idle seconds)."""

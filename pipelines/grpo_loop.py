@@ -14,6 +14,7 @@ are the Protocols below.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ class Rollouts(Protocol):
     async def update_weights(self, weights: Any, version: int, checksum: int) -> None:
         """Every engine holds `version` when this returns."""
 
+    async def score(self, group: Any, index: int) -> list[NDArray[np.float32]]:
+        """Log-probs [T] of one completion at temperature 1, of every engine."""
+
 
 class Scoring(Protocol):
     """The reward scorers."""
@@ -68,6 +72,9 @@ class Learner(Protocol):
 
     async def export(self, version: int) -> tuple[Any, int]:
         """A handle to the weights of `version`, and their checksum."""
+
+    async def score(self, group: Any, index: int) -> NDArray[np.float32]:
+        """Log-probs [T] of one completion at temperature 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,10 +202,13 @@ class GrpoLoop:
             metrics = await self._learner.train_step(groups, learning_rate(self._config, step), step)
             trained = time.monotonic()
             await self._publish(step + 1)
+            published = time.monotonic()
+            metrics["sync_gap_max"] = await self._compare(groups[0].group)
             timing = {
                 "seconds/wait_groups": waited - started,
                 "seconds/train": trained - waited,
-                "seconds/publish": time.monotonic() - trained,
+                "seconds/publish": published - trained,
+                "seconds/compare": time.monotonic() - published,
             }
             self._finish_step(step, groups, {**metrics, **timing})
 
@@ -228,6 +238,17 @@ class GrpoLoop:
             self._buffer.published(version)
             self._changed.notify_all()
 
+    async def _compare(self, group: FinishedGroup) -> float:
+        """Largest difference between learner and engines in the log-probs of one completion, right after a sync."""
+        index = int(np.argmax(group.header.lengths))
+        if group.header.lengths[index] == 0:
+            return 0.0
+        own, engines = await asyncio.gather(
+            self._learner.score(group.payload, index), self._rollouts.score(group.payload, index)
+        )
+        gaps = [float(np.abs(own - other).max()) for other in engines]
+        return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
+
     def _finish_step(self, step: int, groups: list[TrainingGroup], metrics: dict[str, float]) -> None:
         metrics = {**metrics, **rollout_metrics(groups, step)}
         result = self.result
@@ -235,9 +256,8 @@ class GrpoLoop:
         result.completions += sum(len(g.group.header.lengths) for g in groups)
         result.max_staleness_seen = max(result.max_staleness_seen, int(metrics["staleness/max"]))
         result.rewards.append(metrics["reward/total"])
-        difference = metrics.get("fresh_gap_max", 0.0)
-        if not difference <= result.logprob_max_abs_diff:
-            result.logprob_max_abs_diff = difference
+        gaps = (result.logprob_max_abs_diff, metrics["sync_gap_max"], metrics.get("fresh_gap_max", 0.0))
+        result.logprob_max_abs_diff = max(gaps)
         self._on_step(step, metrics, groups)
 
 

@@ -46,15 +46,18 @@ class SupervisedConfig:
     """One supervised stage (PT or SFT): next-token loss on answers.
 
     Attributes:
-        epochs: at most so many passes; the learning rate falls to `final_lr_share` over them by a cosine.
+        epochs: at most so many passes.
+        decay_epochs: the learning rate falls to `final_lr_share` over so many by a cosine and stays there; 0: over all.
         batch_size: examples of one optimizer step over all ranks.
         modality_dropout: probability that a modality is withheld from an example.
-        patience: stop when the validation score did not rise for so many epochs; 0 runs all epochs.
+        patience: stop when the validation score did not rise for so many epochs; 0 runs all epochs. The best are kept.
+        min_rise: what counts as a rise; set it to the noise of the score.
         validation_studies, validation_samples: the score is the mean reward of that many sampled answers.
         train_encoders: whether the modality encoders learn, too.
     """
 
     epochs: int = 6
+    decay_epochs: int = 0
     batch_size: int = 32
     learning_rate: float = 2e-3
     warmup_share: float = 0.05
@@ -62,6 +65,7 @@ class SupervisedConfig:
     weight_decay: float = 0.05
     modality_dropout: float = 0.05
     patience: int = 0
+    min_rise: float = 0.0
     validation_studies: int = 150
     validation_samples: int = 4
     train_encoders: bool = False

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from medtvt_rl.algorithm.config import LossConfig
@@ -26,7 +27,7 @@ from medtvt_rl.config import Config
 from medtvt_rl.learner.engine import StepOutcome, TrainingEngine
 from medtvt_rl.learner.export import export_weights
 from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, TokenBatch, build_batch
-from medtvt_rl.types import TrainingSequence
+from medtvt_rl.types import Completion, Prompt, TrainingSequence
 from medtvt_rl.weights import WeightBuffer
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,16 @@ class GrpoLearner:
         sums = self.engine.all_reduce(sums, "sum").cpu()
         largest = float(self.engine.all_reduce(torch.tensor([largest], dtype=torch.float64), "max").item())
         return outcome, _report(dict(zip((*METRIC_SUMS, *EXTRA_SUMS), sums.tolist())), largest)
+
+    def score(self, prompt: Prompt, completion: Completion) -> NDArray[np.float32]:
+        """Log-probs [T] of a completion at temperature 1, under the weights of now; the same on every rank."""
+        scored = ScoredSequence(
+            prompt_ids=prompt.token_ids, completion_ids=completion.token_ids, item_id=prompt.item_id
+        )
+        batch = build_batch([scored], self._context.items, self.engine.dtype, self.engine.device)
+        with torch.no_grad():
+            logprobs, _ = self.engine.forward(batch, temperature=1.0)
+        return logprobs.float().cpu().numpy()
 
     def export(self, version: int) -> WeightBuffer | None:
         """What trains, packed for the engines under their names; None on every rank but 0."""

@@ -94,6 +94,7 @@ class SupervisedTrainer:
         self._config, self._seed, self._token_budget = config, seed, token_budget
         self._validate, self._keep_best, self._observer = validate, keep_best, observer
         self._skipped_in_a_row = 0
+        self._steps_per_epoch = 0
 
     def run(self) -> SupervisedResult:
         """Trains until the last epoch, or until the score has not risen for `patience` epochs.
@@ -102,16 +103,19 @@ class SupervisedTrainer:
             NonFiniteLossError: several steps in a row were not finite; no weight was changed by them.
         """
         started, step, best, best_epoch, kept = time.perf_counter(), 0, -math.inf, -1, dict[str, float]()
-        total_steps = self._config.epochs * len(self._plan(self._source.epoch(0), 0))
+        to_beat, risen_epoch = -math.inf, 0
+        self._steps_per_epoch = len(self._plan(self._source.epoch(0), 0))
         for epoch in range(self._config.epochs):
-            step, train_loss = self._train_epoch(epoch, step, total_steps)
+            step, train_loss = self._train_epoch(epoch, step)
             validation = self._validate()
             if validation.score > best:
                 best, best_epoch, kept = validation.score, epoch, validation.metrics
                 self._keep_best()
+            if validation.score > to_beat:
+                to_beat, risen_epoch = validation.score + self._config.min_rise, epoch
             if self._engine.rank == 0:
                 self._observer.epoch(epoch, {"train_loss": train_loss, **validation.metrics})
-            if self._config.patience and epoch - best_epoch >= self._config.patience:
+            if self._config.patience and epoch - risen_epoch >= self._config.patience:
                 break
         if best_epoch < 0:
             raise NonFiniteLossError(f"validation score was not a number in any of {epoch + 1} epochs; lower the rate")
@@ -123,23 +127,18 @@ class SupervisedTrainer:
             seconds=time.perf_counter() - started,
         )
 
-    def _train_epoch(self, epoch: int, step: int, total_steps: int) -> tuple[int, float]:
+    def _train_epoch(self, epoch: int, step: int) -> tuple[int, float]:
         """Returns the steps done so far and the mean loss per answer token of the epoch."""
         examples = self._source.epoch(epoch)
         self._engine.policy.train()
         losses = []
         for batch in self._plan(examples, epoch):
-            rate = warmup_cosine(
-                step,
-                total_steps,
-                self._config.learning_rate,
-                math.ceil(self._config.warmup_share * total_steps),
-                self._config.final_lr_share,
-            )
+            rate = self._rate(step)
             metrics = self._train_batch([examples[i] for i in batch], rate)
             losses.append(metrics["loss"])
             step += 1
             if self._engine.rank == 0:
+                total_steps = self._config.epochs * self._steps_per_epoch
                 self._observer.step(step, total_steps, {**metrics, "epoch": epoch + 1})
         if self._config.train_encoders:
             self._average_statistics()
@@ -152,6 +151,12 @@ class SupervisedTrainer:
         for buffer in self._engine.policy.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(self._engine.all_reduce(buffer.clone(), "sum") / self._engine.world_size)
+
+    def _rate(self, step: int) -> float:
+        config = self._config
+        decay_steps = (config.decay_epochs or config.epochs) * self._steps_per_epoch
+        warmup_steps = math.ceil(config.warmup_share * decay_steps)
+        return warmup_cosine(step, decay_steps, config.learning_rate, warmup_steps, config.final_lr_share)
 
     def _plan(self, examples: Sequence[ScoredSequence], epoch: int) -> list[list[int]]:
         lengths = [example.length for example in examples]

@@ -119,12 +119,15 @@ class StudyProcessor(BaseMultiModalProcessor[StudyProcessingInfo]):
     def _apply_prompt_updates(
         self, token_ids: list[int], mm_prompt_updates: Mapping[str, Any]
     ) -> tuple[list[int], Mapping[str, list[PlaceholderFeaturesInfo]]]:
-        """Locates the placeholders: one span from the first to the last, with a mask of those in between."""
+        """Locates the placeholders: one span from the first to the last, with a mask of those in between.
+
+        Those that come after the study's own are text: a completion that is scored may hold some that were sampled.
+        """
         if not mm_prompt_updates.get(STUDY):
             return token_ids, {}
         expected = self.info.study_config.study_placeholders
         kinds = set(expected)
-        positions = [i for i, token in enumerate(token_ids) if token in kinds]
+        positions = [i for i, token in enumerate(token_ids) if token in kinds][: len(expected)]
         if [token_ids[i] for i in positions] != expected:
             raise ValueError(
                 f"prompt: {len(positions)} study placeholders {[token_ids[i] for i in positions]}, expected the "

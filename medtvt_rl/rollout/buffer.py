@@ -59,7 +59,8 @@ class AdmissionBuffer(Generic[T]):
     Args:
         groups_per_step: N, groups of one step.
         max_staleness: S, steps that a group may lag behind the learner.
-        look_ahead: later groups that may be taken in place of slow ones; at most S * N. None: N // 8, or 0 at S = 0.
+        look_ahead: later groups that may be taken in place of slow ones; at most S * N. None: N // 8, or 0
+            at S < 2, where any group held back would leave the engines idle while the learner trains.
     """
 
     def __init__(self, groups_per_step: int, max_staleness: int, look_ahead: int | None = None) -> None:
@@ -68,7 +69,7 @@ class AdmissionBuffer(Generic[T]):
         if max_staleness < 0:
             raise ValueError(f"grpo.max_staleness: {max_staleness}, expected 0 (on-policy) or more")
         if look_ahead is None:
-            look_ahead = groups_per_step // 8 if max_staleness else 0
+            look_ahead = groups_per_step // 8 if max_staleness >= 2 else 0
         if not 0 <= look_ahead <= max_staleness * groups_per_step:
             raise ValueError(
                 f"look_ahead: {look_ahead}, expected 0 to max_staleness * groups_per_step = "

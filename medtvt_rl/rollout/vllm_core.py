@@ -48,12 +48,14 @@ class SampledTokens:
     Attributes:
         token_ids: [T] int32.
         logprobs: [T] float32, at the sampling temperature.
+        prompt_logprobs: [P - 1] float32 of the prompt's tokens but the first, at temperature 1; None unless asked for.
     """
 
     request_id: str
     token_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: FinishReason
+    prompt_logprobs: np.ndarray | None = None
 
 
 def load_in_place(worker: Any, named: list[tuple[str, torch.Tensor]]) -> int:
@@ -109,8 +111,19 @@ class VllmCore:
         (rendered,) = renderer.render_cmpl([parse_model_prompt(self._engine.model_config, raw)])
         return rendered
 
-    def add(self, request_id: str, rendered: Any, sampling: SamplingConfig, max_tokens: int, seed: int | None) -> str:
-        """Queues one completion; `seed` None is greedy. Returns vLLM's own id of the request."""
+    def add(
+        self,
+        request_id: str,
+        rendered: Any,
+        sampling: SamplingConfig,
+        max_tokens: int,
+        seed: int | None,
+        with_prompt: bool = False,
+    ) -> str:
+        """Queues one completion; `seed` None is greedy, `with_prompt` asks for the prompt's log-probs, too.
+
+        Returns vLLM's own id of the request.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -121,6 +134,7 @@ class VllmCore:
             seed=seed,
             max_tokens=max_tokens,
             logprobs=0,
+            prompt_logprobs=0 if with_prompt else None,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -217,7 +231,15 @@ def _sampled(output: Any) -> SampledTokens:
         token_ids=token_ids,
         logprobs=np.asarray(logprobs, dtype=np.float32),
         finish_reason=completion.finish_reason,
+        prompt_logprobs=_prompt_logprobs(output),
     )
+
+
+def _prompt_logprobs(output: Any) -> np.ndarray | None:
+    if output.prompt_logprobs is None:
+        return None
+    pairs = list(zip(output.prompt_logprobs, output.prompt_token_ids))[1:]
+    return np.array([position[token].logprob for position, token in pairs], dtype=np.float32)
 
 
 def _item_key(item: dict[str, Any]) -> str:

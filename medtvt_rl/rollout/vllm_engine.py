@@ -17,66 +17,24 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
+from medtvt_rl.rollout.pending import OnUpdate, PendingGroup, Request, WeightUpdate
 from medtvt_rl.rollout.sampling import completion_seed
 from medtvt_rl.rollout.vllm_core import SampledTokens, VllmCore, quiet_tensors
 from medtvt_rl.types import Completion, Prompt, RolloutGroup
 from medtvt_rl.weights import WeightBuffer
-
-OnUpdate = Literal["continue", "finish", "restart"]
 
 logger = logging.getLogger(__name__)
 
 
 class EngineBrokenError(RuntimeError):
     """The engine's state is unknown, after a failed load or step; it serves no more and has to be replaced."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Request:
-    """One completion in flight.
-
-    Attributes:
-        internal_id: vLLM's own id.
-        marks: (number of tokens, version): so many tokens were there when this version went out of service.
-    """
-
-    group: _Group
-    index: int
-    internal_id: str = ""
-    marks: list[tuple[int, int]] = field(default_factory=list)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Group:
-    """One submitted group: what was asked, and what has come of it."""
-
-    prompt: Prompt
-    item: dict[str, Any] | None
-    group_id: int
-    num_completions: int
-    run_seed: int
-    sampling: SamplingConfig
-    greedy: bool
-    max_tokens: int
-    future: Future[RolloutGroup]
-    rendered: Any = None
-    completions: dict[int, Completion] = field(default_factory=dict)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Update:
-    """One weight update that waits for its turn."""
-
-    buffer: WeightBuffer
-    on_update: OnUpdate
-    future: Future[int]
 
 
 class VllmEngine:
@@ -100,10 +58,10 @@ class VllmEngine:
         self.config = config
         self.version = version
         self.broken: str | None = None
-        self._commands: queue.SimpleQueue[_Group | _Update | Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiting: list[_Group] = []
-        self._updates: list[_Update] = []
-        self._in_flight: dict[str, _Request] = {}
+        self._commands: queue.SimpleQueue[PendingGroup | WeightUpdate | Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: list[PendingGroup] = []
+        self._updates: list[WeightUpdate] = []
+        self._in_flight: dict[str, Request] = {}
         self._next_request = 0
         self._closing = False
         self._lock = threading.Lock()
@@ -153,7 +111,7 @@ class VllmEngine:
             raise ValueError(
                 f"rollout.sampling.temperature: {sampling.temperature}, expected more than 0; ask for greedy instead"
             )
-        group = _Group(
+        group = PendingGroup(
             prompt=prompt,
             item=item,
             group_id=group_id,
@@ -163,6 +121,32 @@ class VllmEngine:
             greedy=greedy,
             max_tokens=min(sampling.max_new_tokens, room),
             future=_uncancellable(),
+        )
+        self._send(group)
+        return group.future
+
+    def score(self, prompt: Prompt, item: dict[str, Any] | None, num_scored: int) -> Future[NDArray[np.float32]]:
+        """Log-probs, at temperature 1 and under the weights of now, of the last `num_scored` tokens of a prompt.
+
+        Args:
+            prompt: a prompt with a completion behind it.
+        """
+        if not 0 < num_scored < len(prompt.token_ids) < self.config.max_model_len:
+            raise ValueError(
+                f"prompt {prompt.prompt_id}: cannot score the last {num_scored} of {len(prompt.token_ids)} tokens; "
+                f"expected fewer than there are, and room for one more in max_model_len {self.config.max_model_len}"
+            )
+        group = PendingGroup(
+            prompt=prompt,
+            item=item,
+            group_id=0,
+            num_completions=1,
+            run_seed=0,
+            sampling=SamplingConfig(),
+            greedy=True,
+            max_tokens=1,
+            future=_uncancellable(),
+            num_scored=num_scored,
         )
         self._send(group)
         return group.future
@@ -184,7 +168,7 @@ class VllmEngine:
         """
         if on_update not in ("continue", "finish", "restart"):
             raise ValueError(f"rollout.on_update: {on_update!r}, expected 'continue', 'finish' or 'restart'")
-        update = _Update(buffer=buffer, on_update=on_update, future=_uncancellable())
+        update = WeightUpdate(buffer=buffer, on_update=on_update, future=_uncancellable())
         self._send(update)
         return update.future.result()
 
@@ -218,7 +202,7 @@ class VllmEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, command: _Group | _Update | Callable[[], None]) -> None:
+    def _send(self, command: PendingGroup | WeightUpdate | Callable[[], None]) -> None:
         with self._lock:
             if self.broken is not None:
                 raise EngineBrokenError(self.broken)
@@ -273,9 +257,9 @@ class VllmEngine:
                 has_work = True
             if command is None:
                 self._closing = True
-            elif isinstance(command, _Group):
+            elif isinstance(command, PendingGroup):
                 self._waiting.append(command)
-            elif isinstance(command, _Update):
+            elif isinstance(command, WeightUpdate):
                 self._updates.append(command)
             else:
                 command()
@@ -290,20 +274,26 @@ class VllmEngine:
                 continue
             group.item = None
             for index in range(group.num_completions):
-                self._start(_Request(group=group, index=index))
+                self._start(Request(group=group, index=index))
 
-    def _start(self, request: _Request) -> None:
+    def _start(self, request: Request) -> None:
         group = request.group
         request_id = str(self._next_request)
         self._next_request += 1
         seed = None if group.greedy else completion_seed(group.run_seed, group.group_id, request.index)
         request.marks = []
-        request.internal_id = self._core.add(request_id, group.rendered, group.sampling, group.max_tokens, seed)
+        request.internal_id = self._core.add(
+            request_id, group.rendered, group.sampling, group.max_tokens, seed, with_prompt=group.num_scored > 0
+        )
         self._in_flight[request_id] = request
 
     def _finish(self, sampled: SampledTokens) -> None:
         request = self._in_flight.pop(sampled.request_id)
         group = request.group
+        if group.num_scored:
+            assert sampled.prompt_logprobs is not None, "asked for with the request"
+            group.future.set_result(sampled.prompt_logprobs[-group.num_scored :])
+            return
         versions = np.full(len(sampled.token_ids), self.version, dtype=np.int32)
         for count, version in reversed(request.marks):
             versions[:count] = version
@@ -330,7 +320,7 @@ class VllmEngine:
             except Exception as error:
                 update.future.set_exception(error)
 
-    def _update(self, update: _Update) -> int:
+    def _update(self, update: WeightUpdate) -> int:
         """Verifies, loads, drops caches. Nothing is paused: this thread steps again only when it is through."""
         checksum = update.buffer.verify()
         restarted = self._withdraw() if update.on_update == "restart" else []
@@ -351,21 +341,21 @@ class VllmEngine:
             self._start(request)
         return checksum
 
-    def _withdraw(self) -> list[_Request]:
+    def _withdraw(self) -> list[Request]:
         """Takes every request out of vLLM, to be started again."""
         requests = list(self._in_flight.values())
         self._core.abort(list(self._in_flight))
         self._in_flight.clear()
         return requests
 
-    def _break(self, reason: str, also: list[_Request] | None = None) -> None:
+    def _break(self, reason: str, also: list[Request] | None = None) -> None:
         """Serves no more: everything at hand and everything to come raises EngineBrokenError."""
         with self._lock:
             self.broken = self.broken or reason
         for command in _drain(self._commands):
-            if isinstance(command, _Group):
+            if isinstance(command, PendingGroup):
                 self._waiting.append(command)
-            elif isinstance(command, _Update):
+            elif isinstance(command, WeightUpdate):
                 self._updates.append(command)
         groups = [request.group for request in (*self._in_flight.values(), *(also or ()))]
         futures = [each.future for each in (*groups, *self._waiting, *self._updates)]

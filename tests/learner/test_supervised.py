@@ -119,6 +119,19 @@ def test_patience_stops_and_the_best_epoch_is_kept() -> None:
     assert _run(scores=[0.1, 0.5, 0.4, 0.45, 0.6, 0.7])[0].best_epoch == 5
 
 
+def test_a_rise_within_the_noise_does_not_keep_training_going_but_is_kept() -> None:
+    result, _, kept, _ = _run(scores=[0.1, 0.5, 0.505, 0.508, 0.6, 0.7], patience=2, min_rise=0.01)
+    assert result.epochs == 4
+    assert result.best_epoch == 3 and kept == [0, 1, 2, 3]
+
+
+def test_the_rate_stays_at_its_floor_after_the_decay_epochs() -> None:
+    _, seen, _, _ = _run(decay_epochs=2, final_lr_share=0.1)
+    rates = [step["learning_rate"] for step in seen.steps]
+    assert max(rates) == pytest.approx(1e-2, rel=0.2)
+    assert rates[6:] == pytest.approx([1e-3] * 12)
+
+
 def test_steps_that_are_never_finite_end_the_stage() -> None:
     policy = TinyPolicy()
     with torch.no_grad():

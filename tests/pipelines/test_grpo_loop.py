@@ -15,22 +15,25 @@ from medtvt_rl.types import GroupHeader, Prompt
 from pipelines.grpo_loop import GrpoLoop, LoopError, TrainingGroup, learning_rate
 
 
-class FakeCluster:
-    """Generators, scorers, reference and learner in one: it notes every event, and sleeps for random times."""
+class FakeScorers:
+    async def score(self, group: int) -> GroupRewards:
+        values = np.array([0.0, 1.0, 0.5, 0.25], dtype=np.float32)
+        return GroupRewards(
+            components={"jaccard": values}, total=values, failed=np.zeros(4, dtype=bool), reasons=(None,) * 4
+        )
 
-    def __init__(self, seed: int = 0, fail: frozenset[int] = frozenset()) -> None:
-        self.version = 0
-        self.random = random.Random(seed)
-        self.fail = fail
-        self.trained: list[list[int]] = []
-        self.staleness: list[int] = []
-        self.started_at: dict[int, int] = {}
+
+class FakeEngines:
+    """The generators: they sleep for random times, and fail where they are told to."""
+
+    def __init__(self, cluster: FakeCluster) -> None:
+        self.cluster = cluster
 
     async def generate(self, prompt: Prompt, group_id: int, num_completions: int) -> tuple[GroupHeader, int]:
-        self.started_at[group_id] = self.version
-        version = self.version
-        await asyncio.sleep(self.random.random() * 0.004)
-        if group_id in self.fail:
+        cluster = self.cluster
+        cluster.started_at[group_id] = version = cluster.version
+        await asyncio.sleep(cluster.random.random() * 0.004)
+        if group_id in cluster.fail:
             raise RuntimeError("the engine is on fire")
         header = GroupHeader(
             group_id=group_id,
@@ -38,16 +41,30 @@ class FakeCluster:
             lengths=(3,) * num_completions,
             num_cut=0,
             oldest_version=version,
-            newest_version=self.version,
+            newest_version=cluster.version,
             generate_s=0.0,
         )
         return header, group_id
 
-    async def score(self, group: int) -> GroupRewards:
-        values = np.array([0.0, 1.0, 0.5, 0.25], dtype=np.float32)
-        return GroupRewards(
-            components={"jaccard": values}, total=values, failed=np.zeros(4, dtype=bool), reasons=(None,) * 4
-        )
+    async def update_weights(self, weights: int, version: int, checksum: int) -> None:
+        assert weights == version
+        self.cluster.version = version
+
+    async def score(self, group: int, index: int) -> list[np.ndarray]:
+        return [np.zeros(3), np.full(3, self.cluster.gap)]
+
+
+class FakeCluster:
+    """Reference and learner, and what all fakes share: the published version, and notes of every event."""
+
+    def __init__(self, seed: int = 0, fail: frozenset[int] = frozenset(), gap: float = 0.0) -> None:
+        self.gap = gap
+        self.version = 0
+        self.random = random.Random(seed)
+        self.fail = fail
+        self.trained: list[list[int]] = []
+        self.staleness: list[int] = []
+        self.started_at: dict[int, int] = {}
 
     async def logprobs(self, group: int) -> tuple[int, np.ndarray]:
         await asyncio.sleep(self.random.random() * 0.002)
@@ -63,9 +80,8 @@ class FakeCluster:
     async def export(self, version: int) -> tuple[int, int]:
         return version, 0
 
-    async def update_weights(self, weights: int, version: int, checksum: int) -> None:
-        assert weights == version
-        self.version = version
+    async def score(self, group: int, index: int) -> np.ndarray:
+        return np.zeros(3)
 
 
 def run_loop(cluster: FakeCluster, **settings: object) -> GrpoLoop:
@@ -76,7 +92,9 @@ def run_loop(cluster: FakeCluster, **settings: object) -> GrpoLoop:
     ]
 
     async def run() -> GrpoLoop:
-        loop = GrpoLoop(config, PromptSampler(prompts, 0), cluster, cluster, cluster, cluster, lambda *_: None)
+        loop = GrpoLoop(
+            config, PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(), cluster, cluster, lambda *_: None
+        )
         await asyncio.wait_for(loop.run(), 20)
         return loop
 
@@ -115,6 +133,11 @@ def test_a_failed_group_is_replaced() -> None:
 def test_groups_that_keep_failing_end_the_run_with_the_reason() -> None:
     with pytest.raises(LoopError, match="the engine is on fire"):
         run_loop(FakeCluster(fail=frozenset(range(1000))))
+
+
+@pytest.mark.parametrize(("gap", "reported"), [(0.5, 0.5), (float("nan"), float("inf"))])
+def test_a_difference_between_engine_and_learner_after_a_sync_is_reported(gap: float, reported: float) -> None:
+    assert run_loop(FakeCluster(gap=gap)).result.logprob_max_abs_diff == reported
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

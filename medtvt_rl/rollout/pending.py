@@ -1,0 +1,63 @@
+"""What waits inside a rollout engine: groups, their requests, weight updates.
+
+Owns: these records. Does not own: what becomes of them (vllm_engine.py).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from medtvt_rl.rollout.config import SamplingConfig
+from medtvt_rl.types import Completion, Prompt
+from medtvt_rl.weights import WeightBuffer
+
+OnUpdate = Literal["continue", "finish", "restart"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """One completion in flight.
+
+    Attributes:
+        internal_id: vLLM's own id.
+        marks: (number of tokens, version): so many tokens were there when this version went out of service.
+    """
+
+    group: PendingGroup
+    index: int
+    internal_id: str = ""
+    marks: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class PendingGroup:
+    """One submitted group: what was asked, and what has come of it.
+
+    Attributes:
+        num_scored: 0 for a group to be sampled; else the last tokens of the prompt whose log-probs are asked for.
+        future: of a RolloutGroup, or of [num_scored] float32 log-probs.
+    """
+
+    prompt: Prompt
+    item: dict[str, Any] | None
+    group_id: int
+    num_completions: int
+    run_seed: int
+    sampling: SamplingConfig
+    greedy: bool
+    max_tokens: int
+    future: Future[Any]
+    num_scored: int = 0
+    rendered: Any = None
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class WeightUpdate:
+    """One weight update that waits for its turn."""
+
+    buffer: WeightBuffer
+    on_update: OnUpdate
+    future: Future[int]

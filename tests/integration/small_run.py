@@ -1,0 +1,26 @@
+"""The overrides of a run that is whole, and small enough for a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[2]
+SMALL = [
+    "run.name=small",
+    "cohort.num_train=96",
+    "cohort.num_validation=16",
+    "cohort.num_test=16",
+    "encoders.ecg_steps=20",
+    "encoders.cxr_steps=20",
+    "encoders.lab_steps=20",
+    "pretrain.epochs=1",
+    "sft.epochs=2",
+    "sft.validation_studies=8",
+    "sft.validation_samples=2",
+    "grpo.steps=3",
+    "grpo.groups_per_step=4",
+    "grpo.group_size=4",
+    "rewards.flaky.function=tests.integration.flaky_reward:flaky_reward",
+    "evaluation.num_samples=2",
+    "evaluation.bootstrap_resamples=200",
+]
