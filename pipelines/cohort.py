@@ -23,13 +23,26 @@ def run(config: Config, reporter: Reporter) -> dict[str, Any]:
         reporter.start("cohort", total, "study")
         write_cohort(config.cohort, Path(config.data.root), lambda done, _: reporter.update(done))
         reporter.update(total)
-    reporter.start("store", None, "study")
-    store = StudyStore.build(config.data, lambda done, total: reporter.update(done, total=total))
+    store = build_store(config, reporter)
     counts = {split: len(store.study_ids(split)) for split in config.data.labs_csv}
     reporter.line("studies: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
     if store.problems:
         reporter.line(f"unusable: {len(store.problems)}, listed in {Path(config.data.store) / 'problems.csv'}")
     return {"summary": {"cohort": {"studies": counts, "problems": len(store.problems)}}}
+
+
+def build_store(config: Config, reporter: Reporter) -> StudyStore:
+    """Validates the studies into the store; an up-to-date store is opened at once, and nothing is said of it."""
+    started = False
+
+    def progress(done: int, total: int) -> None:
+        nonlocal started
+        if not started:
+            reporter.start("store", total, "study")
+            started = True
+        reporter.update(done)
+
+    return StudyStore.build(config.data, progress)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import ray
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from actors.deadline import within
 from actors.placement import place, plan
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
@@ -32,7 +33,6 @@ from pipelines.grpo import load_prompts
 from pipelines.reporter import Reporter
 from pipelines.stages import start_model
 
-FETCH_TIMEOUT_S = 60.0
 FIRST_GROUP_ID = 1 << 40
 
 
@@ -90,6 +90,7 @@ class Asker:
         self, config: Config, pool: RolloutPool, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
     ) -> None:
         self._num_samples = config.evaluation.num_samples
+        self._fetch_timeout_s = config.rollout.generate_timeout_s
         self._pool = pool
         self._tokenizer = tokenizer
         self._reporter = reporter
@@ -113,7 +114,9 @@ class Asker:
 
     async def _texts(self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool) -> tuple[str, ...]:
         _, payload = await self._pool.generate(prompt, group_id, num_completions, greedy)
-        group: RolloutGroup = ray.get(payload, timeout=FETCH_TIMEOUT_S)
+        group: RolloutGroup = await within(
+            payload, self._fetch_timeout_s, f"the answers of group {group_id}", "rollout.generate_timeout_s"
+        )
         return tuple(str(self._tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in group.completions)
 
 

@@ -49,11 +49,11 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
     reporter.line(f"grpo: starting {len(bundles)} actors")
     placement = place(bundles, config.placement.timeout_s)
     try:
+        reference = ReferencePool(config, placement, folder) if grpo_roles(config)["reference"] else None
+        scoring = ScorerPool(config, placement, folder)
         rollouts, gang = await asyncio.gather(
             RolloutPool.start(config, placement, folder), LearnerGang.start(config, placement, folder)
         )
-        reference = ReferencePool(config, placement, folder) if grpo_roles(config)["reference"] else None
-        scoring = ScorerPool(config, placement, folder)
         reporter.start("grpo", config.grpo.steps, "step")
         with Journal(config.folder / "journal", tokenizer) as journal:
 

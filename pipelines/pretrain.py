@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from medtvt_rl.config import Config
-from pipelines.supervised import Reporter, train
+from pipelines.cohort import build_store
+from pipelines.reporter import Reporter
+from pipelines.supervised import train
 
 
 def run(config: Config, reporter: Reporter) -> dict[str, Any]:
@@ -27,15 +29,13 @@ def _start(config: Config, reporter: Reporter) -> tuple[Path, bool]:
     """A folder with model and tokenizer to start from, and whether its encoders are fresh."""
     import torch
 
-    from medtvt_rl.data.study_store import StudyStore
     from medtvt_rl.data.tokenizer import build_tokenizer
     from medtvt_rl.learner.process_group import prepare_environment
     from medtvt_rl.model.build import build_model
     from medtvt_rl.model.medtvt import MedTVTConfig
 
     prepare_environment(config.pretrain.num_threads)
-    reporter.start("studies", None, "study")
-    store = StudyStore.build(config.data, lambda done, total: reporter.update(done, total=total))
+    store = build_store(config, reporter)
     tokenizer = build_tokenizer(config, store)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, tokenizer)

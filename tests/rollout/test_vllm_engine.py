@@ -256,6 +256,25 @@ def test_completion_ends_at_the_model_length(engine: VllmEngine) -> None:
     assert all(len(c.token_ids) <= ENGINE.max_model_len - len(group.prompt.token_ids) for c in group.completions)
 
 
+def test_scoring_a_completion_agrees_with_the_model_before_and_after_an_update(
+    engine: VllmEngine, models: list[MedTVTForCausalLM]
+) -> None:
+    prompt = study_prompt(0)
+    group = engine.submit(prompt, ITEMS[0], 900, 1, 0, SAMPLING).result(60)
+    (completion,) = group.completions
+    tokens = np.concatenate([prompt.token_ids, completion.token_ids])
+    whole = dataclasses.replace(prompt, token_ids=tokens)
+    for version, model in enumerate(models):
+        if version:
+            engine.update_weights(weights(model, version))
+        scored = engine.score(whole, ITEMS[0], len(completion.token_ids)).result(60)
+        expected = policy_logprobs(model, prompt, ITEMS[0], completion)
+        expected = expected.gather(1, torch.from_numpy(completion.token_ids)[:, None].long())[:, 0]
+        assert np.abs(scored - expected.numpy()).max() <= TOLERANCE
+    with pytest.raises(ValueError, match="cannot score the last"):
+        engine.score(prompt, ITEMS[0], len(prompt.token_ids))
+
+
 def test_untied_model_then_a_failed_load_breaks_the_engine(tmp_path: Path) -> None:
     """One more engine: its own output layer is updated, and a wrong name leaves the engine broken, not half-new."""
     untied = [small_model(small_config(1, tie=False), small_tokenizer(), seed) for seed in (0, 1)]
@@ -300,22 +319,3 @@ def test_plain_text_model(tmp_path: Path) -> None:
                 engine.update_weights(pack_weights(version, named_weights(policy)))
             group = engine.submit(prompt, None, 0, 4, 0, SAMPLING).result()
             assert difference(policy, group, None) < TOLERANCE
-
-
-def test_scoring_a_completion_agrees_with_the_model_before_and_after_an_update(
-    engine: VllmEngine, models: list[MedTVTForCausalLM]
-) -> None:
-    prompt = study_prompt(0)
-    group = engine.submit(prompt, ITEMS[0], 900, 1, 0, SAMPLING).result(60)
-    (completion,) = group.completions
-    tokens = np.concatenate([prompt.token_ids, completion.token_ids])
-    whole = dataclasses.replace(prompt, token_ids=tokens)
-    for version, model in enumerate(models):
-        if version:
-            engine.update_weights(weights(model, version))
-        scored = engine.score(whole, ITEMS[0], len(completion.token_ids)).result(60)
-        expected = policy_logprobs(model, prompt, ITEMS[0], completion)
-        expected = expected.gather(1, torch.from_numpy(completion.token_ids)[:, None].long())[:, 0]
-        assert np.abs(scored - expected.numpy()).max() <= TOLERANCE
-    with pytest.raises(ValueError, match="cannot score the last"):
-        engine.score(prompt, ITEMS[0], len(prompt.token_ids))
