@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
+from medtvt_rl.logs import redirect_output
 from medtvt_rl.types import RolloutGroup
 
 
@@ -21,7 +22,8 @@ from medtvt_rl.types import RolloutGroup
 class ReferencePolicy:
     """Holds the policy of `model_folder` as it is; it never learns."""
 
-    def __init__(self, model_folder: str, config: Config) -> None:
+    def __init__(self, model_folder: str, config: Config, index: int = 0) -> None:
+        redirect_output(config.folder / "logs" / f"reference_{index}.log")
         import torch
 
         from medtvt_rl.model.policy import load_policy

@@ -9,6 +9,7 @@ import ray
 from transformers import AutoTokenizer
 
 from medtvt_rl.config import Config
+from medtvt_rl.logs import redirect_output
 from medtvt_rl.rewards.scorer import GroupRewards, Scorer
 from medtvt_rl.types import RolloutGroup
 
@@ -20,9 +21,11 @@ class RewardScorer:
     Args:
         config: of the run; `config.rewards` names the functions.
         tokenizer_folder: a Hugging Face folder with the tokenizer of the policy.
+        index: of this scorer among its kind.
     """
 
-    def __init__(self, config: Config, tokenizer_folder: str) -> None:
+    def __init__(self, config: Config, tokenizer_folder: str, index: int = 0) -> None:
+        redirect_output(config.folder / "logs" / f"reward_{index}.log")
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         self._scorer = Scorer(config.rewards)
 

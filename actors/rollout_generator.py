@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
+from medtvt_rl.logs import redirect_output
 from medtvt_rl.rollout.config import SamplingConfig
 from medtvt_rl.types import GroupHeader, Prompt, RolloutGroup
 from medtvt_rl.weights import WeightBuffer
@@ -41,6 +42,7 @@ class RolloutGenerator:
     """
 
     def __init__(self, model_folder: str, config: Config, index: int, version: int = 0) -> None:
+        redirect_output(config.folder / "logs" / f"rollout_{index}.log")
         self._model_folder = model_folder
         self._config = config
         self._index = index

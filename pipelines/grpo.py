@@ -106,7 +106,7 @@ class ScorerPool:
         self._timeout_s = config.score_timeout_s
         actor: Any = RewardScorer
         self._scorers = [
-            actor.options(**placement.options("reward", index)).remote(config, str(model_folder))
+            actor.options(**placement.options("reward", index)).remote(config, str(model_folder), index)
             for index in range(config.num_scorers)
         ]
         self._turn = count()
@@ -129,7 +129,7 @@ class ReferencePool:
         self._timeout_s = config.score_timeout_s
         actor: Any = ReferencePolicy
         self._references = [
-            actor.options(**placement.options("reference", index)).remote(str(model_folder), config)
+            actor.options(**placement.options("reference", index)).remote(str(model_folder), config, index)
             for index in range(config.num_references)
         ]
         self._turn = count()

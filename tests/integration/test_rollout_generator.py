@@ -42,6 +42,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     small_model(small_config(), small_tokenizer(), 0).save(folder)
     small_tokenizer().save_pretrained(folder)
     config = Config()
+    config.run.root = str(tmp_path_factory.mktemp("runs"))
     config.task.items = "test_rollout_generator:SmallItems"
     config.rollout.engine = EngineConfig(max_model_len=64, kv_cache_bytes=1 << 25, max_num_seqs=16)
     config.rollout.sampling = SamplingConfig(max_new_tokens=12)

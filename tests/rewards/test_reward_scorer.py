@@ -32,7 +32,9 @@ def completion(index: int, ids: list[int]) -> Completion:
     )
 
 
-def test_decodes_and_scores_a_group(tmp_path):
+def test_decodes_and_scores_a_group(tmp_path, monkeypatch):
+    # Within pytest's own process the output stays where pytest looks for it.
+    monkeypatch.setattr("actors.reward_scorer.redirect_output", lambda path: path)
     tokenizer = make_tokenizer(str(tmp_path))
     texts = ["<think>x</think><answer>Sepsis</answer>", "<think>x</think><answer>Sepsis;Gout</answer>", "Sepsis"]
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id] for text in texts]
