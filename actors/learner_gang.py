@@ -14,16 +14,20 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.exceptions import RayActorError
 
+from actors.failure import cause_of, with_log
 from actors.learner_worker import LearnerShard, LearnerWorker, RankHealth, WeightHeader
 from actors.placement import Placement
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
-from medtvt_rl.logs import last_lines
 from medtvt_rl.types import GroupHeader
 
 HEALTH_TIMEOUT_S = 10.0
+LAST_WORDS_S = 1.0
+"""How long the other ranks may still report a failure of their own after the first one failed."""
+PEER_WORDS = ("timed out", "timeout", "connection", "peer", "socket", "gloo", "nccl")
 
 
 class LearnerError(RuntimeError):
@@ -152,6 +156,9 @@ class LearnerGang:
         tasks = [asyncio.ensure_future(_wait(start(worker, rank))) for rank, worker in enumerate(self._workers)]
         try:
             done, missing = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+            if missing and any(task.exception() is not None for task in done):
+                # What failed first may be a rank that lost its peer; the peer may be about to say why.
+                done, missing = await asyncio.wait(tasks, timeout=min(timeout_s, LAST_WORDS_S))
         except asyncio.CancelledError:
             self.stop()
             raise
@@ -163,17 +170,25 @@ class LearnerGang:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if failed:
-            cause = failed[0].exception()
-            raise LearnerError(self._message(call, tasks.index(failed[0]), str(cause).strip())) from cause
+            causes = {rank: e for rank, task in enumerate(tasks) if task in done and (e := task.exception())}
+            rank = min(causes, key=lambda rank: (remoteness(causes[rank]), rank))
+            raise LearnerError(self._message(call, rank, str(causes[rank]).strip())) from causes[rank]
         ranks = [rank for rank, task in enumerate(tasks) if task in missing]
         raise LearnerError(self._message(call, ranks[0], f"no answer of ranks {ranks} in {timeout_s:g} s ({setting})"))
 
     def _message(self, call: str, rank: int, cause: str) -> str:
         log = self._config.folder / "logs" / f"learner_{rank}.log"
-        tail = "".join(f"\n  {line}" for line in last_lines(log, 5))
-        return f"learner rank {rank} of {len(self._workers)}, {call}: {cause}" + (
-            f"\nend of {log}:{tail}" if tail else ""
-        )
+        return with_log(f"learner rank {rank} of {len(self._workers)}, {call}: {cause}", log)
+
+
+def remoteness(error: BaseException) -> int:
+    """How far a rank's error is from the fault: 0 says what went wrong, 1 that its process died, 2 that a peer is gone
+    or late.
+    """
+    if isinstance(error, RayActorError):
+        return 1
+    cause = cause_of(error).lower()
+    return 2 if any(word in cause for word in PEER_WORDS) else 0
 
 
 async def _wait(reference: Awaitable[Any]) -> Any:

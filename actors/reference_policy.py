@@ -35,6 +35,9 @@ class ReferencePolicy:
         self._items = resolve(config.task.items, "task.items")(config) if config.task.items else None
         self._config = config
 
+    def ready(self) -> None:
+        """Returns when the policy is loaded: a call waits for the constructor."""
+
     @ray.method(num_returns=2)
     def logprobs(self, group: RolloutGroup) -> tuple[NDArray[np.float32], tuple[NDArray[np.float32], ...]]:
         """The group under the frozen policy, at the sampling temperature.

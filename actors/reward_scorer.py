@@ -29,6 +29,9 @@ class RewardScorer:
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         self._scorer = Scorer(config.rewards)
 
+    def ready(self) -> None:
+        """Returns when the tokenizer and the reward functions are loaded: a call waits for the constructor."""
+
     def score(self, group: RolloutGroup) -> GroupRewards:
         """Rewards of the group's completions, in their order."""
         texts = [str(self._tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in group.completions]

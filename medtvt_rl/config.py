@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -157,7 +158,7 @@ def _merge(base: DictConfig, read: Any, source: str) -> DictConfig:
     try:
         return OmegaConf.merge(base, read())  # type: ignore[return-value]
     except ConfigKeyError as error:
-        raise ConfigError(f"{source}: unknown key {error.full_key!r}{_nearest(base, error.full_key or '')}") from error
+        raise ConfigError(f"{source}: unknown key {error.full_key!r}{_nearest(error.full_key or '')}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {error.full_key}: {_first_line(error)}") from error
     except Exception as error:  # a YAML file that does not parse; the parser's message names line and column
@@ -170,15 +171,25 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _nearest(base: DictConfig, full_key: str) -> str:
+def _nearest(full_key: str) -> str:
     """The nearest valid name beside an unknown key, as text for the error."""
     parent_key, _, name = full_key.rpartition(".")
-    parent = OmegaConf.select(base, parent_key) if parent_key else base
-    candidates = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+    parent = _type_at(parent_key.split(".") if parent_key else [])
+    candidates = [one.name for one in fields(parent)] if is_dataclass(parent) else []
     matches = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
     if matches:
         return f"; did you mean {'.'.join(filter(None, [parent_key, matches[0]]))!r}?"
     return f"; valid names are {', '.join(candidates)}" if candidates else ""
+
+
+def _type_at(keys: Sequence[str]) -> Any:
+    """The declared type at a path of keys, also where there is no value yet; None for a path that leads nowhere."""
+    kind: Any = Config
+    for key in keys:
+        kind = get_type_hints(kind).get(key) if is_dataclass(kind) else next(iter(get_args(kind)[1:]), None)
+        if get_origin(kind) is UnionType:
+            kind = next(one for one in get_args(kind) if one is not NoneType)
+    return kind
 
 
 def check_config(config: Config) -> None:
@@ -206,6 +217,11 @@ def _check_counts(config: Config) -> None:
         "learner.num_workers": config.learner.num_workers,
         "learner.token_budget": config.learner.token_budget,
         "evaluation.num_samples": config.evaluation.num_samples,
+        "rollout.sampling.max_new_tokens": rollout.sampling.max_new_tokens,
+        "pretrain.epochs": config.pretrain.epochs,
+        "pretrain.batch_size": config.pretrain.batch_size,
+        "sft.epochs": config.sft.epochs,
+        "sft.batch_size": config.sft.batch_size,
     }
     for key, value in positive.items():
         _require(value >= 1, key, value, "set at least 1")
@@ -283,10 +299,30 @@ def _check_sampling(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     model = config.model
+    _require(
+        model.lora.dropout == 0,
+        "model.lora.dropout",
+        model.lora.dropout,
+        "the learner would score another policy than the engine samples; set 0",
+    )
     if config.task.items is None:
         return
     width, heads = model.backbone.hidden_size, model.backbone.num_heads
     if model.init is None:
+        _require(
+            config.rollout.engine.max_model_len <= model.backbone.max_positions,
+            "rollout.engine.max_model_len",
+            config.rollout.engine.max_model_len,
+            f"the model has model.backbone.max_positions = {model.backbone.max_positions}; lower it, or raise that",
+        )
+        for name in ("ecg_steps", "cxr_steps", "lab_steps"):
+            steps = getattr(config.encoders, name)
+            _require(
+                steps <= 0 or config.data.findings_csv is not None,
+                f"encoders.{name}",
+                steps,
+                "the encoders learn findings, and data.findings_csv is null; name their table, or set 0",
+            )
         _require(width % heads == 0, "model.backbone.hidden_size", width, f"it does not divide by num_heads = {heads}")
         _require(
             width % model.perception.num_heads == 0,
@@ -309,7 +345,8 @@ def _check_model(config: Config) -> None:
 
 
 def _check_rewards(config: Config) -> None:
-    if "grpo" in config.run.stages:
+    judged = config.task.evaluate is None and "evaluate" in config.run.stages
+    if "grpo" in config.run.stages or judged:
         _require(
             bool(config.rewards),
             "rewards",
@@ -330,6 +367,12 @@ def _check_stages(config: Config) -> None:
     known = ["cohort", "pretrain", "sft", "grpo", "evaluate"]
     for stage in config.run.stages:
         _require(stage in known, "run.stages", stage, f"known stages are {', '.join(known)}")
+    _require(
+        config.run.stages == [stage for stage in known if stage in config.run.stages],
+        "run.stages",
+        config.run.stages,
+        f"each stage stands once, in the order {', '.join(known)}",
+    )
     splits = list(config.data.labs_csv)
     _require(
         config.task.items is None or config.evaluation.split in splits,

@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return diagnose.run(args)
     try:
         config = _load(args.config, args.overrides)
+        if args.stage != "cohort":
+            check_named(config)
         if args.dry_run:
             from pipelines.plan import describe
 
@@ -81,11 +83,44 @@ def _load(path: str, overrides: Sequence[str]) -> Config:
     return config
 
 
+def check_named(config: Config) -> None:
+    """Imports what the configuration names by dotted paths, so that a mistake ends the run before anything starts.
+
+    The current folder is searched, too, as Ray's workers do: a user's own rewards and tasks may lie there.
+
+    Raises:
+        ConfigError: a module or a name does not exist, or a reward function does not take its options.
+    """
+    from medtvt_rl.dotted import resolve
+    from medtvt_rl.logs import quiet_environment
+    from medtvt_rl.rewards.scorer import Scorer
+
+    quiet_environment()
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.insert(0, str(Path.cwd()))
+    key = "rewards"
+    try:
+        if config.rewards:
+            Scorer(config.rewards)
+        for name in ("prompts", "items", "evaluate"):
+            path, key = getattr(config.task, name), f"task.{name}"
+            if path is not None:
+                resolve(path, key)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except Exception as error:  # the modules are the user's code: importing one may raise anything
+        raise ConfigError(f"{key}: a module that it names cannot be imported: {_one_line(error)}") from error
+
+
 def _run(stage: str, config: Config) -> int:
     """Joins or starts the cluster, then runs one stage or all of them."""
     from medtvt_rl.logs import quiet_third_parties
-    from pipelines.stages import prepare_run_folder
+    from pipelines.stages import StageError, check_finished, prepare_run_folder
 
+    try:
+        check_finished(config.run.stages if stage == "run" else [stage], config)
+    except StageError as error:
+        return _fail(str(error), EXIT_FAILED)
     prepare_run_folder(config)
     quiet_third_parties(config.folder / "logs")
     from actors.placement import logical_cpus

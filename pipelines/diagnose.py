@@ -202,7 +202,7 @@ def render(diagnosis: Diagnosis) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `medtvt-rl diagnose`."""
-    parser.add_argument("model", type=Path, help="folder of a trained model, RUN/model")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a trained model, RUN/model")
     parser.add_argument("--ecg", type=Path, help="12-lead ECG: WFDB record or DICOM waveform")
     parser.add_argument("--cxr", type=Path, help="chest film: JPEG, PNG or DICOM")
     parser.add_argument("--labs", type=Path, help="blood values: json or CSV of item id or name and value")
@@ -232,9 +232,15 @@ def run(args: argparse.Namespace) -> int:
                 crop=args.crop,
                 max_new_tokens=args.max_new_tokens,
             )
-    except ValueError as error:
-        print(f"medtvt-rl diagnose: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"medtvt-rl diagnose: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     content: dict[str, Any] = asdict(diagnosis)
     print(json.dumps(content, indent=1) if args.json else render(diagnosis))
     return 0
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["diagnose", *sys.argv[1:]]))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import torch
@@ -24,16 +24,28 @@ from medtvt_rl.config import Config
 from medtvt_rl.data.study_build import store_folder
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.dotted import resolve
-from medtvt_rl.evaluation.diagnosis import DiagnosisEvaluator, DiagnosisResult, StudyAnswers
+from medtvt_rl.evaluation.bootstrap import Interval
+from medtvt_rl.evaluation.diagnosis import StudyAnswers
+from medtvt_rl.evaluation.rewards import RewardEvaluator
 from medtvt_rl.model.policy import load_policy, named_weights
 from medtvt_rl.types import MODALITIES, Prompt, RolloutGroup
 from medtvt_rl.weights import pack_weights
 from pipelines.diagnose import PERCENTILES_FILE
 from pipelines.grpo import load_prompts
 from pipelines.reporter import Reporter
-from pipelines.stages import start_model
+from pipelines.stages import start_model, trained_model
 
 FIRST_GROUP_ID = 1 << 40
+
+
+class Evaluator(Protocol):
+    """What `task.evaluate` makes: answers in, a result with `to_dict() -> {"metrics": {name: interval}, ...}` out."""
+
+    def evaluate(self, answers: Mapping[str, StudyAnswers]) -> Any:
+        """The result of one policy; answers by prompt id."""
+
+    def paired_gain(self, before: Any, after: Any, metric: str = ...) -> Interval:
+        """The change of a metric between two results over the same prompts; of the main one if none is named."""
 
 
 def run(config: Config, reporter: Reporter) -> dict[str, Any]:
@@ -43,11 +55,10 @@ def run(config: Config, reporter: Reporter) -> dict[str, Any]:
 
 async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     before_folder = start_model(config)
-    after_folder = config.stage_folder("grpo") / "model"
+    after_folder = trained_model("grpo", config)
     tokenizer = AutoTokenizer.from_pretrained(before_folder)
-    prompts = load_prompts(config, tokenizer, config.evaluation.split)
-    prompts = prompts[: config.evaluation.max_studies or len(prompts)]
-    evaluator = resolve(config.task.evaluate or "", "task.evaluate")(config, config.evaluation.split)
+    prompts = held_out_prompts(config, load_prompts(config, tokenizer, config.evaluation.split), reporter)
+    evaluator = make_evaluator(config, prompts)
     reporter.line("evaluate: starting the engines")
     placement = place(plan(config, {"rollout": config.rollout.num_generators}), config.placement.timeout_s)
     try:
@@ -56,7 +67,7 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
         before = evaluator.evaluate(await asker.answers("before GRPO", prompts))
         await load_into(pool, after_folder)
         after = evaluator.evaluate(await asker.answers("after GRPO", prompts))
-        ablations = await _ablations(asker, evaluator, prompts, after) if config.evaluation.ablations else {}
+        ablations = await _ablations(config, asker, evaluator, prompts, after)
         pool.stop()
     finally:
         placement.release()
@@ -74,7 +85,35 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     }
 
 
-def summarise(result: DiagnosisResult) -> dict[str, Any]:
+def held_out_prompts(config: Config, prompts: Sequence[Prompt], reporter: Reporter) -> list[Prompt]:
+    """The first prompt of each item, at most `evaluation.max_studies`: a study counts once, however often it is asked
+    about. Prompts of plain text are all kept."""
+    first = {prompt.prompt_id if prompt.item_id is None else prompt.item_id: prompt for prompt in reversed(prompts)}
+    kept = [prompt for prompt in prompts if first[prompt.item_id or prompt.prompt_id] is prompt]
+    if len(kept) < len(prompts):
+        reporter.line(
+            f"evaluate: {len(prompts) - len(kept)} further questions about the same studies are left out; "
+            "the first of each study counts"
+        )
+    return kept[: config.evaluation.max_studies or len(kept)]
+
+
+def make_evaluator(config: Config, prompts: Sequence[Prompt]) -> Evaluator:
+    """The task's evaluator, or the mean reward where it names none."""
+    if config.task.evaluate is None:
+        return RewardEvaluator(config, {prompt.prompt_id: prompt.ground_truth for prompt in prompts})
+    evaluator: Evaluator = resolve(config.task.evaluate, "task.evaluate")(config, config.evaluation.split)
+    return evaluator
+
+
+def studies_at_once(config: Config) -> int:
+    """How many studies are asked about at a time: twice what fills the engines. The deadline of an answer runs while
+    it waits for its engine, so that more would only queue towards it."""
+    completions = config.evaluation.num_samples + 1
+    return max(1, 2 * config.rollout.engine.max_num_seqs // completions) * config.rollout.num_generators
+
+
+def summarise(result: Any) -> dict[str, Any]:
     """The metrics by name, those of single diseases below `per_disease`."""
     found = result.to_dict()
     metrics = found.pop("metrics")
@@ -90,6 +129,7 @@ class Asker:
         self, config: Config, pool: RolloutPool, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
     ) -> None:
         self._num_samples = config.evaluation.num_samples
+        self._at_once = asyncio.Semaphore(studies_at_once(config))
         self._fetch_timeout_s = config.rollout.generate_timeout_s
         self._pool = pool
         self._tokenizer = tokenizer
@@ -102,10 +142,11 @@ class Asker:
 
         async def ask(index: int, prompt: Prompt) -> tuple[str, StudyAnswers]:
             nonlocal answered
-            greedy = await self._texts(prompt, FIRST_GROUP_ID + index, 1, greedy=True)
-            sampled = (
-                await self._texts(prompt, FIRST_GROUP_ID + index, self._num_samples, greedy=False) if sample else ()
-            )
+            group_id, sampled = FIRST_GROUP_ID + index, tuple[str, ...]()
+            async with self._at_once:
+                greedy = await self._texts(prompt, group_id, 1, greedy=True)
+                if sample:
+                    sampled = await self._texts(prompt, group_id, self._num_samples, greedy=False)
             answered += 1
             self._reporter.update(answered)
             return prompt.prompt_id, StudyAnswers(sampled=sampled, greedy=greedy[0])
@@ -121,14 +162,18 @@ class Asker:
 
 
 async def _ablations(
-    asker: Asker, evaluator: DiagnosisEvaluator, prompts: Sequence[Prompt], full: DiagnosisResult
+    config: Config, asker: Asker, evaluator: Evaluator, prompts: Sequence[Prompt], full: Any
 ) -> dict[str, Any]:
-    """Change of the greedy Jaccard when a modality is withheld, paired over patients."""
+    """Change of the greedy Jaccard (or reward) when a modality is withheld, paired over patients; none for plain
+    text."""
+    if not config.evaluation.ablations or config.task.items is None:
+        return {}
+    metric = "jaccard_greedy" if config.task.evaluate is not None else "reward_greedy"
     changes = {}
     for modality in MODALITIES:
         withheld = [replace(prompt, item_id=f"{prompt.item_id}|without={modality}") for prompt in prompts]
         result = evaluator.evaluate(await asker.answers(f"without {modality}", withheld, sample=False))
-        changes[modality] = evaluator.paired_gain(full, result, metric="jaccard_greedy").to_dict()
+        changes[modality] = evaluator.paired_gain(full, result, metric=metric).to_dict()
     return changes
 
 
@@ -147,7 +192,7 @@ def publish_model(config: Config, source: Path) -> None:
     shutil.copytree(source, temporary)
     if config.task.items is not None:
         store = StudyStore.open(store_folder(config.data))
-        store.percentile_table.save(temporary / PERCENTILES_FILE)
+        store.percentile_table.smoothed().save(temporary / PERCENTILES_FILE)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,6 +30,7 @@ from medtvt_rl.rollout.buffer import AdmissionBuffer
 from medtvt_rl.types import GroupHeader, Prompt
 
 MAX_DISCARDED_IN_A_ROW = 8
+MAX_SKIPPED_IN_A_ROW = 5
 
 
 class LoopError(RuntimeError):
@@ -68,7 +68,7 @@ class Learner(Protocol):
     """The learner gang."""
 
     async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> dict[str, float]:
-        """One optimizer step; its metrics."""
+        """One optimizer step; its metrics, `skipped` 1 where it was not finite and changed no weight."""
 
     async def export(self, version: int) -> tuple[Any, int]:
         """A handle to the weights of `version`, and their checksum."""
@@ -101,13 +101,22 @@ class LoopResult:
     """What the loop saw over the whole run."""
 
     steps: int = 0
+    skipped_steps: int = 0
     completions: int = 0
+    discarded: int = 0
     max_staleness_seen: int = 0
     logprob_max_abs_diff: float = 0.0
     rewards: list[float] = field(default_factory=list)
 
 
-StepObserver = Callable[[int, dict[str, float], list[TrainingGroup]], None]
+class Observer(Protocol):
+    """Who is told how the loop goes."""
+
+    def step(self, step: int, metrics: dict[str, float], groups: list[TrainingGroup]) -> None:
+        """A step (0-based) was trained on `groups` and published."""
+
+    def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
+        """A group was given up; the first line of the reason says why."""
 
 
 class GrpoLoop:
@@ -121,7 +130,7 @@ class GrpoLoop:
         scoring: Scoring,
         reference: Reference | None,
         learner: Learner,
-        on_step: StepObserver,
+        observer: Observer,
     ) -> None:
         self._config = config
         self._sampler = sampler
@@ -129,11 +138,13 @@ class GrpoLoop:
         self._scoring = scoring
         self._reference = reference
         self._learner = learner
-        self._on_step = on_step
+        self._observer = observer
         self._buffer: AdmissionBuffer[FinishedGroup] = AdmissionBuffer(config.groups_per_step, config.max_staleness)
         self._changed = asyncio.Condition()
         self._pending: set[asyncio.Task[None]] = set()
         self._discarded_in_a_row = 0
+        self._discarded_before_step = 0
+        self._skipped_in_a_row = 0
         self._last_failure = LoopError("no group has failed")
         self.result = LoopResult()
 
@@ -163,6 +174,8 @@ class GrpoLoop:
             task.add_done_callback(self._pending.discard)
 
     def _may_admit(self) -> bool:
+        if self._failing():
+            return False
         wanted = self._config.steps * self._config.groups_per_step
         counts = self._buffer.counts
         return self._buffer.can_admit() and counts.admitted - counts.discarded < wanted
@@ -173,7 +186,7 @@ class GrpoLoop:
             header, payload = await self._rollouts.generate(prompt, group_id, self._config.group_size)
             scored, reference = await asyncio.gather(self._scoring.score(payload), self._refer(payload))
         except Exception as error:
-            await self._discard(group_id, error)
+            await self._discard(group_id, prompt, error)
             return
         group = FinishedGroup(header=header, payload=payload, rewards=scored, reference=reference[0], kl=reference[1])
         async with self._changed:
@@ -186,9 +199,12 @@ class GrpoLoop:
             return None, None
         return await self._reference.logprobs(payload)
 
-    async def _discard(self, group_id: int, error: Exception) -> None:
+    async def _discard(self, group_id: int, prompt: Prompt, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        self._observer.discarded(group_id, prompt.prompt_id, reason)
         async with self._changed:
-            self._buffer.discard(group_id, f"{type(error).__name__}: {error}")
+            self._buffer.discard(group_id, reason.splitlines()[0])
+            self.result.discarded += 1
             self._discarded_in_a_row += 1
             self._last_failure = LoopError(f"group {group_id}: {error}")
             self._last_failure.__cause__ = error
@@ -211,6 +227,7 @@ class GrpoLoop:
                 "seconds/compare": time.monotonic() - published,
             }
             self._finish_step(step, groups, {**metrics, **timing})
+            self._count_skipped(groups, metrics)
 
     async def _take(self) -> list[TrainingGroup]:
         """A step's groups with their advantages, once they are there."""
@@ -250,15 +267,29 @@ class GrpoLoop:
         return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
 
     def _finish_step(self, step: int, groups: list[TrainingGroup], metrics: dict[str, float]) -> None:
-        metrics = {**metrics, **rollout_metrics(groups, step)}
         result = self.result
+        discarded = result.discarded - self._discarded_before_step
+        self._discarded_before_step = result.discarded
+        metrics = {**metrics, **rollout_metrics(groups, step), "groups/discarded": float(discarded)}
         result.steps = step + 1
         result.completions += sum(len(g.group.header.lengths) for g in groups)
         result.max_staleness_seen = max(result.max_staleness_seen, int(metrics["staleness/max"]))
         result.rewards.append(metrics["reward/total"])
         gaps = (result.logprob_max_abs_diff, metrics["sync_gap_max"], metrics.get("fresh_gap_max", 0.0))
         result.logprob_max_abs_diff = max(gaps)
-        self._on_step(step, metrics, groups)
+        self._observer.step(step, metrics, groups)
+
+    def _count_skipped(self, groups: list[TrainingGroup], metrics: dict[str, float]) -> None:
+        """Raises LoopError where too many steps in a row changed no weight."""
+        skipped = metrics.get("skipped", 0.0) > 0
+        self.result.skipped_steps += skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            ids = ", ".join(str(group.group.header.group_id) for group in groups)
+            raise LoopError(
+                f"{MAX_SKIPPED_IN_A_ROW} learner steps in a row were skipped because a loss or gradient was not "
+                f"finite, the last on groups {ids}; lower grpo.learning_rate"
+            )
 
 
 def learning_rate(config: GrpoConfig, step: int) -> float:

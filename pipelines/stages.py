@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ ORDER = ("cohort", "pretrain", "sft", "grpo", "evaluate")
 LEARNING = ("run.seed", "task", "data", "cohort", "model")
 SETTINGS_OF = {
     "cohort": (),
-    "pretrain": (*LEARNING, "encoders", "pretrain"),
-    "sft": (*LEARNING, "sft"),
+    "pretrain": (*LEARNING, "encoders", "pretrain", "learner.dtype"),
+    "sft": (*LEARNING, "sft", "rewards", "rollout.sampling", "learner.dtype"),
     "grpo": (*LEARNING, "grpo", "rewards", "rollout.sampling", "learner"),
-    "evaluate": (*LEARNING, "evaluation", "rollout.sampling"),
+    "evaluate": (*LEARNING, "evaluation", "rewards", "rollout.sampling"),
 }
 
 
@@ -51,10 +53,15 @@ def run_stage(name: str, config: Config, reporter: Reporter) -> dict[str, Any]:
     started = time.monotonic()
     with PeakMemory() as memory:
         result = stage.run(config, reporter)
-    result = {**result, "seconds": time.monotonic() - started, "peak_rss_bytes": memory.peak_bytes}
+    seconds = time.monotonic() - started
+    cost = {"seconds": seconds, "peak_rss_bytes": memory.peak_bytes}
+    if not result.get("built", True) and _marker(name, config).is_file():
+        earlier = json.loads(_marker(name, config).read_text())
+        cost = {key: earlier[key] for key in cost}  # what was found ready cost what it cost then
+    result = {**result, **cost}
     write_json(_marker(name, config), {"settings": _settings(name, config), **result})
     write_summary(config)
-    reporter.finish(name, result["seconds"])
+    reporter.finish(name, seconds)
     return result
 
 
@@ -73,19 +80,41 @@ def finished(name: str, config: Config) -> dict[str, Any] | None:
     return found
 
 
+def check_finished(names: Sequence[str], config: Config) -> None:
+    """Raises StageError if a stage among `names` is finished with other settings, before anything is written.
+
+    Stages behind the first unfinished one are not asked: they will be run again.
+    """
+    for name in names:
+        if name != "cohort" and finished(name, config) is None:
+            return
+
+
 def start_model(config: Config) -> Path:
-    """The folder that GRPO starts from: what SFT left, else `model.init`."""
-    trained = config.stage_folder("sft") / "model"
-    if trained.is_dir():
-        return trained
-    if config.model.init and "sft" not in config.run.stages:
+    """The folder that GRPO starts from: what SFT left, else `model.init`. Raises StageError if there is neither."""
+    if config.model.init and "sft" not in config.run.stages and not _marker("sft", config).is_file():
         return Path(config.model.init)
-    raise StageError(f"there is no {trained}; run `medtvt-rl sft` with the same configuration first, or set model.init")
+    return trained_model("sft", config)
+
+
+def trained_model(name: str, config: Config) -> Path:
+    """The model that a finished stage left. Raises StageError if the stage is not finished: a folder alone may be of a
+    run that was cut short, or older than a stage that was run again."""
+    folder = config.stage_folder(name) / "model"
+    if not folder.is_dir():
+        missing = f"there is no {folder}"
+    elif not _marker(name, config).is_file():
+        missing = f"{folder} is of an unfinished or outdated {name} stage"
+    else:
+        return folder
+    instead = ", or take sft out of run.stages and set model.init" if name == "sft" else ""
+    raise StageError(f"{missing}; run `medtvt-rl {name}` with the same configuration first{instead}")
 
 
 def write_summary(config: Config) -> dict[str, Any]:
     """Collects what the finished stages left into summary.json, and returns it."""
-    summary: dict[str, Any] = {"run": config.run.name, "stages": {}, "peak_rss_bytes": 0}
+    simulated = config.cohort is not None
+    summary: dict[str, Any] = {"run": config.run.name, "simulated": simulated, "stages": {}, "peak_rss_bytes": 0}
     for name in ORDER:
         marker = _marker(name, config)
         if not marker.is_file():
@@ -108,11 +137,20 @@ def prepare_run_folder(config: Config) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file that appears complete or not at all."""
+    """Writes a file that appears complete or not at all; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
+    temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False))
     os.replace(temporary, path)
+
+
+def _finite(content: Any) -> Any:
+    """A copy in which None stands for infinity and NaN, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _marker(name: str, config: Config) -> Path:

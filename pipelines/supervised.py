@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import ray
 
+from actors.placement import place, plan
 from medtvt_rl.config import Config
 from medtvt_rl.learner.config import SupervisedConfig
 from medtvt_rl.logs import last_lines, redirect_output
@@ -114,6 +115,20 @@ class Relay:
         self._end.set()
         self._thread.join(timeout=60)
 
+    def fetch_result(self) -> dict[str, Any]:
+        """What rank 0 said at its end, from the board itself where showing progress failed before it came by.
+
+        Raises:
+            StageError: it never said anything.
+        """
+        if self.result is None:
+            for kind, what in ray.get(self._board.drain.remote(), timeout=30):
+                if kind == "result":
+                    self.result = what
+        if self.result is None:
+            raise StageError(f"{self._stage}: the workers ended without a result; progress said {self.error!r}")
+        return self.result
+
     def _run(self) -> None:
         """Shows until the end, and then once more, so that nothing is left on the board."""
         handlers: dict[str, Callable[..., None]] = {
@@ -126,10 +141,10 @@ class Relay:
             last = False
             while not last:
                 last = self._end.wait(POLL_S)
-                for kind, what in ray.get(self._board.drain.remote(), timeout=30):
-                    if kind == "result":
-                        self.result = what
-                    else:
+                events: list[Event] = ray.get(self._board.drain.remote(), timeout=30)
+                self.result = next((what for kind, what in events if kind == "result"), self.result)
+                for kind, what in events:
+                    if kind in handlers:
                         handlers[kind](**what)
         except Exception as error:  # the training goes on without its progress; the driver says so at its end
             self.error = error
@@ -165,6 +180,7 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
 
     Raises:
         StageError: a worker failed; the message holds its cause and the end of its log.
+        PlacementError: no node can take a worker within `placement.timeout_s`.
     """
     from medtvt_rl.learner.supervised_stage import StageTask
 
@@ -192,15 +208,17 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
         scaling_config=_scaling(config, task.settings),
         run_config=RunConfig(name=stage, storage_path=str((config.folder / "ray_train").resolve())),
     )
-    with Relay(board, reporter, stage, encoder_steps) as relay:
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise StageError(_failure(config, stage, task.settings.num_workers, error)) from error
-    ray.kill(board)
-    if relay.result is None:
-        raise StageError(f"{stage}: the workers ended without a result; progress said {relay.error!r}")
-    return relay.result
+    try:
+        # Ray Train waits for resources without end, so whether the workers fit is found out first.
+        place(plan(config, {"learner": task.settings.num_workers}), config.placement.timeout_s).release()
+        with Relay(board, reporter, stage, encoder_steps) as relay:
+            try:
+                trainer.fit()
+            except Exception as error:
+                raise StageError(_failure(config, stage, task.settings.num_workers, error)) from error
+        return relay.fetch_result()
+    finally:
+        ray.kill(board)
 
 
 def _scaling(config: Config, settings: SupervisedConfig) -> Any:

@@ -16,6 +16,8 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
     [
         ("grpo.grop_size=3", "did you mean 'grpo.group_size'"),
         ("rewards.jaccard.functin=a:b", "did you mean 'rewards.jaccard.function'"),
+        ("rewards.new.functin=a:b", "did you mean 'rewards.new.function'"),
+        ("cohort.num_trian=5", "did you mean 'cohort.num_train'"),
         ("grpo.group_size=1", "grpo.group_size is 1: a group of one has no advantage"),
         ("grpo.group_size=many", "grpo.group_size: Value 'many'"),
         ("grpo.loss.kind=ppo", "grpo.loss.kind"),
@@ -26,6 +28,14 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
         ("data.film.size=64", "data.film.size is 64"),
         ("num_references=0", "needs a reference policy"),
         ("run.stages=[cohort,pretrian]", "run.stages is 'pretrian'"),
+        ("run.stages=[sft,pretrain]", "run.stages is ['sft', 'pretrain']: each stage stands once, in the order"),
+        ("run.stages=[sft,sft]", "each stage stands once"),
+        ("pretrain.epochs=0", "pretrain.epochs is 0"),
+        ("sft.batch_size=0", "sft.batch_size is 0"),
+        ("rollout.sampling.max_new_tokens=0", "rollout.sampling.max_new_tokens is 0"),
+        ("model.backbone.max_positions=128", "rollout.engine.max_model_len is 256"),
+        ("data.findings_csv=null", "encoders.ecg_steps is 300"),
+        ("model.lora.dropout=0.1", "model.lora.dropout is 0.1"),
         ("evaluation.split=holdout", "evaluation.split is 'holdout'"),
         ("steps", "not of the form key=value"),
     ],
@@ -35,6 +45,10 @@ def test_a_mistake_is_one_clear_line(override: str, message: str) -> None:
         load_config(QUICKSTART, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_to_go_on_from_brings_its_own_positions_and_encoders() -> None:
+    load_config(QUICKSTART, ["model.init=m", "model.backbone.max_positions=128", "data.findings_csv=null"])
 
 
 def test_a_missing_file_and_a_broken_one_are_named(tmp_path: Path) -> None:

@@ -58,8 +58,6 @@ class GrpoConfig:
         max_staleness: steps that a sample may lag behind the learner; 0 is on-policy training by the same code.
         advantage: group (mean and deviation, 2402.03300), mean_only (2503.20783), rloo (2402.14740).
         final_lr_share: the learning rate falls linearly to this share of its start.
-        checkpoint_every: steps between checkpoints; 0 writes one at the end only.
-        evaluate_every: steps between held-out evaluations beside training; 0 for none.
     """
 
     steps: int = 100
@@ -72,5 +70,3 @@ class GrpoConfig:
     advantage: Literal["group", "mean_only", "rloo"] = "group"
     loss: LossConfig = field(default_factory=LossConfig)
     updates_per_batch: int = 1
-    checkpoint_every: int = 0
-    evaluate_every: int = 0

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from medtvt_rl.evaluation.charts import IntervalRow, Series, bar_chart, interval_chart, line_chart
@@ -41,10 +42,11 @@ SIMULATED = (
     "system learns, and mean nothing clinically. Nothing here may guide the care of a patient."
 )
 RESEARCH = "A research system, not a medical device: nothing here may guide the care of a patient."
+SCORES = ("validation*", "score*", "*/score", "epoch/total", "epoch/reward/*")
 # (stages, title, patterns of metric names, note); the first that matches takes the metric.
 CHARTS = (
     (("pretrain", "sft"), "Loss", ("loss", "*_loss", "loss/*", "*/loss"), "Next-token loss on the answers."),
-    (("pretrain", "sft"), "Validation score", ("validation*", "score*", "*/score"), "Mean reward of sampled answers."),
+    (("pretrain", "sft"), "Validation score", SCORES, "Mean reward of sampled answers."),
     (("grpo",), "Reward by component", ("reward/*",), "Mean over the completions of a step."),
     (("grpo",), "KL to the reference policy", ("kl",), "Nats a token. A rise says how far the policy has moved."),
     (("grpo",), "Entropy", ("entropy",), "Nats a token. A fall to 0 says that the policy no longer explores."),
@@ -52,8 +54,8 @@ CHARTS = (
     (
         ("grpo",),
         "Log-probs, engine against learner",
-        ("fresh_gap*", "engine_gap*"),
-        "Absolute difference; fresh: of samples drawn with the very weights that score them.",
+        ("sync_gap*", "fresh_gap*", "engine_gap*"),
+        "Absolute difference; sync: right after new weights; fresh: of samples drawn with the weights that score them.",
     ),
     (("grpo",), "Completion length", ("length/mean", "length/max"), "Tokens."),
     (("grpo",), "Gradient norm", ("gradient_norm", "grad_norm"), "Before clipping."),
@@ -123,7 +125,7 @@ def render_report(
 
 
 def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> None:
-    """Prints the headline metrics before and after GRPO; with rules and colours only on a terminal."""
+    """Prints the metrics before and after GRPO, and F1 by disease; with rules and colours only on a terminal."""
     console = Console(file=stream or sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = 110
@@ -138,12 +140,16 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
     for name, label in METRICS.items():
         if name in before or name in after:
             shown.add_row(label, _text(before.get(name)), _text(after.get(name)))
+    first, last = per_disease(summary, "sft"), per_disease(summary, "grpo")
+    for disease in dict.fromkeys([*first, *last]):
+        shown.add_row(escape_markup(f"F1, {disease}"), _text(first.get(disease)), _text(last.get(disease)))
     console.print(shown)
     gain = estimate(block(summary, "evaluation").get("gain"))
     if gain is not None:
-        console.print(
-            f"gain of GRPO in sampled Jaccard, paired over patients: {gain.value:+.3f} {gain.interval}", markup=False
-        )
+        what = "reward, paired over prompts" if "reward" in after else "Jaccard, paired over patients"
+        console.print(f"gain of GRPO in sampled {what}: {gain.value:+.3f} {gain.interval}", markup=False)
+    if summary.get("simulated") is True:
+        console.print("These are scores on a simulated cohort: they mean nothing clinically.")
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
@@ -157,13 +163,15 @@ def _headline(summary: Mapping[str, Any]) -> str:
         ("jaccard_greedy", "Jaccard, greedy"),
         ("f1_macro", "F1, macro"),
         ("parse_rate", "Well-formed, greedy"),
+        ("reward", "Reward, sampled"),
+        ("reward_greedy", "Reward, greedy"),
     ):
         first, last = before.get(name), after.get(name)
         shown = last or first
         if shown is not None:
             earlier = f"{first.value:.3f}" if first is not None and last is not None else ""
             under = f"95 % interval {shown.interval}"
-            if name == "jaccard" and gain is not None:
+            if name in ("jaccard", "reward") and gain is not None:
                 under = f"paired gain {gain.value:+.3f} {gain.interval}"
             cards.append(card(label, f"{shown.value:.3f}", earlier, under))
     rows = [
@@ -174,7 +182,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
     if gain is not None:
         rows.append(
             [
-                cell("Paired gain of GRPO, sampled Jaccard"),
+                cell(f"Paired gain of GRPO, sampled {'reward' if 'reward' in after else 'Jaccard'}"),
                 cell(""),
                 cell(""),
                 cell(f"{gain.value:+.3f}", gain.interval),

@@ -30,6 +30,8 @@ METRICS = {
     "findings_f1_ecg": "F1 of findings named, ECG",
     "findings_f1_cxr": "F1 of findings named, film",
     "findings_f1_lab": "F1 of findings named, labs",
+    "reward": "Reward, sampled answers",
+    "reward_greedy": "Reward, greedy answer",
 }
 LOWER_IS_BETTER = {"brier"}
 PER_DISEASE = "f1/"

@@ -50,7 +50,8 @@ class SupervisedConfig:
         decay_epochs: the learning rate falls to `final_lr_share` over so many by a cosine and stays there; 0: over all.
         batch_size: examples of one optimizer step over all ranks.
         modality_dropout: probability that a modality is withheld from an example.
-        patience: stop when the validation score did not rise for so many epochs; 0 runs all epochs. The best are kept.
+        patience: stop when the validation score did not rise for so many epochs, not before `decay_epochs` are done; 0
+            runs all epochs. The best are kept.
         min_rise: what counts as a rise; set it to the noise of the score.
         validation_studies, validation_samples: the score is the mean reward of that many sampled answers.
         train_encoders: whether the modality encoders learn, too.

@@ -2,7 +2,8 @@
 
 Owns: the classification heads (thrown away afterwards), the steps, and the validation AUC of each finding. Does not
 own: the encoders (model/), the labels (study store). Each encoder is trained on one rank and then sent to all, so
-that BatchNorm sees whole batches and ranks work side by side.
+that BatchNorm sees whole batches and ranks work side by side. Training is in float32, whatever the encoders are kept
+in.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class EncoderWarmup:
         with torch.random.fork_rng([]):
             torch.manual_seed(self._seed)
             head = nn.Linear(int(encoder.num_features), len(FINDINGS[modality])).to(self._device)  # type: ignore[arg-type]
-        encoder.requires_grad_(True).train()
+        kept_dtype = next(encoder.parameters()).dtype
+        encoder.float().requires_grad_(True).train()
         optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=WEIGHT_DECAY)
         for step in range(steps):
             rate = warmup_cosine(step, steps, self._config.learning_rate, int(WARMUP_SHARE * steps), 0.0)
@@ -106,7 +108,9 @@ class EncoderWarmup:
             optimizer.step()
             self._on_step(modality, step + 1, steps)
         encoder.eval()
-        return self._aucs(modality, nn.Sequential(encoder, head), held_out)
+        aucs = self._aucs(modality, nn.Sequential(encoder, head), held_out)
+        encoder.to(kept_dtype)
+        return aucs
 
     def _labelled(self, split: str, modality: str) -> _Labelled:
         """Raises ValueError where the training split has no such study."""

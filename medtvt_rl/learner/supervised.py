@@ -97,7 +97,7 @@ class SupervisedTrainer:
         self._steps_per_epoch = 0
 
     def run(self) -> SupervisedResult:
-        """Trains until the last epoch, or until the score has not risen for `patience` epochs.
+        """Trains until the last epoch, or until the score has not risen for `patience` epochs and the rate has decayed.
 
         Raises:
             NonFiniteLossError: several steps in a row were not finite; no weight was changed by them.
@@ -115,7 +115,8 @@ class SupervisedTrainer:
                 to_beat, risen_epoch = validation.score + self._config.min_rise, epoch
             if self._engine.rank == 0:
                 self._observer.epoch(epoch, {"train_loss": train_loss, **validation.metrics})
-            if self._config.patience and epoch - risen_epoch >= self._config.patience:
+            patience_over = self._config.patience and epoch - risen_epoch >= self._config.patience
+            if patience_over and epoch + 1 >= self._config.decay_epochs:
                 break
         if best_epoch < 0:
             raise NonFiniteLossError(f"validation score was not a number in any of {epoch + 1} epochs; lower the rate")

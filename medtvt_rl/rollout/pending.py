@@ -1,6 +1,6 @@
 """What waits inside a rollout engine: groups, their requests, weight updates.
 
-Owns: these records. Does not own: what becomes of them (vllm_engine.py).
+Owns: these records, and the error of those whose engine broke. Does not own: what becomes of them (vllm_engine.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from medtvt_rl.types import Completion, Prompt
 from medtvt_rl.weights import WeightBuffer
 
 OnUpdate = Literal["continue", "finish", "restart"]
+
+
+class EngineBrokenError(RuntimeError):
+    """The engine's state is unknown, after a failed load or step; it serves no more and has to be replaced."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -24,17 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
-from medtvt_rl.rollout.pending import OnUpdate, PendingGroup, Request, WeightUpdate
+from medtvt_rl.rollout.pending import EngineBrokenError, OnUpdate, PendingGroup, Request, WeightUpdate
 from medtvt_rl.rollout.sampling import completion_seed
 from medtvt_rl.rollout.vllm_core import SampledTokens, VllmCore, quiet_tensors
 from medtvt_rl.types import Completion, Prompt, RolloutGroup
 from medtvt_rl.weights import WeightBuffer
 
 logger = logging.getLogger(__name__)
-
-
-class EngineBrokenError(RuntimeError):
-    """The engine's state is unknown, after a failed load or step; it serves no more and has to be replaced."""
 
 
 class VllmEngine:
@@ -269,12 +265,12 @@ class VllmEngine:
         for group in waiting:
             try:
                 group.rendered = self._core.render(group.prompt, group.item)
-            except Exception as error:
+                group.item = None
+                for index in range(group.num_completions):
+                    self._start(Request(group=group, index=index))
+            except Exception as error:  # what vLLM refuses is this group's fault alone
+                self._withdraw(group)
                 group.future.set_exception(error)
-                continue
-            group.item = None
-            for index in range(group.num_completions):
-                self._start(Request(group=group, index=index))
 
     def _start(self, request: Request) -> None:
         group = request.group
@@ -341,12 +337,11 @@ class VllmEngine:
             self._start(request)
         return checksum
 
-    def _withdraw(self) -> list[Request]:
-        """Takes every request out of vLLM, to be started again."""
-        requests = list(self._in_flight.values())
-        self._core.abort(list(self._in_flight))
-        self._in_flight.clear()
-        return requests
+    def _withdraw(self, group: PendingGroup | None = None) -> list[Request]:
+        """Takes every request, or those of one group, out of vLLM."""
+        ids = [name for name, request in self._in_flight.items() if group is None or request.group is group]
+        self._core.abort(ids)
+        return [self._in_flight.pop(name) for name in ids]
 
     def _break(self, reason: str, also: list[Request] | None = None) -> None:
         """Serves no more: everything at hand and everything to come raises EngineBrokenError."""

@@ -138,3 +138,14 @@ def test_a_patients_bad_file_is_one_clear_line(tmp_path: Path, name: str, text: 
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         read_patient_labs(tmp_path / name)
+
+
+def test_a_smoothed_table_gives_nearly_the_same_percentiles_and_holds_no_extreme_value() -> None:
+    values = np.random.default_rng(0).lognormal(size=(3000, 50))
+    table = PercentileTable.fit(values)
+    smoothed = table.smoothed()
+    query = np.random.default_rng(1).lognormal(size=(200, 50))
+    assert np.abs(smoothed.percentiles(query) - table.percentiles(query)).max() <= 0.01
+    assert all(
+        len(sample) == 200 and sample.max() < whole.max() for sample, whole in zip(smoothed.samples, table.samples)
+    )

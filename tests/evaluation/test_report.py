@@ -206,6 +206,12 @@ def test_the_table_on_a_terminal_and_in_a_log(summary: dict[str, Any]) -> None:
         "0.575]",
     ]
     assert lines[-1].endswith("+0.085 [0.065, 0.105]")
+    sepsis = next(line for line in lines if line.startswith("F1, Sepsis"))
+    assert sepsis.split()[2:] == ["0.710", "[0.660,", "0.760]"] * 2
+    assert not any("clinically" in line for line in lines), "nothing says that this cohort was simulated"
+    simulated = io.StringIO()
+    print_table({**summary, "simulated": True}, simulated)
+    assert "simulated cohort: they mean nothing clinically" in simulated.getvalue().splitlines()[-1]
     assert "\x1b" not in plain.getvalue() and all(line.isascii() for line in lines)
     nothing = io.StringIO()
     print_table({}, nothing)
@@ -226,6 +232,28 @@ def test_a_resumed_run_s_last_row_of_a_step_counts() -> None:
         {"stage": "grpo", "step": 2, "kl": None},
     ]
     assert curves(rows) == {"grpo": {"kl": [(1.0, 1.0), (2.0, None)]}}
+
+
+def test_a_task_without_diagnoses_shows_its_reward() -> None:
+    values = {"reward": interval(0.5), "reward_greedy": interval(0.6)}
+    found = {"evaluation": {"sft": values, "grpo": values, "gain": interval(0.1)}}
+    shown = io.StringIO()
+    print_table(found, shown)
+    assert (
+        "Reward, sampled answers" in shown.getvalue() and "in sampled reward, paired over prompts" in shown.getvalue()
+    )
+    assert "Paired gain of GRPO, sampled reward" in parsed(render_report(summary=found)).text
+
+
+def test_the_names_that_the_stages_give_their_curves_have_charts() -> None:
+    rows: list[dict[str, Any]] = [
+        {"stage": "sft", "step": step, "epoch/total": 0.5, "epoch/reward/jaccard": 0.4, "epoch/train_loss": 1.0}
+        for step in range(3)
+    ] + [{"stage": "grpo", "step": step, "sync_gap_max": 1e-6} for step in range(3)]
+    text = parsed(render_report(summary={}, metrics=rows)).text
+    for title in ("SFT: Validation score", "SFT: Loss", "Log-probs, engine against learner"):
+        assert title in text
+    assert "more curves" not in text
 
 
 def test_a_gap_breaks_the_line() -> None:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +31,8 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     token = tmp_path / "auth_token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    # Short: the paths of Ray's sockets lie below it.
-    session = Path(f"/tmp/rj{os.getpid()}")
+    # Short, since the paths of Ray's sockets lie below it.
+    session = Path(tempfile.mkdtemp(prefix="rj"))
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PATH": f"{BIN}:{os.environ['PATH']}",

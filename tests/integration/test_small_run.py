@@ -53,6 +53,7 @@ def test_the_summary_holds_what_a_reader_looks_for(root: Path) -> None:
     for policy in ("sft", "grpo"):
         for name in METRICS:
             assert set(summary["evaluation"][policy][name]) >= {"value", "low", "high"}, name
+    assert set(summary["evaluation"]["ablations"]) == {"ecg", "cxr", "lab"}
     assert set(summary["evaluation"]["gain"]) >= {"value", "low", "high"}
     assert summary["grpo"]["steps"] == 3
     assert summary["grpo"]["completions"] == 48

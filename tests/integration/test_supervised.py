@@ -85,7 +85,7 @@ def trained(config: Config) -> dict[str, Any]:
 
 def test_each_stage_reports_while_it_runs(trained: dict[str, Any]) -> None:
     said = trained["said"]
-    assert said.started == ["studies", "encoders", "pretrain", "sft"]
+    assert said.started == ["store", "encoders", "pretrain", "sft"]
     assert said.done["encoders"] == 18
     for stage in ("pretrain", "sft"):
         steps = trained[stage]["summary"][stage]["steps"]

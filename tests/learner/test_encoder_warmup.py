@@ -69,6 +69,16 @@ def test_auc_of_what_can_be_seen_is_high_and_encoders_end_in_evaluation_mode() -
     assert all(torch.equal(value, untouched[name]) for name, value in tower.encoders[2].state_dict().items())
 
 
+def test_bfloat16_encoders_are_trained_in_float32_and_stay_bfloat16() -> None:
+    tower = _tower()
+    for encoder in tower.encoders:
+        encoder.to(torch.bfloat16)
+    config, studies = EncoderWarmupConfig(ecg_steps=0, cxr_steps=120, lab_steps=0, learning_rate=2e-2), Studies()
+    aucs = EncoderWarmup(tower, studies, studies, config, 0, torch.device("cpu"), lambda *step: None).run()
+    assert min(aucs.values()) > 0.95
+    assert {p.dtype for encoder in tower.encoders for p in encoder.parameters()} == {torch.bfloat16}
+
+
 def test_unknown_findings_are_refused() -> None:
     studies = Studies()
     studies.findings = lambda study_id: None  # type: ignore[method-assign]

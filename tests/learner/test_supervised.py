@@ -119,6 +119,13 @@ def test_patience_stops_and_the_best_epoch_is_kept() -> None:
     assert _run(scores=[0.1, 0.5, 0.4, 0.45, 0.6, 0.7])[0].best_epoch == 5
 
 
+def test_patience_does_not_stop_before_the_rate_has_decayed() -> None:
+    scores = [0.5, 0.4, 0.4, 0.4, 0.6, 0.7]
+    assert _run(scores=scores, patience=1)[0].epochs == 2
+    assert _run(scores=scores, patience=1, decay_epochs=4)[0].epochs == 4
+    assert _run(scores=scores, patience=1, decay_epochs=5)[0].epochs == 6
+
+
 def test_a_rise_within_the_noise_does_not_keep_training_going_but_is_kept() -> None:
     result, _, kept, _ = _run(scores=[0.1, 0.5, 0.505, 0.508, 0.6, 0.7], patience=2, min_rise=0.01)
     assert result.epochs == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from medtvt_rl.config import load_config
 from pipelines import cli
 from pipelines.plan import batch_arithmetic
-from pipelines.stages import StageError, finished, run_stage, start_model, write_json, write_summary
+from pipelines.stages import StageError, finished, start_model, write_json, write_summary
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 
@@ -90,16 +91,47 @@ def test_grpo_without_a_model_says_which_stage_is_missing(tmp_path: Path) -> Non
         start_model(config)
 
 
-def test_running_an_earlier_stage_again_forgets_the_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipelines.sft
-    from pipelines.reporter import Reporter
-
+def test_a_refused_command_leaves_the_run_s_configuration_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = load_config(QUICKSTART, [f"run.root={tmp_path}"])
-    marker = config.stage_folder("grpo") / "finished.json"
-    write_json(marker, {"settings": {}, "seconds": 1.0, "peak_rss_bytes": 1})
-    monkeypatch.setattr(pipelines.sft, "run", lambda config, reporter: {"summary": {}})
-    with Reporter(config.folder) as reporter:
-        reporter.start("sft", 1, "step")
-        run_stage("sft", config, reporter)
-    assert not marker.exists()
-    assert (config.stage_folder("sft") / "finished.json").is_file()
+    from pipelines.stages import _settings
+
+    for name in ("pretrain", "sft"):
+        left = {"settings": _settings(name, config), "seconds": 1.0, "peak_rss_bytes": 1}
+        write_json(config.stage_folder(name) / "finished.json", left)
+    (config.folder / "config.yaml").write_text("as it was")
+    assert cli.main(["run", "-c", QUICKSTART, f"run.root={tmp_path}", "sft.epochs=3"]) == 1
+    assert "sft.epochs: 14 then, 3 now" in capsys.readouterr().err
+    assert (config.folder / "config.yaml").read_text() == "as it was"
+    assert not (config.folder / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewards.jaccard.function=no_such_module:f", "rewards.jaccard.function: no module 'no_such_module'"),
+        ("rewards.jaccard.function=own_rewards:typo", "module 'own_rewards' has no 'typo'"),
+        ("rewards.jaccard.options.bonus=1", "rewards.jaccard.options: {'bonus': 1} do not fit"),
+        ("task.items=own_rewards:Missing", "task.items: module 'own_rewards' has no 'Missing'"),
+        ("task.prompts=broken_task:prompts", "task.prompts: a module that it names cannot be imported: SyntaxError"),
+    ],
+)
+def test_names_are_looked_up_before_anything_starts(
+    override: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "own_rewards.py").write_text("def own(completion, truth):\n    return 1.0\n")
+    (tmp_path / "broken_task.py").write_text("def prompts(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    assert cli.main(["grpo", "-c", QUICKSTART, override]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    cli.check_named(load_config(QUICKSTART, ["rewards.own.function=own_rewards:own"]))
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)

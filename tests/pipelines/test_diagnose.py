@@ -2,16 +2,23 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
+from medtvt_rl.data.ecg import LEADS
 from medtvt_rl.data.labs import LAB_IDS, NUM_LABS, PercentileTable
+from medtvt_rl.data.simulate.render import write_wfdb
 from medtvt_rl.data.tokenizer import train_tokenizer
 from medtvt_rl.model.build import build_model
 from medtvt_rl.model.config import BackboneConfig, CxrEncoderConfig, EcgEncoderConfig, LabEncoderConfig, ModelConfig
+from pipelines import cli
 from pipelines.diagnose import (
     DEFAULT_QUESTION,
     PERCENTILES_FILE,
@@ -68,6 +75,23 @@ def test_a_real_ecg_a_real_film_and_labs(model_folder: Path, labs: Path) -> None
     assert first == diagnose(model_folder, ecg=REAL_ECG, cxr=REAL_FILM, labs=labs, max_new_tokens=12)  # greedy
 
 
+def test_the_same_patient_as_wfdb_and_jpeg(model_folder: Path, labs: Path, tmp_path: Path) -> None:
+    waveform = dcmread(REAL_ECG).WaveformSequence[0]
+    leads = [channel.ChannelSourceSequence[0].CodeMeaning for channel in waveform.ChannelDefinitionSequence]
+    order = [next(i for i, name in enumerate(leads) if name.split()[1] == lead) for lead in LEADS]
+    millivolts = dcmread(REAL_ECG).waveform_array(0) / 1000
+    assert waveform.SamplingFrequency == 1000
+    write_wfdb(tmp_path / "record", millivolts[::2, order].T.astype(np.float32))
+    film = dcmread(REAL_FILM).pixel_array.astype(np.float64)
+    film = (film - film.min()) / (film.max() - film.min()) * 255
+    Image.fromarray(film.astype(np.uint8)).save(tmp_path / "film.jpg", quality=95)
+    from_dicom = diagnose(model_folder, ecg=REAL_ECG, labs=labs, max_new_tokens=1)
+    from_wfdb = diagnose(model_folder, ecg=tmp_path / "record", labs=labs, max_new_tokens=1)
+    assert from_wfdb.gates == pytest.approx(from_dicom.gates, abs=0.02)
+    both = diagnose(model_folder, ecg=tmp_path / "record", cxr=tmp_path / "film.jpg", labs=labs, max_new_tokens=1)
+    assert both.missing == () and both.gates != from_wfdb.gates
+
+
 @pytest.mark.parametrize("kept", ["ecg", "cxr", "labs"])
 def test_one_modality_is_enough(model_folder: Path, labs: Path, kept: str) -> None:
     given = {"ecg": REAL_ECG, "cxr": REAL_FILM, "labs": labs}
@@ -107,14 +131,33 @@ def test_input_that_cannot_be_used(model_folder: Path, tmp_path: Path, labs: Pat
 
 
 def test_the_command(model_folder: Path, labs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(parsed(model_folder, "--ecg", REAL_ECG, "--labs", labs, "--max-new-tokens", "3", "--json")) == 0
+    words = ["diagnose", "--model", model_folder, "--ecg", REAL_ECG, "--labs", labs, "--max-new-tokens", "3", "--json"]
+    assert cli.main([str(word) for word in words]) == 0
     content = json.loads(capsys.readouterr().out)
     assert set(content) == {"reasoning", "diagnoses", "gates", "missing", "well_formed"} and content["missing"] == [
         "cxr"
     ]
-    assert run(parsed(model_folder, "--cxr", labs)) == 2
+    assert run(parsed("--model", model_folder, "--cxr", labs)) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("medtvt-rl diagnose: ") and captured.err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> Diagnosis:
+        raise PermissionError(13, "Permission denied", "film.jpg")
+
+    monkeypatch.setattr("pipelines.diagnose.diagnose", refuse)
+    assert cli.main(["diagnose", "--model", "m", "--cxr", "film.jpg"]) == 2
+    assert capsys.readouterr().err == "medtvt-rl diagnose: [Errno 13] Permission denied: 'film.jpg'\n"
+
+
+def test_the_model_is_asked_for_and_the_module_runs() -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["diagnose", "--ecg", "e"])
+    command = [sys.executable, "-m", "pipelines.diagnose", "--help"]
+    assert "--model" in subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def test_what_is_printed() -> None:

@@ -57,7 +57,15 @@ class FakeEngines:
 class FakeCluster:
     """Reference and learner, and what all fakes share: the published version, and notes of every event."""
 
-    def __init__(self, seed: int = 0, fail: frozenset[int] = frozenset(), gap: float = 0.0) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        fail: frozenset[int] = frozenset(),
+        gap: float = 0.0,
+        skip: frozenset[int] = frozenset(),
+        train_s: float = 0.002,
+    ) -> None:
+        self.skip, self.train_s = skip, train_s
         self.gap = gap
         self.version = 0
         self.random = random.Random(seed)
@@ -72,10 +80,10 @@ class FakeCluster:
 
     async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> dict[str, float]:
         assert version == self.version
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(self.train_s)
         self.trained.append([g.group.header.group_id for g in groups])
         self.staleness.extend(version - g.group.header.oldest_version for g in groups)
-        return {}
+        return {"skipped": float(version in self.skip)}
 
     async def export(self, version: int) -> tuple[int, int]:
         return version, 0
@@ -84,7 +92,22 @@ class FakeCluster:
         return np.zeros(3)
 
 
-def run_loop(cluster: FakeCluster, **settings: object) -> GrpoLoop:
+class Told:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.given_up: list[tuple[int, str, str]] = []
+
+    def step(self, step: int, metrics: dict[str, float], groups: list[TrainingGroup]) -> None:
+        assert step == len(self.metrics)
+        self.metrics.append(metrics)
+
+    def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
+        self.given_up.append((group_id, prompt_id, reason))
+
+
+def run_loop(cluster: FakeCluster, told: Told | None = None, **settings: object) -> GrpoLoop:
     config = GrpoConfig(steps=6, groups_per_step=4, group_size=4, **settings)  # type: ignore[arg-type]
     prompts = [
         Prompt(prompt_id=f"p{i}", token_ids=np.arange(3, dtype=np.int32), item_id=None, ground_truth="")
@@ -93,7 +116,7 @@ def run_loop(cluster: FakeCluster, **settings: object) -> GrpoLoop:
 
     async def run() -> GrpoLoop:
         loop = GrpoLoop(
-            config, PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(), cluster, cluster, lambda *_: None
+            config, PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(), cluster, cluster, told or Told()
         )
         await asyncio.wait_for(loop.run(), 20)
         return loop
@@ -122,17 +145,34 @@ def test_on_policy_training_takes_groups_in_order_and_starts_none_early() -> Non
 
 
 def test_a_failed_group_is_replaced() -> None:
-    cluster = FakeCluster(fail=frozenset({2, 9}))
-    loop = run_loop(cluster, max_staleness=1)
+    cluster, told = FakeCluster(fail=frozenset({2, 9})), Told()
+    loop = run_loop(cluster, told, max_staleness=1)
     trained = [group for step in cluster.trained for group in step]
     assert len(trained) == len(set(trained)) == 24
     assert not {2, 9} & set(trained)
     assert loop.result.steps == 6
+    assert loop.result.discarded == 2 == sum(metrics["groups/discarded"] for metrics in told.metrics)
+    assert sorted(group_id for group_id, _, _ in told.given_up) == [2, 9]
+    assert {reason for _, _, reason in told.given_up} == {"RuntimeError: the engine is on fire"}
 
 
 def test_groups_that_keep_failing_end_the_run_with_the_reason() -> None:
     with pytest.raises(LoopError, match="the engine is on fire"):
         run_loop(FakeCluster(fail=frozenset(range(1000))))
+
+
+def test_groups_that_fail_while_the_learner_trains_are_not_replaced_without_end() -> None:
+    cluster, told = FakeCluster(fail=frozenset(range(4, 10**6)), train_s=0.3), Told()
+    with pytest.raises(LoopError, match="the engine is on fire"):
+        run_loop(cluster, told, max_staleness=1)
+    assert len(cluster.trained) == 1
+    assert 8 <= len(told.given_up) < 40, "0.3 s hold hundreds of failures"
+
+
+def test_skipped_steps_are_counted_and_five_in_a_row_end_the_run() -> None:
+    assert run_loop(FakeCluster(skip=frozenset({1, 2, 4, 5}))).result.skipped_steps == 4
+    with pytest.raises(LoopError, match=r"5 learner steps in a row .* groups 20, 21, 22, 23"):
+        run_loop(FakeCluster(skip=frozenset(range(1, 6))))
 
 
 @pytest.mark.parametrize(("gap", "reported"), [(0.5, 0.5), (float("nan"), float("inf"))])

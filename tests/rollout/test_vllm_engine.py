@@ -21,8 +21,9 @@ from small_model import collate, random_item, small_config, small_model, small_t
 from medtvt_rl.model.medtvt import MedTVTForCausalLM
 from medtvt_rl.model.policy import PolicyModel, load_policy, named_weights
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
+from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.rollout.vllm_core import prepare_environment
-from medtvt_rl.rollout.vllm_engine import EngineBrokenError, VllmEngine
+from medtvt_rl.rollout.vllm_engine import VllmEngine
 from medtvt_rl.types import Completion, Prompt, RolloutGroup
 from medtvt_rl.weights import WeightBuffer, WeightBufferError, pack_weights
 

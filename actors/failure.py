@@ -1,0 +1,32 @@
+"""How the failure of an actor reads: one line of cause, and the end of the actor's own log.
+
+Owns: the words. Does not own: what becomes of the actor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ray.exceptions import RayTaskError
+
+from medtvt_rl.logs import last_lines
+
+LOG_LINES = 5
+
+
+class ActorError(RuntimeError):
+    """An actor failed; the first line names it and the cause, the others are the end of its log."""
+
+
+def cause_of(error: BaseException) -> str:
+    """The cause in one line; Ray's own text of it is a whole traceback."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        return cause_of(error.cause)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def with_log(message: str, log: Path) -> str:
+    """The message, and below it the last lines of the log, if there are any."""
+    tail = "".join(f"\n  {line}" for line in last_lines(log, LOG_LINES))
+    return f"{message}\nend of {log}:{tail}" if tail else message

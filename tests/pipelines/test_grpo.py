@@ -1,0 +1,61 @@
+"""What the GRPO stage checks before it starts, and what it says while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from test_journal import training_group
+
+from medtvt_rl.config import Config, TaskConfig
+from medtvt_rl.rollout.config import EngineConfig, RolloutConfig, SamplingConfig
+from medtvt_rl.types import Prompt
+from pipelines.grpo import StepReport, load_prompts
+
+
+def prompts_of_ten_tokens(config: Config, tokenizer: object, split: str) -> Sequence[Prompt]:
+    return [Prompt(prompt_id="p", token_ids=np.arange(10, dtype=np.int32), item_id=None, ground_truth="")]
+
+
+def test_a_prompt_needs_room_for_its_completion_and_the_token_that_scoring_samples() -> None:
+    rollout = RolloutConfig(sampling=SamplingConfig(max_new_tokens=20), engine=EngineConfig(max_model_len=31))
+    config = Config(task=TaskConfig(prompts=f"{__name__}:prompts_of_ten_tokens"), rollout=rollout)
+    tokenizer: Any = None
+    assert len(load_prompts(config, tokenizer, "train")) == 1
+    config.rollout.engine = replace(rollout.engine, max_model_len=30)
+    with pytest.raises(ValueError, match=r"prompt p has 10 tokens, .* leaves 9"):
+        load_prompts(config, tokenizer, "train")
+
+
+class Notes:
+    """Reporter and journal that keep the lines and the ids."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.given_up: list[int] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def scalars(self, *what: object) -> None: ...
+    def update(self, *what: object, **metrics: float) -> None: ...
+    def write(self, *what: object) -> None: ...
+
+    def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
+        self.given_up.append(group_id)
+
+
+def test_failed_completions_skipped_steps_and_discarded_groups_are_named() -> None:
+    notes = Notes()
+    report = StepReport(notes, notes)  # type: ignore[arg-type]
+    metrics = {"reward/total": 0.0, "staleness/max": 0.0, "kl": 0.0, "entropy": 0.0}
+    report.step(0, metrics, [training_group(3)])
+    assert not notes.lines
+    report.step(1, {**metrics, "skipped": 1.0}, [training_group(4), training_group(5, (None, "jaccard: boom", None))])
+    assert "e.g. 5/1: jaccard: boom" in notes.lines[0]
+    assert "step 1 changed nothing" in notes.lines[1] and notes.lines[1].endswith("groups 4, 5")
+    report.discarded(17, "p", "ActorError: it died\nend of log")
+    assert notes.lines[2] == "grpo: group 17 discarded: ActorError: it died" and notes.given_up == [17]

@@ -1,0 +1,77 @@
+"""What the journal holds of groups: trained, given up, and the text of what could not be scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medtvt_rl.rewards.scorer import GroupRewards
+from medtvt_rl.types import Completion, GroupHeader, Prompt, RolloutGroup
+from pipelines.grpo_loop import FinishedGroup, TrainingGroup
+from pipelines.journal import Journal
+
+
+class Tokenizer:
+    """Words are numbers."""
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def rollout(group_id: int) -> RolloutGroup:
+    prompt = Prompt(prompt_id=f"p{group_id}", token_ids=np.ones(3, np.int32), item_id=None, ground_truth="truth")
+    completions = tuple(
+        Completion(
+            completion_id=f"{group_id}/{index}",
+            token_ids=np.full(2, 10 * group_id + index, np.int32),
+            behaviour_logprobs=np.zeros(2, np.float32),
+            policy_versions=np.zeros(2, np.int32),
+            finish_reason="stop",
+        )
+        for index in range(3)
+    )
+    return RolloutGroup(group_id=group_id, prompt=prompt, completions=completions)
+
+
+def training_group(group_id: int, reasons: tuple[str | None, ...] = (None, None, None)) -> TrainingGroup:
+    values = np.array([0.0, 1.0, 0.5], np.float32)
+    failed = np.array([reason is not None for reason in reasons])
+    group = FinishedGroup(
+        header=GroupHeader.of(rollout(group_id), 0.1),
+        payload=group_id,
+        rewards=GroupRewards(components={"jaccard": values}, total=values, failed=failed, reasons=reasons),
+        reference=None,
+        kl=None,
+    )
+    return TrainingGroup(group=group, advantages=values)
+
+
+def test_failed_completions_are_kept_with_their_text_and_only_they_are_fetched(tmp_path: Path) -> None:
+    fetched: list[int] = []
+
+    def fetch(payload: int) -> RolloutGroup:
+        fetched.append(payload)
+        return rollout(payload)
+
+    with Journal(tmp_path, Tokenizer(), fetch) as journal:  # type: ignore[arg-type]
+        journal.write(1, [training_group(4), training_group(5, (None, "jaccard: KeyError: 'x'", None))])
+        journal.discarded(6, "p6", "ActorError: rollout 0\nend of its log")
+    sound, failed = (json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines())
+    assert fetched == [5]
+    assert sound["failures"] == sound["failed_texts"] == {}
+    assert failed["failures"] == {"5/1": "jaccard: KeyError: 'x'"}
+    assert failed["failed_texts"] == {"5/1": "51 51"}
+    given_up = json.loads((tmp_path / "discarded.jsonl").read_text())
+    assert given_up == {"group_id": 6, "prompt_id": "p6", "reason": "ActorError: rollout 0\nend of its log"}
+
+
+def test_every_tenth_step_leaves_a_sample(tmp_path: Path) -> None:
+    with Journal(tmp_path, Tokenizer(), rollout) as journal:  # type: ignore[arg-type]
+        for step in range(11):
+            journal.write(step, [training_group(step)])
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 10]
+    assert samples[1]["completions"][2] == {"text": "102 102", "reward": 0.5}
