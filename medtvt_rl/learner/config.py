@@ -52,6 +52,7 @@ class SupervisedConfig:
         modality_dropout: probability that a modality is withheld from an example.
         patience: stop when the validation score did not rise for so many epochs, not before `decay_epochs` are done; 0
             runs all epochs. The best are kept.
+        validate_from: the first epoch (from 1) after which the score is measured; sampling answers takes time.
         min_rise: what counts as a rise; set it to the noise of the score.
         validation_studies, validation_samples: the score is the mean reward of that many sampled answers.
         train_encoders: whether the modality encoders learn, too.
@@ -67,6 +68,7 @@ class SupervisedConfig:
     modality_dropout: float = 0.05
     patience: int = 0
     min_rise: float = 0.0
+    validate_from: int = 1
     validation_studies: int = 150
     validation_samples: int = 4
     train_encoders: bool = False

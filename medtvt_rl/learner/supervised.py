@@ -107,14 +107,16 @@ class SupervisedTrainer:
         self._steps_per_epoch = len(self._plan(self._source.epoch(0), 0))
         for epoch in range(self._config.epochs):
             step, train_loss = self._train_epoch(epoch, step)
+            if epoch + 1 < min(self._config.validate_from, self._config.epochs):
+                self._tell(epoch, {"train_loss": train_loss})
+                continue
             validation = self._validate()
             if validation.score > best:
                 best, best_epoch, kept = validation.score, epoch, validation.metrics
                 self._keep_best()
             if validation.score > to_beat:
                 to_beat, risen_epoch = validation.score + self._config.min_rise, epoch
-            if self._engine.rank == 0:
-                self._observer.epoch(epoch, {"train_loss": train_loss, **validation.metrics})
+            self._tell(epoch, {"train_loss": train_loss, **validation.metrics})
             patience_over = self._config.patience and epoch - risen_epoch >= self._config.patience
             if patience_over and epoch + 1 >= self._config.decay_epochs:
                 break
@@ -127,6 +129,10 @@ class SupervisedTrainer:
             validation=kept,
             seconds=time.perf_counter() - started,
         )
+
+    def _tell(self, epoch: int, metrics: dict[str, float]) -> None:
+        if self._engine.rank == 0:
+            self._observer.epoch(epoch, metrics)
 
     def _train_epoch(self, epoch: int, step: int) -> tuple[int, float]:
         """Returns the steps done so far and the mean loss per answer token of the epoch."""

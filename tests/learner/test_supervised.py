@@ -132,6 +132,13 @@ def test_a_rise_within_the_noise_does_not_keep_training_going_but_is_kept() -> N
     assert result.best_epoch == 3 and kept == [0, 1, 2, 3]
 
 
+def test_early_epochs_may_go_without_validation_but_the_last_never_does() -> None:
+    _, seen, kept, _ = _run(epochs=4, validate_from=3)
+    assert ["validation_loss" in epoch for epoch in seen.epochs] == [False, False, True, True]
+    assert kept and all(epoch >= 2 for epoch in kept)
+    assert _run(epochs=2, validate_from=9)[0].best_epoch == 1
+
+
 def test_the_rate_stays_at_its_floor_after_the_decay_epochs() -> None:
     _, seen, _, _ = _run(decay_epochs=2, final_lr_share=0.1)
     rates = [step["learning_rate"] for step in seen.steps]
