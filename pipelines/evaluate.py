@@ -27,7 +27,8 @@ from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.bootstrap import Interval
 from medtvt_rl.evaluation.diagnosis import StudyAnswers
 from medtvt_rl.evaluation.rewards import RewardEvaluator
-from medtvt_rl.model.policy import load_policy, named_weights
+from medtvt_rl.model.named_weights import named_weights
+from medtvt_rl.model.policy import load_policy
 from medtvt_rl.types import MODALITIES, Prompt, RolloutGroup
 from medtvt_rl.weights import pack_weights
 from pipelines.diagnose import PERCENTILES_FILE

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from medtvt_rl.learner.engine import TrainingEngine
-from medtvt_rl.model.policy import named_weights
+from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.weights import WeightBuffer, pack_weights
 
 

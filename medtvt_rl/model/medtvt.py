@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from medtvt_rl.model.config import CxrEncoderConfig, EcgEncoderConfig, LabEncoderConfig, PerceptionConfig
+from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.tower import StudyTower
 from medtvt_rl.types import MODALITIES
 
@@ -233,8 +234,6 @@ class MedTVTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save(self, folder: str | Path) -> None:
         """Writes a Hugging Face folder, adapters merged, that from_pretrained and the rollout engine read."""
-        from medtvt_rl.model.policy import named_weights
-
         self.save_pretrained(folder, state_dict=dict(named_weights(self)))
 
 

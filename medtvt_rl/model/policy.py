@@ -6,7 +6,6 @@ and their functional merge, and the names under which weights travel. Does not o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from medtvt_rl.model.config import LoraSettings
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
+from medtvt_rl.model.named_weights import ADAPTER, named_weights
 from medtvt_rl.model.tower import set_encoders_trainable
 
 ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTER = "default"
 
 
 @runtime_checkable
@@ -47,7 +46,13 @@ class PolicyModel(Protocol):
 
 
 class TextPolicy(nn.Module):
-    """Any Hugging Face causal language model as a policy without multimodal items."""
+    """Any Hugging Face causal language model as a policy without multimodal items.
+
+    Attributes:
+        weight_prefix: what stands before the weights' own names, and does not travel.
+    """
+
+    weight_prefix = "model."
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -130,54 +135,3 @@ def add_lora(policy: MedTVTForCausalLM | TextPolicy, settings: LoraSettings) -> 
     )
     for embedding in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
         embedding.requires_grad_(settings.train_embeddings)
-
-
-def named_weights(policy: nn.Module, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under the name that the model folder and the rollout engine know.
-
-    Adapters are merged functionally, W + alpha / r * B @ A, and the policy is left as it is; tied tensors come once;
-    the persistent buffers (BatchNorm statistics) come, too. Tensors are detached, not copied, where nothing is merged.
-
-    Args:
-        trained_only: leaves out what has no gradient (and the buffers of modules that do not learn).
-    """
-    prefix = "model." if isinstance(policy, TextPolicy) else ""
-    seen: set[int] = set()
-    for path, module in policy.named_modules():
-        if _inside_adapter(path):
-            continue
-        for name, tensor, learns in _own_weights(module):
-            if id(tensor) in seen or (trained_only and not learns):
-                continue
-            seen.add(id(tensor))
-            full = f"{path}.{name}" if path else name
-            yield full.removeprefix(prefix).replace(".base_layer.", "."), _merged(module, name, tensor)
-
-
-def _inside_adapter(path: str) -> bool:
-    """Whether a module path lies within an adapted layer: its weights come merged with the layer itself."""
-    return any(part.startswith("lora_") or part == "base_layer" for part in path.split("."))
-
-
-def _own_weights(module: Any) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name, tensor, whether it learns) of a module's own parameters and persistent buffers."""
-    if hasattr(module, "lora_A"):
-        adapted = ADAPTER in module.lora_A
-        for name, parameter in module.base_layer.named_parameters(recurse=False):
-            yield name, parameter, parameter.requires_grad or (adapted and name == "weight")
-        return
-    for name, parameter in module.named_parameters(recurse=False):
-        yield name, parameter, parameter.requires_grad
-    learns = any(p.requires_grad for p in module.parameters(recurse=False))
-    for name, buffer in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set:
-            yield name, buffer, learns
-
-
-def _merged(module: Any, name: str, tensor: Tensor) -> Tensor:
-    """The weight with its adapter's product added, where it has one."""
-    if name != "weight" or not hasattr(module, "lora_A") or ADAPTER not in module.lora_A:
-        return tensor.detach()
-    down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-    with torch.no_grad():
-        return (tensor.float() + module.scaling[ADAPTER] * (up.float() @ down.float())).to(tensor.dtype)

@@ -19,7 +19,8 @@ from actors.placement import place, plan
 from actors.reference_policy import ReferencePolicy
 from medtvt_rl.config import Config
 from medtvt_rl.learner.scoring import ScoredSequence, score_sequences
-from medtvt_rl.model.policy import load_policy, named_weights
+from medtvt_rl.model.named_weights import named_weights
+from medtvt_rl.model.policy import load_policy
 from medtvt_rl.types import Completion, GroupHeader, Prompt, RolloutGroup
 
 pytestmark = pytest.mark.cluster

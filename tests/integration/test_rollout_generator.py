@@ -16,7 +16,7 @@ from small_model import random_item, small_config, small_model, small_tokenizer,
 
 from actors.rollout_generator import RolloutGenerator
 from medtvt_rl.config import Config
-from medtvt_rl.model.policy import named_weights
+from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
 from medtvt_rl.weights import pack_weights
 

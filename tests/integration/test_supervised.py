@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.data.simulate.cohort import write_cohort
-from medtvt_rl.model.policy import load_policy, named_weights
+from medtvt_rl.model.named_weights import named_weights
+from medtvt_rl.model.policy import load_policy
 from pipelines import pretrain, sft
 from pipelines.stages import StageError
 

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from medtvt_rl.model.config import LoraSettings
 from medtvt_rl.model.medtvt import MedTVTForCausalLM
-from medtvt_rl.model.policy import PolicyModel, TextPolicy, add_lora, load_policy, named_weights
+from medtvt_rl.model.named_weights import named_weights
+from medtvt_rl.model.policy import PolicyModel, TextPolicy, add_lora, load_policy
 from medtvt_rl.model.tower import set_encoders_trainable
 
 IDS = torch.from_numpy(study_prompt(0).token_ids).long()[None]

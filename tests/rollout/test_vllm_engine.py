@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from small_model import collate, random_item, small_config, small_model, small_tokenizer, study_prompt
 
 from medtvt_rl.model.medtvt import MedTVTForCausalLM
-from medtvt_rl.model.policy import PolicyModel, load_policy, named_weights
+from medtvt_rl.model.named_weights import named_weights
+from medtvt_rl.model.policy import PolicyModel, load_policy
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.rollout.vllm_core import prepare_environment
