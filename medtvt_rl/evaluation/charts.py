@@ -112,7 +112,7 @@ def bar_chart(title: str, rows: Sequence[tuple[str, float, str]], note: str = ""
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`; at least two, so that they span a range."""
-    if high - low < 1e-12 * max(1.0, abs(high)):
+    if high - low < 1e-9 * max(1.0, abs(high)):
         half = max(abs(high) * 0.1, 1e-6)
         low, high = low - half, high + half
     raw = (high - low) / max(1, about - 1)
