@@ -11,7 +11,8 @@ SAMPLE_EVERY_S = 2.0
 
 class PeakMemory:
     """Context manager; `peak_bytes` is the largest sum of proportional set sizes (memory shared by several processes
-    counted once) over this process and its descendants. Remote nodes of a cluster are not in it."""
+    counted once) over this process, its descendants, and the Ray workers of this machine, which descend from the
+    cluster that a driver joined. Other machines are not in it."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -19,6 +20,7 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakMemory:
+        self.peak_bytes = _sample()
         self._thread.start()
         return self
 
@@ -27,16 +29,15 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while True:
+        while not self._stop.wait(SAMPLE_EVERY_S):
             self.peak_bytes = max(self.peak_bytes, _sample())
-            if self._stop.wait(SAMPLE_EVERY_S):
-                return
 
 
 def _sample() -> int:
     me = psutil.Process()
+    workers = [process for process in psutil.process_iter(["name"]) if process.info["name"].startswith("ray::")]
     total = 0
-    for process in [me, *me.children(recursive=True)]:
+    for process in {me, *me.children(recursive=True), *workers}:
         try:
             total += process.memory_full_info().pss
         except (psutil.NoSuchProcess, psutil.AccessDenied):
