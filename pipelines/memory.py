@@ -35,7 +35,7 @@ class PeakMemory:
 
 def _sample() -> int:
     me = psutil.Process()
-    workers = [process for process in psutil.process_iter(["name"]) if process.info["name"].startswith("ray::")]
+    workers = [process for process in psutil.process_iter(["name"]) if (process.info["name"] or "").startswith("ray::")]
     total = 0
     for process in {me, *me.children(recursive=True), *workers}:
         try:
