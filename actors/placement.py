@@ -64,11 +64,17 @@ def grpo_roles(config: Config) -> dict[str, int]:
     }
 
 
+def evaluation_generators(config: Config) -> int:
+    """Generators of the evaluation stage."""
+    return config.evaluation.num_generators or config.rollout.num_generators
+
+
 def logical_cpus(config: Config) -> float:
     """CPUs that the largest stage asks for; a local Ray offers at least these."""
     grpo = sum(bundle.cpus for bundle in plan(config, grpo_roles(config)))
     supervised = max(config.pretrain.num_workers, config.sft.num_workers) * config.placement.learner.cpus
-    return max(grpo, supervised) + 1
+    evaluation = evaluation_generators(config) * config.placement.rollout.cpus
+    return max(grpo, supervised, evaluation) + 1
 
 
 class Placement:
@@ -84,6 +90,10 @@ class Placement:
         bundle = self.bundles[position]
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=position)
         return {"num_cpus": bundle.resources.get("CPU", 0), "num_gpus": bundle.gpus, "scheduling_strategy": strategy}
+
+    def count(self, role: str) -> int:
+        """Bundles of a role."""
+        return sum(bundle.role == role for bundle in self.bundles)
 
     def release(self) -> None:
         """Gives the resources back; actors in it end."""

@@ -67,7 +67,7 @@ class RolloutPool:
         actor: Any = RolloutGenerator
         generators = [
             actor.options(**placement.options("rollout", index)).remote(str(model_folder), config, index)
-            for index in range(config.rollout.num_generators)
+            for index in range(placement.count("rollout"))
         ]
         pool = cls(config, generators, report)
         what, timeout_s = f"load {model_folder}", config.rollout.start_timeout_s

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.deadline import within
-from actors.placement import place, plan
+from actors.placement import evaluation_generators, place, plan
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
 from medtvt_rl.data.study_build import store_folder
@@ -61,7 +61,7 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     prompts = held_out_prompts(config, load_prompts(config, tokenizer, config.evaluation.split), reporter)
     evaluator = make_evaluator(config, prompts)
     reporter.line("evaluate: starting the engines")
-    placement = place(plan(config, {"rollout": config.rollout.num_generators}), config.placement.timeout_s)
+    placement = place(plan(config, {"rollout": evaluation_generators(config)}), config.placement.timeout_s)
     try:
         pool = await RolloutPool.start(config, placement, before_folder)
         asker = Asker(config, pool, tokenizer, reporter)
@@ -111,7 +111,7 @@ def studies_at_once(config: Config) -> int:
     """How many studies are asked about at a time: twice what fills the engines. The deadline of an answer runs while
     it waits for its engine, so that more would only queue towards it."""
     completions = config.evaluation.num_samples + 1
-    return max(1, 2 * config.rollout.engine.max_num_seqs // completions) * config.rollout.num_generators
+    return max(1, 2 * config.rollout.engine.max_num_seqs // completions) * evaluation_generators(config)
 
 
 def summarise(result: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ class EvaluationConfig:
     """Held-out evaluation by the rollout generators.
 
     Attributes:
+        num_generators: rollout generators that answer, where no learner needs the machine; 0: as many as in training.
         num_samples: answers sampled per study at the training temperature; one greedy answer is added.
         max_studies: 0 takes the whole split.
         bootstrap_resamples: of patients, for the 95 % intervals.
@@ -17,6 +18,7 @@ class EvaluationConfig:
     """
 
     split: str = "test"
+    num_generators: int = 0
     num_samples: int = 4
     max_studies: int = 0
     bootstrap_resamples: int = 2000

@@ -61,8 +61,9 @@ class CountingPool:
 def test_no_more_studies_are_under_way_than_keep_the_engines_full(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config.evaluation.num_generators = 0
     assert studies_at_once(config) == 2 * 128 // 5
-    config.rollout.engine.max_num_seqs, config.rollout.num_generators = 5, 2
+    config.rollout.engine.max_num_seqs, config.evaluation.num_generators = 5, 2
     assert studies_at_once(config) == 4
     pool: Any = CountingPool()
     tokenizer: Any = None
