@@ -195,7 +195,7 @@ def render(diagnosis: Diagnosis) -> str:
     lines.append("contribution of each modality (gate, 0 to 1)")
     for name, gate in diagnosis.gates.items():
         words = "  not given" if name in diagnosis.missing else ""
-        lines.append(f"  {MODALITY_NAMES[name]:<5}{gate:.2f}  {'#' * round(20 * gate):<20}{words}".rstrip())
+        lines.append(f"  {MODALITY_NAMES[name]:<5}{gate:.3f}  {'#' * round(20 * gate):<20}{words}".rstrip())
     lines.append("A research system, not a medical device: do not act on this for a patient.")
     return "\n".join(lines)
 

@@ -171,9 +171,9 @@ def test_what_is_printed() -> None:
     lines = render(good).splitlines()
     assert lines[:5] == ["reasoning", "  ECG: atrial fibrillation.", "diagnoses", "  Atrial Fibrillation", "  Sepsis"]
     assert lines[6:9] == [
-        "  ECG  0.50  ##########",
-        "  film 0.25  #####                 not given",
-        "  labs 1.00  ####################",
+        "  ECG  0.500  ##########",
+        "  film 0.250  #####                 not given",
+        "  labs 1.000  ####################",
     ]
     assert "not a medical device" in lines[-1]
 
