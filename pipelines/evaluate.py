@@ -23,6 +23,7 @@ from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
 from medtvt_rl.data.study_build import store_folder
 from medtvt_rl.data.study_store import StudyStore
+from medtvt_rl.data.task import without
 from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.bootstrap import Interval
 from medtvt_rl.evaluation.diagnosis import StudyAnswers
@@ -172,7 +173,7 @@ async def _ablations(
     metric = "jaccard_greedy" if config.task.evaluate is not None else "reward_greedy"
     changes = {}
     for modality in MODALITIES:
-        withheld = [replace(prompt, item_id=f"{prompt.item_id}|without={modality}") for prompt in prompts]
+        withheld = [replace(prompt, item_id=without(str(prompt.item_id), modality)) for prompt in prompts]
         result = evaluator.evaluate(await asker.answers(f"without {modality}", withheld, sample=False))
         changes[modality] = evaluator.paired_gain(full, result, metric=metric).to_dict()
     return changes

@@ -28,7 +28,6 @@ MAX_INVALID_SHARE = 0.5
 MAX_PLAUSIBLE_MV = 50.0
 _DURATION_TOLERANCE = 0.01
 _MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
-_LEAD_INDEX = {lead.upper(): i for i, lead in enumerate(LEADS)}
 
 
 def read_ecg(path: Path) -> NDArray[np.float32]:
