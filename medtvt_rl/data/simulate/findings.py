@@ -40,10 +40,10 @@ PENETRANCE: dict[str, Penetrance] = {
     "st_depression": Penetrance(0.05, {CAD: 0.50, SEPSIS: 0.05}),
     "q_wave": Penetrance(0.04, {CAD: 0.40}),
     "peaked_t": Penetrance(0.04, {ARF: 0.40}),
-    "cardiomegaly": Penetrance(0.06, {HYPERTENSION: 0.40, CAD: 0.15, AFIB: 0.15}),
+    "cardiomegaly": Penetrance(0.05, {HYPERTENSION: 0.60, AFIB: 0.15}),
     "consolidation": Penetrance(0.04, {PNEUMONIA: 0.85, SEPSIS: 0.15}),
-    "effusion": Penetrance(0.06, {ARF: 0.35, PNEUMONIA: 0.15}),
-    "edema": Penetrance(0.04, {ARF: 0.25, CAD: 0.15}),
+    "effusion": Penetrance(0.05, {ARF: 0.50, PNEUMONIA: 0.20}),
+    "edema": Penetrance(0.04, {CAD: 0.40}),
 }
 
 LAB_THRESHOLDS: dict[str, tuple[str, float]] = {
