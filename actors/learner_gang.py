@@ -7,6 +7,7 @@ own: the training step (medtvt_rl/learner), or when a failed gang is started aga
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,8 +125,26 @@ class LearnerGang:
         """Writes the policy and its tokenizer as a Hugging Face folder, complete or not at all."""
         await self._everywhere("save_model", str(Path(folder).resolve()))
 
+    async def replay_step(self, step: int) -> None:
+        """Repeats a recorded step of the run on every rank."""
+        await self._all(
+            "replay_step",
+            lambda worker, _: worker.replay_step.remote(step),
+            self._config.learner.step_timeout_s,
+            "learner.step_timeout_s",
+        )
+
+    async def checkpoint(self, version: int) -> None:
+        """Writes the checkpoint of a version; its folder appears when it is complete."""
+        folder = self._config.checkpoint_folder(version)
+        temporary = folder.with_name(folder.name + ".writing")
+        shutil.rmtree(temporary, ignore_errors=True)
+        await self.save_checkpoint(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
     async def save_checkpoint(self, folder: Path) -> None:
-        """Writes what a resume needs, into a folder that every rank reaches."""
+        """Writes weights, optimizer and random state into a folder that every rank reaches."""
         await self._everywhere("save_checkpoint", str(Path(folder).resolve()))
 
     async def load_checkpoint(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ groups it gets.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
-from medtvt_rl.types import RolloutGroup
+from medtvt_rl.types import ReferenceHeader, RolloutGroup
 
 
 @ray.remote
@@ -39,13 +40,11 @@ class ReferencePolicy:
         """Returns when the policy is loaded: a call waits for the constructor."""
 
     @ray.method(num_returns=2)
-    def logprobs(self, group: RolloutGroup) -> tuple[NDArray[np.float32], tuple[NDArray[np.float32], ...]]:
-        """The group under the frozen policy, at the sampling temperature.
-
-        Returns:
-            KL of each completion [G] float32 by the configured estimator, summed over its tokens, for the driver; the
-            log-probs of each completion's tokens [T] float32, for the object store.
+    def logprobs(self, group: RolloutGroup) -> tuple[ReferenceHeader, tuple[NDArray[np.float32], ...]]:
+        """The group under the frozen policy, at the sampling temperature: a header for the driver; the log-probs of
+        each completion's tokens [T] float32, for the object store.
         """
+        started = time.perf_counter()
         from medtvt_rl.algorithm.kl import sequence_kl
         from medtvt_rl.learner.scoring import ScoredSequence, score_sequences
 
@@ -63,4 +62,5 @@ class ReferencePolicy:
         logprobs = tuple(values.float().cpu().numpy() for values in scored)
         estimator = self._config.grpo.loss.kl.estimator
         kl = [sequence_kl(c.behaviour_logprobs, values, estimator) for c, values in zip(group.completions, logprobs)]
-        return np.array(kl, dtype=np.float32), logprobs
+        header = ReferenceHeader(kl=np.array(kl, dtype=np.float32), seconds=time.perf_counter() - started)
+        return header, logprobs

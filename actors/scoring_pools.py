@@ -12,9 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayError
 
 from actors.deadline import DeadlineError, within
@@ -24,6 +22,7 @@ from actors.reference_policy import ReferencePolicy
 from actors.reward_scorer import RewardScorer
 from medtvt_rl.config import Config
 from medtvt_rl.rewards.scorer import GroupRewards
+from medtvt_rl.types import ReferenceHeader
 
 
 class ScorerPool:
@@ -89,8 +88,8 @@ class ReferencePool:
         await _ready(config, "reference", references)
         return cls(config, references)
 
-    async def logprobs(self, group: ray.ObjectRef) -> tuple[ray.ObjectRef, NDArray[np.float32]]:
-        """A reference to the log-probs of one group, and the KL of each completion."""
+    async def logprobs(self, group: ray.ObjectRef) -> tuple[ray.ObjectRef, ReferenceHeader]:
+        """A reference to the log-probs of one group, and what the driver sees of them."""
         index = next(self._turn) % len(self._references)
         header, payload = self._references[index].logprobs.remote(group)
         return payload, await _score(self._config, "reference", index, header)

@@ -122,8 +122,12 @@ class Config:
         return Path(self.run.root) / self.run.name
 
     def stage_folder(self, stage: str) -> Path:
-        """Where a stage keeps its model, its marker and its checkpoints."""
+        """Where a stage keeps its model and its marker."""
         return self.folder / "stages" / stage
+
+    def checkpoint_folder(self, version: int) -> Path:
+        """The checkpoint of the learners after so many GRPO steps."""
+        return self.folder / "checkpoints" / f"step_{version:06d}"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -176,3 +176,32 @@ class GroupHeader:
             newest_version=newest,
             generate_s=generate_s,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceHeader:
+    """What the driver sees of a group's reference log-probs.
+
+    Attributes:
+        kl: [G] float32, KL of each completion by the configured estimator, summed over its tokens.
+        seconds: the reference policy took.
+    """
+
+    kl: NDArray[np.float32]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerStep:
+    """What one call of the learners' `train_step` did.
+
+    Attributes:
+        metrics: over all ranks, by name.
+        skipped: why no weight changed; None where the step was taken.
+        culprits: ids of the groups that made it not finite, ascending; empty where it was, or where no group can be
+            named.
+    """
+
+    metrics: dict[str, float]
+    skipped: str | None = None
+    culprits: tuple[int, ...] = ()

@@ -8,12 +8,16 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medtvt_rl.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from pipelines.reporter import Reporter
 
 HELP = {
     "run": "all stages of run.stages, then the report; a finished stage is not run again",
@@ -35,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pipelines import diagnose
 
         return diagnose.run(args)
+    if args.stage == "replay":
+        return _replay(args)
     try:
         config = _load(args.config, args.overrides)
         if args.stage != "cohort":
@@ -63,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
     _add_diagnose(stages)
+    _add_replay(stages)
     return parser
 
 
@@ -71,6 +78,14 @@ def _add_diagnose(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
     text = "read one patient's ECG, film and blood values, and name the diagnoses"
     diagnose.add_arguments(stages.add_parser("diagnose", help=text, description=text))
+
+
+def _add_replay(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "repeat recorded GRPO steps of a run and compare the weights bit for bit"
+    replay = stages.add_parser("replay", help=text, description=text)
+    replay.add_argument("run", type=Path, help="folder of the run, e.g. runs/quickstart")
+    replay.add_argument("--from-step", type=int, default=0, metavar="A", help="0, or a step with a checkpoint")
+    replay.add_argument("--to-step", type=int, metavar="B", help="default: the last step of the journal")
 
 
 def _load(path: str, overrides: Sequence[str]) -> Config:
@@ -113,30 +128,52 @@ def check_named(config: Config) -> None:
 
 
 def _run(stage: str, config: Config) -> int:
-    """Joins or starts the cluster, then runs one stage or all of them."""
-    from medtvt_rl.logs import quiet_third_parties
-    from pipelines.stages import StageError, check_finished, prepare_run_folder
+    """One stage, or all of them."""
+    from pipelines.stages import StageError, check_finished, prepare_run_folder, run_stage
 
     try:
         check_finished(config.run.stages if stage == "run" else [stage], config)
     except StageError as error:
         return _fail(str(error), EXIT_FAILED)
     prepare_run_folder(config)
+
+    def work(reporter: Reporter) -> None:
+        if stage == "run":
+            from pipelines import run as all_stages
+
+            all_stages.run(config, reporter)
+        else:
+            run_stage(stage, config, reporter)
+
+    return _in_session(config, work, with_ray=stage != "cohort")
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from pipelines import replay
+
+    try:
+        config = replay.load_run(args.run)
+        check_named(config)
+        lines = replay.check(config, args.from_step, args.to_step)
+    except (ValueError, replay.ReplayError) as error:
+        return _fail(str(error), EXIT_USAGE)
+    return _in_session(config, lambda reporter: replay.run(config, lines, reporter), with_ray=True)
+
+
+def _in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool) -> int:
+    """Joins or starts the cluster, works, and turns what is raised into one line and an exit code."""
+    from medtvt_rl.logs import quiet_third_parties
+
     quiet_third_parties(config.folder / "logs")
     from actors.placement import logical_cpus
     from actors.session import ray_session
-    from pipelines import run as all_stages
     from pipelines.reporter import Reporter
-    from pipelines.stages import run_stage
 
     try:
-        session = nullcontext() if stage == "cohort" else ray_session(config, logical_cpus(config))
+        session = ray_session(config, logical_cpus(config)) if with_ray else nullcontext()
         with Reporter(config.folder) as reporter, session:
             quiet_third_parties(config.folder / "logs")
-            if stage == "run":
-                all_stages.run(config, reporter)
-            else:
-                run_stage(stage, config, reporter)
+            work(reporter)
     except KeyboardInterrupt:
         return _fail("interrupted; finished stages are kept, and the same command goes on from there", EXIT_FAILED)
     except Exception as error:

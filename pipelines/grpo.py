@@ -23,8 +23,11 @@ from actors.scoring_pools import ReferencePool, ScorerPool
 from medtvt_rl.config import Config
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.dotted import resolve
+from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.types import Prompt
-from pipelines.grpo_loop import GrpoLoop, LoopResult, TrainingGroup
+from pipelines.grpo_loop import EQUAL_REWARDS, GrpoLoop
+from pipelines.grpo_roles import FinishedGroup, LoopResult, TrainedStep, TrainingGroup
+from pipelines.held_out import HeldOutMeasurement
 from pipelines.journal import Journal, failures
 from pipelines.reporter import Reporter
 from pipelines.stages import start_model
@@ -51,8 +54,9 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
         )
         reporter.start("grpo", config.grpo.steps, "step")
         with Journal(config.folder / "journal", tokenizer) as journal:
-            report = StepReport(reporter, journal)
-            loop = GrpoLoop(config.grpo, sampler, rollouts, scoring, reference, gang, report)
+            report = StepReport(reporter, journal, Alarms(config.alarms))
+            held_out = _held_out(config, rollouts, tokenizer)
+            loop = GrpoLoop(config.grpo, sampler, rollouts, scoring, reference, gang, report, held_out)
             result = await loop.run()
         await gang.save_model(config.stage_folder("grpo") / "model")
         rollouts.stop()
@@ -66,6 +70,17 @@ async def _start_reference(config: Config, placement: Placement, folder: Path) -
     return await ReferencePool.start(config, placement, folder) if grpo_roles(config)["reference"] else None
 
 
+def _held_out(
+    config: Config, rollouts: RolloutPool, tokenizer: PreTrainedTokenizerBase
+) -> HeldOutMeasurement | None:
+    """None where it is off, or the task has no prompt in that split."""
+    settings = config.grpo.held_out
+    if settings.every_steps < 1:
+        return None
+    prompts = load_prompts(config, tokenizer, settings.split, required=False)
+    return HeldOutMeasurement(config, rollouts, tokenizer, prompts) if prompts else None
+
+
 def summarise(result: LoopResult) -> dict[str, float]:
     """What the summary says of the loop; first and last reward are means over a tenth of the steps."""
     tail = max(1, len(result.rewards) // 10)
@@ -74,6 +89,8 @@ def summarise(result: LoopResult) -> dict[str, float]:
         "skipped_steps": result.skipped_steps,
         "completions": result.completions,
         "discarded": result.discarded,
+        "replaced": result.replaced,
+        "nonfinite": result.nonfinite,
         "max_staleness_seen": result.max_staleness_seen,
         "logprob_max_abs_diff": result.logprob_max_abs_diff,
         "reward_first": float(np.mean(result.rewards[:tail])),
@@ -81,10 +98,15 @@ def summarise(result: LoopResult) -> dict[str, float]:
     }
 
 
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, split: str) -> Sequence[Prompt]:
-    """The task's prompts of a split. Raises ValueError if there are none or one does not fit the engine."""
+def load_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, split: str, required: bool = True
+) -> Sequence[Prompt]:
+    """The task's prompts of a split. Raises ValueError if there are none (unless they are not `required`) or one does
+    not fit the engine."""
     prompts: Sequence[Prompt] = resolve(config.task.prompts, "task.prompts")(config, tokenizer, split)
     if not prompts:
+        if not required:
+            return prompts
         raise ValueError(f"task.prompts {config.task.prompts} gave no prompt for the split {split!r}")
     # One token more than prompt and completion: the engine samples one when it scores a completion.
     room = config.rollout.engine.max_model_len - config.rollout.sampling.max_new_tokens - 1
@@ -98,23 +120,27 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, split: str)
 
 
 class StepReport:
-    """Tells reporter and journal what the loop does."""
+    """Tells reporter and journal what the loop does, and sounds the alarms."""
 
-    def __init__(self, reporter: Reporter, journal: Journal) -> None:
-        self._reporter, self._journal = reporter, journal
+    def __init__(self, reporter: Reporter, journal: Journal, alarms: Alarms) -> None:
+        self._reporter, self._journal, self._alarms = reporter, journal, alarms
 
-    def step(self, step: int, metrics: dict[str, float], groups: list[TrainingGroup]) -> None:
+    def step(self, trained: TrainedStep) -> None:
         """The step's metrics, its groups, and what was wrong with it."""
+        metrics, step = trained.metrics, trained.step
         self._reporter.scalars("grpo", step, metrics)
-        failed = {name: reason for group in groups for name, reason in failures(group).items()}
+        failed = {name: reason for group in trained.groups for name, reason in failures(group).items()}
         if failed:
             name, reason = next(iter(failed.items()))
             self._reporter.line(
                 f"grpo: step {step}: {len(failed)} completions could not be scored, e.g. {name}: {reason}"
             )
         if metrics.get("skipped", 0.0) > 0:
-            ids = ", ".join(str(group.group.header.group_id) for group in groups)
-            self._reporter.line(f"grpo: step {step} changed nothing, loss or gradient not finite, on groups {ids}")
+            self._reporter.line(
+                f"grpo: step {step} changed nothing, loss or gradient not finite, on groups {_ids(trained.groups)}"
+            )
+        for alarm in self._alarms.check(step, metrics):
+            self._reporter.line(f"grpo: step {step}: ALARM: {alarm}")
         self._reporter.update(
             step + 1,
             reward=metrics["reward/total"],
@@ -122,12 +148,29 @@ class StepReport:
             kl=metrics["kl"],
             entropy=metrics["entropy"],
         )
-        self._journal.write(step, groups)
+        self._journal.write(trained)
 
     def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
         """A line for the reader, the whole reason for the journal."""
         self._reporter.line(f"grpo: group {group_id} discarded: {reason.splitlines()[0]}")
         self._journal.discarded(group_id, prompt_id, reason)
+
+    def replaced(self, group: FinishedGroup) -> None:
+        """For the journal alone: it is what dynamic sampling is for."""
+        self._journal.discarded(group.header.group_id, group.header.prompt_id, EQUAL_REWARDS)
+
+    def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str) -> None:
+        """A line for the reader; the learners have saved the groups."""
+        self._reporter.line(
+            f"grpo: step {step} goes on without groups {_ids(groups)}: {reason}; they lie in journal/nonfinite"
+        )
+        for group in groups:
+            header = group.group.header
+            self._journal.discarded(header.group_id, header.prompt_id, f"step {step}: {reason}")
+
+
+def _ids(groups: Sequence[TrainingGroup]) -> str:
+    return ", ".join(str(group.group_id) for group in groups)
 
 
 if __name__ == "__main__":

@@ -1,122 +1,54 @@
 """The one training loop: synchronous training is the asynchronous one with `max_staleness: 0`.
 
-    sampler -> admit -> generate -> score + reference -> buffer -> train -> publish
-                 ^                                                            |
-                 +-------------- a slot comes back with the new version ------+
+    sampler -> admit -> generate -> score + reference -> sift -> buffer -> train -> publish -> check
+                 ^                                                                     |
+                 +--------------- a slot comes back with the new version --------------+
 
 Two tasks share one asyncio loop and one AdmissionBuffer:
-    _produce  consumes admissions, produces finished groups; waits for a free slot; a published version unblocks it.
+    _produce  consumes admissions, produces finished groups; waits for free slots; a published version unblocks it.
     _train    consumes a step's finished groups, produces a version; waits for them; a finished group unblocks it.
 It moves headers and references, never tensors, and knows nothing of medicine, Ray, vLLM or DeepSpeed: its collaborators
-are the Protocols below.
+are the Protocols of grpo_roles.py.
+
+At `max_staleness: 0` the order of everything that reaches an engine or the learner is fixed: groups go out in waves that
+an engine begins with as a whole, and the checks after a publication run before the next wave. The same seed on the same
+machine then gives the same weights, bit for bit.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import time
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medtvt_rl.algorithm.advantages import group_advantages, has_signal
 from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.data.sampler import PromptSampler
-from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.rollout.buffer import AdmissionBuffer
-from medtvt_rl.types import GroupHeader, Prompt
+from medtvt_rl.types import LearnerStep, Prompt
+from pipelines.grpo_roles import (
+    FinishedGroup,
+    HeldOut,
+    Learner,
+    LoopResult,
+    Observer,
+    Reference,
+    Rollouts,
+    Scoring,
+    TrainedStep,
+    TrainingGroup,
+)
+from pipelines.step_metrics import StepClock, role_metrics, rollout_metrics
 
 MAX_DISCARDED_IN_A_ROW = 8
 MAX_SKIPPED_IN_A_ROW = 5
+EQUAL_REWARDS = "all rewards equal"
 
 
 class LoopError(RuntimeError):
     """The loop cannot go on; the message says which group and why."""
-
-
-class Rollouts(Protocol):
-    """The generators."""
-
-    async def generate(self, prompt: Prompt, group_id: int, num_completions: int) -> tuple[GroupHeader, Any]:
-        """One group: its header, and a handle to it."""
-
-    async def update_weights(self, weights: Any, version: int, checksum: int) -> None:
-        """Every engine holds `version` when this returns."""
-
-    async def score(self, group: Any, index: int) -> list[NDArray[np.float32]]:
-        """Log-probs [T] of one completion at temperature 1, of every engine."""
-
-
-class Scoring(Protocol):
-    """The reward scorers."""
-
-    async def score(self, group: Any) -> GroupRewards:
-        """Rewards of the group behind a handle."""
-
-
-class Reference(Protocol):
-    """The frozen policy."""
-
-    async def logprobs(self, group: Any) -> tuple[Any, NDArray[np.float32]]:
-        """A handle to the reference log-probs of the group, and the KL of each completion, [G]."""
-
-
-class Learner(Protocol):
-    """The learner gang."""
-
-    async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> dict[str, float]:
-        """One optimizer step; its metrics, `skipped` 1 where it was not finite and changed no weight."""
-
-    async def export(self, version: int) -> tuple[Any, int]:
-        """A handle to the weights of `version`, and their checksum."""
-
-    async def score(self, group: Any, index: int) -> NDArray[np.float32]:
-        """Log-probs [T] of one completion at temperature 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedGroup:
-    """A group that waits for its step: small things at hand, large ones behind handles."""
-
-    header: GroupHeader
-    payload: Any
-    rewards: GroupRewards
-    reference: Any
-    kl: NDArray[np.float32] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingGroup:
-    """A group as the learner gang gets it; advantages are [G] float32."""
-
-    group: FinishedGroup
-    advantages: NDArray[np.float32]
-
-
-@dataclass
-class LoopResult:
-    """What the loop saw over the whole run."""
-
-    steps: int = 0
-    skipped_steps: int = 0
-    completions: int = 0
-    discarded: int = 0
-    max_staleness_seen: int = 0
-    logprob_max_abs_diff: float = 0.0
-    rewards: list[float] = field(default_factory=list)
-
-
-class Observer(Protocol):
-    """Who is told how the loop goes."""
-
-    def step(self, step: int, metrics: dict[str, float], groups: list[TrainingGroup]) -> None:
-        """A step (0-based) was trained on `groups` and published."""
-
-    def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
-        """A group was given up; the first line of the reason says why."""
 
 
 class GrpoLoop:
@@ -131,6 +63,7 @@ class GrpoLoop:
         reference: Reference | None,
         learner: Learner,
         observer: Observer,
+        held_out: HeldOut | None = None,
     ) -> None:
         self._config = config
         self._sampler = sampler
@@ -139,11 +72,17 @@ class GrpoLoop:
         self._reference = reference
         self._learner = learner
         self._observer = observer
+        self._held_out = held_out
+        self._on_policy = config.max_staleness == 0
         self._buffer: AdmissionBuffer[FinishedGroup] = AdmissionBuffer(config.groups_per_step, config.max_staleness)
         self._changed = asyncio.Condition()
-        self._pending: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_flight: set[int] = set()
+        self._undecided: dict[int, FinishedGroup | None] = {}
+        self._measuring: asyncio.Task[dict[str, float]] | None = None
+        self._stats: list[dict[str, float]] = []
         self._discarded_in_a_row = 0
-        self._discarded_before_step = 0
+        self._counted_before_step = (0, 0)
         self._skipped_in_a_row = 0
         self._last_failure = LoopError("no group has failed")
         self.result = LoopResult()
@@ -157,21 +96,28 @@ class GrpoLoop:
             for task in done:
                 task.result()
         finally:
-            leftover = [producer, trainer, *self._pending]
+            leftover = [producer, trainer, *self._tasks, *([self._measuring] if self._measuring else [])]
             for task in leftover:
                 task.cancel()
             await asyncio.gather(*leftover, return_exceptions=True)
         return self.result
 
+    # From prompt to buffer.
+
     async def _produce(self) -> None:
         while True:
             async with self._changed:
-                await self._changed.wait_for(self._may_admit)
-                group_id = self._buffer.admit()
-            _, _, prompt = self._sampler.next()
-            task = asyncio.create_task(self._roll(group_id, prompt), name=f"group {group_id}")
-            self._pending.add(task)
-            task.add_done_callback(self._pending.discard)
+                await self._changed.wait_for(self._may_start_wave)
+                wave = self._admit_wave()
+            if self._on_policy:
+                self._rollouts.together([group_id for group_id, _ in wave], self._config.group_size)
+            for group_id, prompt in wave:
+                task = asyncio.create_task(self._roll(group_id, prompt), name=f"group {group_id}")
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    def _may_start_wave(self) -> bool:
+        return self._may_admit() and not (self._on_policy and self._in_flight)
 
     def _may_admit(self) -> bool:
         if self._failing():
@@ -180,54 +126,104 @@ class GrpoLoop:
         counts = self._buffer.counts
         return self._buffer.can_admit() and counts.admitted - counts.discarded < wanted
 
+    def _admit_wave(self) -> list[tuple[int, Prompt]]:
+        """Every group that may be started now, with its prompt."""
+        wave = []
+        while self._may_admit():
+            group_id = self._buffer.admit()
+            self._in_flight.add(group_id)
+            self._undecided[group_id] = None
+            wave.append((group_id, self._sampler.next()[2]))
+        return wave
+
     async def _roll(self, group_id: int, prompt: Prompt) -> None:
         """One group from prompt to buffer; one that fails is discarded with its reason, and another takes its place."""
         try:
-            header, payload = await self._rollouts.generate(prompt, group_id, self._config.group_size)
-            scored, reference = await asyncio.gather(self._scoring.score(payload), self._refer(payload))
-        except Exception as error:
-            await self._discard(group_id, prompt, error)
-            return
-        group = FinishedGroup(header=header, payload=payload, rewards=scored, reference=reference[0], kl=reference[1])
+            group, error = await self._make(group_id, prompt), None
+        except Exception as failure:
+            group, error = None, failure
         async with self._changed:
-            self._buffer.finish(group_id, group, header.oldest_version)
-            self._discarded_in_a_row = 0
+            self._in_flight.discard(group_id)
+            if group is None:
+                del self._undecided[group_id]
+                self._discard(group_id, prompt, error)
+            else:
+                self._discarded_in_a_row = 0
+                self._undecided[group_id] = group
+            self._sift()
             self._changed.notify_all()
 
-    async def _refer(self, payload: Any) -> tuple[Any, NDArray[np.float32] | None]:
-        if self._reference is None:
-            return None, None
-        return await self._reference.logprobs(payload)
+    async def _make(self, group_id: int, prompt: Prompt) -> FinishedGroup:
+        header, payload = await self._rollouts.generate(prompt, group_id, self._config.group_size)
+        rewards, (handle, reference) = await asyncio.gather(self._scoring.score(payload), self._refer(payload))
+        return FinishedGroup(
+            header=header, payload=payload, rewards=rewards, reference=handle, reference_header=reference
+        )
 
-    async def _discard(self, group_id: int, prompt: Prompt, error: Exception) -> None:
+    async def _refer(self, payload: Any) -> tuple[Any, Any]:
+        return (None, None) if self._reference is None else await self._reference.logprobs(payload)
+
+    def _discard(self, group_id: int, prompt: Prompt, error: Exception | None) -> None:
         reason = f"{type(error).__name__}: {error}"
         self._observer.discarded(group_id, prompt.prompt_id, reason)
-        async with self._changed:
-            self._buffer.discard(group_id, reason.splitlines()[0])
-            self.result.discarded += 1
-            self._discarded_in_a_row += 1
-            self._last_failure = LoopError(f"group {group_id}: {error}")
-            self._last_failure.__cause__ = error
-            self._changed.notify_all()
+        self._buffer.discard(group_id, reason.splitlines()[0])
+        self.result.discarded += 1
+        self._discarded_in_a_row += 1
+        self._last_failure = LoopError(f"group {group_id}: {error}")
+        self._last_failure.__cause__ = error
+
+    def _sift(self) -> None:
+        """Hands finished groups to the buffer; with dynamic sampling those of equal rewards make way for others.
+
+        They are then judged in id order, so that it does not hang on a group's speed which ones are replaced.
+        """
+        in_order = self._config.dynamic_sampling.max_replaced > 0
+        for group_id, group in list(self._undecided.items()):
+            if group is None:
+                if in_order:
+                    return
+                continue
+            del self._undecided[group_id]
+            if self._is_replaceable(group):
+                self._buffer.discard(group_id, EQUAL_REWARDS)
+                self.result.replaced += 1
+                self._observer.replaced(group)
+            else:
+                self._buffer.finish(group_id, group, group.header.oldest_version)
+
+    def _is_replaceable(self, group: FinishedGroup) -> bool:
+        allowed = self._config.dynamic_sampling.max_replaced * (self._buffer.steps_taken + 1)
+        return self.result.replaced < allowed and not has_signal(group.rewards.total)
+
+    def _failing(self) -> bool:
+        return self._discarded_in_a_row >= MAX_DISCARDED_IN_A_ROW
+
+    # From buffer to published weights.
 
     async def _train(self) -> None:
+        self._stats = await self._rollouts.stats()
         for step in range(self._config.steps):
-            started = time.monotonic()
+            clock, version, rate = StepClock(), step + 1, learning_rate(self._config, step)
             groups = await self._take()
-            waited = time.monotonic()
-            metrics = await self._learner.train_step(groups, learning_rate(self._config, step), step)
-            trained = time.monotonic()
-            await self._publish(step + 1)
-            published = time.monotonic()
-            metrics["sync_gap_max"] = await self._compare(groups[0].group)
-            timing = {
-                "seconds/wait_groups": waited - started,
-                "seconds/train": trained - waited,
-                "seconds/publish": published - trained,
-                "seconds/compare": time.monotonic() - published,
-            }
-            self._finish_step(step, groups, {**metrics, **timing})
-            self._count_skipped(groups, metrics)
+            clock.lap("wait_groups")
+            groups, outcome = await self._learn(groups, rate, step)
+            clock.lap("train")
+            weights, checksum = await self._learner.export(version)
+            await self._rollouts.update_weights(weights, version, checksum)
+            clock.lap("publish")
+            if not self._on_policy:
+                await self._release(version)
+            checks = await self._check(groups[0].group, version)
+            clock.lap("check")
+            if self._config.checkpoint_every and version % self._config.checkpoint_every == 0:
+                await self._learner.checkpoint(version)
+                clock.lap("checkpoint")
+            if self._on_policy:
+                await self._release(version)
+            usage = await self._usage(groups, clock.total()["seconds/step"])
+            metrics = {**outcome.metrics, **checks, **usage, **clock.total()}
+            self._finish_step(step, groups, rate, checksum, metrics)
+            self._count_skipped(groups, outcome)
 
     async def _take(self) -> list[TrainingGroup]:
         """A step's groups with their advantages, once they are there."""
@@ -238,22 +234,64 @@ class GrpoLoop:
             taken = [group for _, group in self._buffer.take()]
         return [self._with_advantages(group) for group in taken]
 
-    def _failing(self) -> bool:
-        return self._discarded_in_a_row >= MAX_DISCARDED_IN_A_ROW
-
     def _with_advantages(self, group: FinishedGroup) -> TrainingGroup:
         kl = self._config.loss.kl
         rewards = group.rewards.total
-        if group.kl is not None and kl.placement == "reward":
-            rewards = rewards - kl.coefficient * group.kl
+        if group.reference_header is not None and kl.placement == "reward":
+            rewards = rewards - kl.coefficient * group.reference_header.kl
         return TrainingGroup(group=group, advantages=group_advantages(rewards, self._config.advantage))
 
-    async def _publish(self, version: int) -> None:
-        weights, checksum = await self._learner.export(version)
-        await self._rollouts.update_weights(weights, version, checksum)
+    async def _learn(
+        self, groups: list[TrainingGroup], rate: float, step: int
+    ) -> tuple[list[TrainingGroup], LearnerStep]:
+        """One optimizer step; where it is not finite it is tried again without the groups that caused it."""
+        while True:
+            outcome = await self._learner.train_step(groups, rate, step)
+            culprits = [group for group in groups if group.group_id in outcome.culprits]
+            if not culprits:
+                return groups, outcome
+            self.result.nonfinite += len(culprits)
+            reason = outcome.skipped or "not finite"
+            self._observer.nonfinite(step, culprits, reason)
+            if self.result.nonfinite > self._config.max_nonfinite_groups:
+                ids = ", ".join(str(group.group_id) for group in culprits)
+                raise LoopError(
+                    f"{self.result.nonfinite} groups so far were not finite (grpo.max_nonfinite_groups = "
+                    f"{self._config.max_nonfinite_groups}), the last in step {step}: groups {ids}, {reason}; "
+                    "lower grpo.learning_rate, or look at the saved groups"
+                )
+            left = [group for group in groups if group.group_id not in outcome.culprits]
+            if not left:
+                return groups, outcome
+            groups = left
+
+    async def _release(self, version: int) -> None:
         async with self._changed:
             self._buffer.published(version)
             self._changed.notify_all()
+
+    async def _check(self, group: FinishedGroup, version: int) -> dict[str, float]:
+        """Compares engines and learner, and measures held-out answers where that is due, beside training.
+
+        On-policy nothing else may run on the engines meanwhile, so that it is waited for.
+        """
+        metrics = {"sync_gap_max": await self._compare(group)}
+        settings, last = self._config.held_out, version == self._config.steps
+        due = settings.every_steps > 0 and (version % settings.every_steps == 0 or last)
+        if last and self._measuring is not None:
+            await self._measuring  # an earlier one that is late makes way for the last
+            self._measuring = None
+        if self._held_out is not None and due and self._measuring is None:
+            self._measuring = asyncio.create_task(self._measure(self._held_out, version), name=f"held-out {version}")
+        if self._measuring is not None and (self._on_policy or last or self._measuring.done()):
+            task, self._measuring = self._measuring, None
+            metrics |= await task
+        return metrics
+
+    @staticmethod
+    async def _measure(held_out: HeldOut, version: int) -> dict[str, float]:
+        found = await held_out.measure()
+        return {f"held_out/{name}": value for name, value in found.items()} | {"held_out/version": float(version)}
 
     async def _compare(self, group: FinishedGroup) -> float:
         """Largest difference between learner and engines in the log-probs of one completion, right after a sync."""
@@ -266,26 +304,37 @@ class GrpoLoop:
         gaps = [float(np.abs(own - other).max()) for other in engines]
         return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
 
-    def _finish_step(self, step: int, groups: list[TrainingGroup], metrics: dict[str, float]) -> None:
-        result = self.result
-        discarded = result.discarded - self._discarded_before_step
-        self._discarded_before_step = result.discarded
-        metrics = {**metrics, **rollout_metrics(groups, step), "groups/discarded": float(discarded)}
+    async def _usage(self, groups: list[TrainingGroup], seconds: float) -> dict[str, float]:
+        before, self._stats = self._stats, await self._rollouts.stats()
+        return role_metrics(before, self._stats, groups, seconds)
+
+    def _finish_step(
+        self, step: int, groups: list[TrainingGroup], rate: float, checksum: int, metrics: dict[str, float]
+    ) -> None:
+        result, before = self.result, self._counted_before_step
+        self._counted_before_step = (result.discarded, result.replaced)
+        counts = {
+            "groups/discarded": float(result.discarded - before[0]),
+            "groups/replaced": float(result.replaced - before[1]),
+        }
+        metrics = {**metrics, **rollout_metrics(groups, step), **counts}
         result.steps = step + 1
         result.completions += sum(len(g.group.header.lengths) for g in groups)
         result.max_staleness_seen = max(result.max_staleness_seen, int(metrics["staleness/max"]))
         result.rewards.append(metrics["reward/total"])
         gaps = (result.logprob_max_abs_diff, metrics["sync_gap_max"], metrics.get("fresh_gap_max", 0.0))
         result.logprob_max_abs_diff = max(gaps)
-        self._observer.step(step, metrics, groups)
+        self._observer.step(
+            TrainedStep(step=step, groups=tuple(groups), learning_rate=rate, checksum=checksum, metrics=metrics)
+        )
 
-    def _count_skipped(self, groups: list[TrainingGroup], metrics: dict[str, float]) -> None:
+    def _count_skipped(self, groups: list[TrainingGroup], outcome: LearnerStep) -> None:
         """Raises LoopError where too many steps in a row changed no weight."""
-        skipped = metrics.get("skipped", 0.0) > 0
+        skipped = outcome.skipped is not None
         self.result.skipped_steps += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            ids = ", ".join(str(group.group.header.group_id) for group in groups)
+            ids = ", ".join(str(group.group_id) for group in groups)
             raise LoopError(
                 f"{MAX_SKIPPED_IN_A_ROW} learner steps in a row were skipped because a loss or gradient was not "
                 f"finite, the last on groups {ids}; lower grpo.learning_rate"
@@ -297,27 +346,3 @@ def learning_rate(config: GrpoConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     done = step / max(1, config.steps - 1)
     return config.learning_rate * warm * (1 - (1 - config.final_lr_share) * done)
-
-
-def rollout_metrics(groups: list[TrainingGroup], version: int) -> dict[str, float]:
-    """Rewards by component, lengths, staleness and zero-variance groups of one step."""
-    headers = [g.group.header for g in groups]
-    rewards = [g.group.rewards for g in groups]
-    totals = np.stack([r.total for r in rewards])
-    lengths = np.concatenate([h.lengths for h in headers])
-    staleness = np.array([version - h.oldest_version for h in headers])
-    metrics = {
-        "reward/total": float(totals.mean()),
-        "reward/deviation": float(totals.std()),
-        "reward/failed": float(sum(r.failed.sum() for r in rewards)),
-        "groups/zero_variance_share": float(np.mean([not has_signal(total) for total in totals])),
-        "length/mean": float(lengths.mean()),
-        "length/max": float(lengths.max()),
-        "length/cut_share": float(sum(h.num_cut for h in headers) / len(lengths)),
-        "staleness/mean": float(staleness.mean()),
-        "staleness/max": float(staleness.max()),
-        "seconds/generate_group": float(np.mean([h.generate_s for h in headers])),
-    }
-    for name in rewards[0].components:
-        metrics[f"reward/{name}"] = float(np.mean([r.components[name].mean() for r in rewards]))
-    return metrics

@@ -1,7 +1,8 @@
 """The journal: every group that was trained on, with its step, versions and rewards, one JSON line each.
 
-Owns: journal/groups.jsonl, the groups that were given up (journal/discarded.jsonl), and the sample of completions that
-the report shows (journal/samples.jsonl).
+Owns: journal/groups.jsonl, the steps with the checksums of their weights (journal/steps.jsonl), the groups that were
+given up (journal/discarded.jsonl), and the sample of completions that the report shows (journal/samples.jsonl).
+Does not own: the learners' inputs (journal/steps/, medtvt_rl/learner/step_record.py), which the learners write.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import ray
 from transformers import PreTrainedTokenizerBase
 
 from medtvt_rl.types import Completion, RolloutGroup
-from pipelines.grpo_loop import TrainingGroup
+from pipelines.grpo_roles import TrainedStep, TrainingGroup
 
+FILES = ("groups", "steps", "discarded", "samples")
 SAMPLE_EVERY_STEPS = 10
 FETCH_TIMEOUT_S = 60.0
 
@@ -44,34 +46,31 @@ class Journal:
         self._folder = folder
         self._tokenizer = tokenizer
         self._fetch = fetch
-        self._groups: IO[str] | None = None
-        self._discarded: IO[str] | None = None
-        self._samples: IO[str] | None = None
+        self._files: dict[str, IO[str]] = {}
 
     def __enter__(self) -> Journal:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._groups = (self._folder / "groups.jsonl").open("w", encoding="utf-8")
-        self._discarded = (self._folder / "discarded.jsonl").open("w", encoding="utf-8")
-        self._samples = (self._folder / "samples.jsonl").open("w", encoding="utf-8")
+        self._files = {name: (self._folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in FILES}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._groups, self._discarded, self._samples):
-            if file is not None:
-                file.close()
+        for file in self._files.values():
+            file.close()
 
-    def write(self, step: int, groups: list[TrainingGroup]) -> None:
-        """One step: a line per group, and now and then the text of one group."""
-        for group in groups:
-            self._append(self._groups, {**_group_line(step, group), "failed_texts": self._failed_texts(group)})
-        if step % SAMPLE_EVERY_STEPS == 0:
-            self._append(self._samples, self._sample_line(step, groups[0]))
+    def write(self, trained: TrainedStep) -> None:
+        """One step: a line for it and for each of its groups, and now and then the text of one group."""
+        for group in trained.groups:
+            line = {**_group_line(trained.step, group), "failed_texts": self._failed_texts(group)}
+            self._append("groups", line)
+        self._append("steps", _step_line(trained))
+        if trained.step % SAMPLE_EVERY_STEPS == 0:
+            self._append("samples", self._sample_line(trained.step, trained.groups[0]))
 
     def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
         """One group that was given up, and why."""
-        self._append(self._discarded, {"group_id": group_id, "prompt_id": prompt_id, "reason": reason})
+        self._append("discarded", {"group_id": group_id, "prompt_id": prompt_id, "reason": reason})
 
     def _failed_texts(self, group: TrainingGroup) -> dict[str, str]:
         """Completion id -> text, of those that a reward function could not score."""
@@ -96,11 +95,28 @@ class Journal:
             ],
         }
 
-    @staticmethod
-    def _append(file: IO[str] | None, content: dict[str, Any]) -> None:
-        assert file is not None, "the journal is open"
+    def _append(self, name: str, content: dict[str, Any]) -> None:
+        file = self._files[name]
         file.write(json.dumps(content) + "\n")
         file.flush()
+
+
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The lines of steps.jsonl in a journal's folder. Raises ValueError if there is none."""
+    path = folder / "steps.jsonl"
+    if not path.is_file():
+        raise ValueError(f"journal: there is no {path}; name the folder of a run whose grpo stage has begun")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _step_line(trained: TrainedStep) -> dict[str, Any]:
+    return {
+        "step": trained.step,
+        "learning_rate": trained.learning_rate,
+        "skipped": trained.metrics.get("skipped", 0.0) > 0,
+        "group_ids": [group.group_id for group in trained.groups],
+        "checksum": trained.checksum,
+    }
 
 
 def _group_line(step: int, group: TrainingGroup) -> dict[str, Any]:

@@ -51,6 +51,31 @@ class LossConfig:
 
 
 @dataclass
+class DynamicSamplingConfig:
+    """Groups whose rewards are all equal teach nothing; others may take their place (DAPO, arXiv 2503.14476).
+
+    Attributes:
+        max_replaced: groups that may be replaced for each step, on average over the run so far; 0 trains on all.
+    """
+
+    max_replaced: int = 0
+
+
+@dataclass
+class HeldOutConfig:
+    """Held-out answers while training goes on, by the same engines.
+
+    Attributes:
+        every_steps: 0 measures never.
+        max_prompts: of the split, the first so many; one answer is sampled for each and one greedy.
+    """
+
+    every_steps: int = 15
+    max_prompts: int = 50
+    split: str = "validation"
+
+
+@dataclass
 class GrpoConfig:
     """One GRPO step trains on `groups_per_step` groups of `group_size` completions.
 
@@ -58,6 +83,9 @@ class GrpoConfig:
         max_staleness: steps that a sample may lag behind the learner; 0 is on-policy training by the same code.
         advantage: group (mean and deviation, 2402.03300), mean_only (2503.20783), rloo (2402.14740).
         final_lr_share: the learning rate falls linearly to this share of its start.
+        max_nonfinite_groups: groups that may be left out of a run because their loss or gradient was not finite.
+        record_steps: the learners' inputs are kept, so that `medtvt-rl replay` can repeat a step bit for bit.
+        checkpoint_every: steps between two checkpoints of the learners; 0 writes none.
     """
 
     steps: int = 100
@@ -70,3 +98,8 @@ class GrpoConfig:
     advantage: Literal["group", "mean_only", "rloo"] = "group"
     loss: LossConfig = field(default_factory=LossConfig)
     updates_per_batch: int = 1
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    max_nonfinite_groups: int = 16
+    record_steps: bool = True
+    checkpoint_every: int = 0

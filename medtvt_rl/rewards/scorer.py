@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,12 +30,14 @@ class GroupRewards:
         total: [G] float32.
         failed: [G] bool, True where a function raised or gave a value outside its declared range.
         reasons: [G], which function failed and how; None where none did.
+        seconds: what scoring took.
     """
 
     components: dict[str, NDArray[np.float32]]
     total: NDArray[np.float32]
     failed: NDArray[np.bool_]
     reasons: tuple[str | None, ...]
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = {len(self.total), len(self.failed), len(self.reasons), *map(len, self.components.values())}
@@ -63,6 +66,7 @@ class Scorer:
 
     def score(self, texts: Sequence[str], ground_truth: str) -> GroupRewards:
         """Rewards of the completions `texts` [G] of one prompt."""
+        started = time.perf_counter()
         values = {name: np.empty(len(texts), dtype=np.float32) for name in self._configs}
         reasons: list[str | None] = []
         for index, text in enumerate(texts):
@@ -73,7 +77,11 @@ class Scorer:
         total = sum((c.weight * values[name] for name, c in self._configs.items()), np.zeros(len(texts)))
         failed = np.array([reason is not None for reason in reasons], dtype=bool)
         return GroupRewards(
-            components=values, total=np.asarray(total, dtype=np.float32), failed=failed, reasons=tuple(reasons)
+            components=values,
+            total=np.asarray(total, dtype=np.float32),
+            failed=failed,
+            reasons=tuple(reasons),
+            seconds=time.perf_counter() - started,
         )
 
     def _score_one(self, text: str, ground_truth: str) -> tuple[dict[str, float], str | None]:

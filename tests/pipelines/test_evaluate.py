@@ -14,7 +14,8 @@ from medtvt_rl.config import Config, load_config
 from medtvt_rl.evaluation.diagnosis import StudyAnswers
 from medtvt_rl.evaluation.rewards import RewardEvaluator
 from medtvt_rl.types import Prompt
-from pipelines.evaluate import Asker, _ablations, _evaluate, held_out_prompts, make_evaluator, studies_at_once
+from pipelines.answers import Asker, make_evaluator, prompts_at_once
+from pipelines.evaluate import _ablations, _evaluate, held_out_prompts
 from pipelines.reporter import Reporter
 from pipelines.stages import StageError, write_json
 
@@ -49,6 +50,7 @@ class CountingPool:
 
     def __init__(self) -> None:
         self.now = self.most = 0
+        self.num_left = 2
 
     async def generate(self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool) -> Any:
         self.now += 1
@@ -59,12 +61,11 @@ class CountingPool:
 
 
 def test_no_more_studies_are_under_way_than_keep_the_engines_full(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.evaluation.num_generators = 0
-    assert studies_at_once(config) == 2 * 128 // 5
-    config.rollout.engine.max_num_seqs, config.evaluation.num_generators = 5, 2
-    assert studies_at_once(config) == 4
+    assert prompts_at_once(config, num_samples=4, num_generators=1) == 2 * 128 // 5
+    config.rollout.engine.max_num_seqs = 5
+    assert prompts_at_once(config, num_samples=4, num_generators=2) == 4
     pool: Any = CountingPool()
     tokenizer: Any = None
 
@@ -73,9 +74,10 @@ def test_no_more_studies_are_under_way_than_keep_the_engines_full(
         return (prompt.prompt_id,) * num_completions
 
     monkeypatch.setattr(Asker, "_texts", texts)
-    with Reporter(tmp_path, stream=io.StringIO()) as reporter:
-        asker = Asker(config, pool, tokenizer, reporter)
-        answers = asyncio.run(asker.answers("test", [prompt(str(i), None) for i in range(20)]))
+    counted: list[int] = []
+    asker = Asker(config, pool, tokenizer, num_samples=4)
+    answers = asyncio.run(asker.answers([prompt(str(i), None) for i in range(20)], on_answer=counted.append))
+    assert counted == list(range(1, 21))
     assert pool.most == 4
     assert answers["7"] == StudyAnswers(sampled=("7",) * 4, greedy="7") and len(answers) == 20
 
@@ -91,7 +93,7 @@ def test_evaluation_without_grpo_names_the_command_before_anything_starts(config
 
 def test_plain_text_has_no_ablations_and_a_task_may_leave_its_evaluator_out(config: Config) -> None:
     config.task.evaluate = config.task.items = None
-    evaluator = make_evaluator(config, [prompt("x", None)])
+    evaluator = make_evaluator(config, [prompt("x", None)], "test")
     assert isinstance(evaluator, RewardEvaluator)
     nobody: Any = None
     assert asyncio.run(_ablations(config, nobody, evaluator, [], None)) == {}

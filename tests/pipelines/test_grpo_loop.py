@@ -8,16 +8,24 @@ import random
 import numpy as np
 import pytest
 
-from medtvt_rl.algorithm.config import GrpoConfig
+from medtvt_rl.algorithm.config import DynamicSamplingConfig, GrpoConfig, HeldOutConfig
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.rewards.scorer import GroupRewards
-from medtvt_rl.types import GroupHeader, Prompt
-from pipelines.grpo_loop import GrpoLoop, LoopError, TrainingGroup, learning_rate
+from medtvt_rl.types import GroupHeader, LearnerStep, Prompt, ReferenceHeader
+from pipelines.grpo_loop import GrpoLoop, LoopError, learning_rate
+from pipelines.grpo_roles import FinishedGroup, TrainedStep, TrainingGroup
 
 
 class FakeScorers:
+    """All completions of a group in `equal` earn the same."""
+
+    def __init__(self, equal: frozenset[int] = frozenset()) -> None:
+        self.equal = equal
+
     async def score(self, group: int) -> GroupRewards:
         values = np.array([0.0, 1.0, 0.5, 0.25], dtype=np.float32)
+        if group in self.equal:
+            values = np.ones(4, dtype=np.float32)
         return GroupRewards(
             components={"jaccard": values}, total=values, failed=np.zeros(4, dtype=bool), reasons=(None,) * 4
         )
@@ -29,11 +37,19 @@ class FakeEngines:
     def __init__(self, cluster: FakeCluster) -> None:
         self.cluster = cluster
 
+    def together(self, group_ids: list[int], num_completions: int) -> None:
+        assert num_completions == 4
+        self.cluster.waves.append(list(group_ids))
+
+    async def stats(self) -> list[dict[str, float]]:
+        return [{"tokens_generated": 10.0 * self.cluster.version, "busy_s": 0.0, "idle_s": 0.0}]
+
     async def generate(self, prompt: Prompt, group_id: int, num_completions: int) -> tuple[GroupHeader, int]:
         cluster = self.cluster
         cluster.started_at[group_id] = version = cluster.version
         await asyncio.sleep(cluster.random.random() * 0.004)
         if group_id in cluster.fail:
+            await asyncio.sleep(0.01)
             raise RuntimeError("the engine is on fire")
         header = GroupHeader(
             group_id=group_id,
@@ -64,8 +80,12 @@ class FakeCluster:
         gap: float = 0.0,
         skip: frozenset[int] = frozenset(),
         train_s: float = 0.002,
+        sick: frozenset[int] = frozenset(),
     ) -> None:
         self.skip, self.train_s = skip, train_s
+        self.sick = sick
+        self.waves: list[list[int]] = []
+        self.checkpoints: list[int] = []
         self.gap = gap
         self.version = 0
         self.random = random.Random(seed)
@@ -74,16 +94,24 @@ class FakeCluster:
         self.staleness: list[int] = []
         self.started_at: dict[int, int] = {}
 
-    async def logprobs(self, group: int) -> tuple[int, np.ndarray]:
+    async def logprobs(self, group: int) -> tuple[int, ReferenceHeader]:
         await asyncio.sleep(self.random.random() * 0.002)
-        return group, np.zeros(4, dtype=np.float32)
+        return group, ReferenceHeader(kl=np.zeros(4, dtype=np.float32), seconds=0.001)
 
-    async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> dict[str, float]:
+    async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> LearnerStep:
         assert version == self.version
         await asyncio.sleep(self.train_s)
+        culprits = tuple(sorted({group.group_id for group in groups} & self.sick))
+        if culprits:
+            return LearnerStep(metrics={"skipped": 1.0}, skipped="a loss is not finite", culprits=culprits)
         self.trained.append([g.group.header.group_id for g in groups])
         self.staleness.extend(version - g.group.header.oldest_version for g in groups)
-        return {"skipped": float(version in self.skip)}
+        skipped = "the gradient norm, inf, is not finite" if version in self.skip else None
+        return LearnerStep(metrics={"skipped": float(version in self.skip)}, skipped=skipped)
+
+    async def checkpoint(self, version: int) -> None:
+        assert version == self.version
+        self.checkpoints.append(version)
 
     async def export(self, version: int) -> tuple[int, int]:
         return version, 0
@@ -98,26 +126,55 @@ class Told:
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
         self.given_up: list[tuple[int, str, str]] = []
+        self.made_way: list[int] = []
+        self.left_out: list[int] = []
 
-    def step(self, step: int, metrics: dict[str, float], groups: list[TrainingGroup]) -> None:
-        assert step == len(self.metrics)
-        self.metrics.append(metrics)
+    def step(self, trained: TrainedStep) -> None:
+        assert trained.step == len(self.metrics)
+        self.metrics.append(trained.metrics)
+
+    def replaced(self, group: FinishedGroup) -> None:
+        self.made_way.append(group.header.group_id)
+
+    def nonfinite(self, step: int, groups: list[TrainingGroup], reason: str) -> None:
+        self.left_out.extend(group.group_id for group in groups)
 
     def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
         self.given_up.append((group_id, prompt_id, reason))
 
 
-def run_loop(cluster: FakeCluster, told: Told | None = None, **settings: object) -> GrpoLoop:
-    config = GrpoConfig(steps=6, groups_per_step=4, group_size=4, **settings)  # type: ignore[arg-type]
+class FakeHeldOut:
+    def __init__(self, cluster: FakeCluster) -> None:
+        self.cluster = cluster
+        self.measured_while_trained: list[bool] = []
+
+    async def measure(self) -> dict[str, float]:
+        version, trained = self.cluster.version, len(self.cluster.trained)
+        for _ in range(50):
+            if len(self.cluster.trained) > trained:
+                break
+            await asyncio.sleep(0.001)
+        self.measured_while_trained.append(len(self.cluster.trained) > trained)
+        return {"jaccard": float(version)}
+
+
+def run_loop(
+    cluster: FakeCluster,
+    told: Told | None = None,
+    equal: frozenset[int] = frozenset(),
+    held_out: FakeHeldOut | None = None,
+    **settings: object,
+) -> GrpoLoop:
+    every = HeldOutConfig(every_steps=2)
+    config = GrpoConfig(steps=6, groups_per_step=4, group_size=4, held_out=every, **settings)  # type: ignore[arg-type]
     prompts = [
         Prompt(prompt_id=f"p{i}", token_ids=np.arange(3, dtype=np.int32), item_id=None, ground_truth="")
         for i in range(5)
     ]
 
     async def run() -> GrpoLoop:
-        loop = GrpoLoop(
-            config, PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(), cluster, cluster, told or Told()
-        )
+        sampler, engines, scorers = PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(equal)
+        loop = GrpoLoop(config, sampler, engines, scorers, cluster, cluster, told or Told(), held_out)
         await asyncio.wait_for(loop.run(), 20)
         return loop
 
@@ -185,3 +242,77 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert learning_rate(config, 0) == pytest.approx(0.2)
     assert learning_rate(config, 50) == pytest.approx(0.55)
     assert learning_rate(config, 100) == pytest.approx(0.1)
+
+
+def test_on_policy_groups_go_out_in_whole_waves_and_others_do_not() -> None:
+    cluster = FakeCluster(fail=frozenset({1, 2}))
+    run_loop(cluster, max_staleness=0)
+    assert cluster.waves[:3] == [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    cluster = FakeCluster()
+    run_loop(cluster, max_staleness=1)
+    assert not cluster.waves
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_groups_of_equal_rewards_make_way_for_others(max_staleness: int) -> None:
+    equal, told = frozenset({0, 2, 5, 11, 12, 13, 20}), Told()
+    cluster = FakeCluster()
+    settings = {"max_staleness": max_staleness, "dynamic_sampling": DynamicSamplingConfig(max_replaced=4)}
+    loop = run_loop(cluster, told, equal, **settings)
+    trained = [group for step in cluster.trained for group in step]
+    assert not equal & set(trained)
+    assert len(trained) == len(set(trained)) == 24
+    assert max(cluster.staleness) <= max_staleness
+    assert sorted(told.made_way) == sorted(equal)
+    assert loop.result.replaced == 7 == sum(metrics["groups/replaced"] for metrics in told.metrics)
+    assert not told.given_up and loop.result.discarded == 0
+    assert all(metrics["groups/zero_variance_share"] == 0 for metrics in told.metrics)
+
+
+def test_replacing_has_a_limit_and_hangs_on_no_group_s_speed() -> None:
+    kept = set()
+    for seed in range(8):
+        cluster = FakeCluster(seed)
+        limit = DynamicSamplingConfig(max_replaced=1)
+        loop = run_loop(cluster, None, frozenset(range(1000)), max_staleness=0, dynamic_sampling=limit)
+        assert loop.result.replaced == 6
+        kept.add(tuple(group for step in cluster.trained for group in step))
+    assert len(kept) == 1
+
+
+def test_a_step_goes_on_without_the_groups_that_are_not_finite() -> None:
+    told, cluster = Told(), FakeCluster(sick=frozenset({1, 9, 10}))
+    loop = run_loop(cluster, told, max_staleness=1)
+    assert sorted(told.left_out) == [1, 9, 10]
+    assert [len(step) for step in cluster.trained] == [3, 4, 2, 4, 4, 4]
+    assert loop.result.nonfinite == 3 and loop.result.skipped_steps == 0
+    with pytest.raises(LoopError, match=r"max_nonfinite_groups = 2.*groups 9, 10.*lower grpo.learning_rate"):
+        run_loop(FakeCluster(sick=frozenset({1, 9, 10})), max_nonfinite_groups=2)
+
+
+def test_a_step_of_sick_groups_alone_changes_nothing() -> None:
+    loop = run_loop(FakeCluster(sick=frozenset(range(4, 8))), max_staleness=0)
+    assert loop.result.skipped_steps == 1 and loop.result.nonfinite == 4
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_held_out_answers_are_measured_beside_training_and_on_policy_before_it(max_staleness: int) -> None:
+    told, cluster = Told(), FakeCluster()
+    held_out = FakeHeldOut(cluster)
+    run_loop(cluster, told, held_out=held_out, max_staleness=max_staleness)
+    measured = [(m["held_out/version"], m["held_out/jaccard"]) for m in told.metrics if "held_out/version" in m]
+    versions = [version for version, _ in measured]
+    assert versions[-1] == 6 and set(versions) <= {2, 4, 6}
+    assert any(held_out.measured_while_trained) == (max_staleness > 0)
+    if max_staleness == 0:
+        assert versions == [2, 4, 6] and all(version == jaccard for version, jaccard in measured)
+
+
+def test_checkpoints_are_written_when_due_and_each_step_says_where_its_time_went() -> None:
+    told, cluster = Told(), FakeCluster()
+    run_loop(cluster, told, checkpoint_every=4)
+    assert cluster.checkpoints == [4]
+    for name in ("wait_groups", "train", "publish", "check", "step", "driver_cpu", "reward_busy", "reference_busy"):
+        assert f"seconds/{name}" in told.metrics[0]
+    assert sum(m["staleness/groups_at_0"] for m in told.metrics if "staleness/groups_at_0" in m) >= 4
+    assert told.metrics[0]["reward_equal_groups/jaccard"] == 0

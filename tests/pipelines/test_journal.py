@@ -10,8 +10,8 @@ import numpy as np
 
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import Completion, GroupHeader, Prompt, RolloutGroup
-from pipelines.grpo_loop import FinishedGroup, TrainingGroup
-from pipelines.journal import Journal
+from pipelines.grpo_roles import FinishedGroup, TrainedStep, TrainingGroup
+from pipelines.journal import Journal, read_steps
 
 
 class Tokenizer:
@@ -44,9 +44,13 @@ def training_group(group_id: int, reasons: tuple[str | None, ...] = (None, None,
         payload=group_id,
         rewards=GroupRewards(components={"jaccard": values}, total=values, failed=failed, reasons=reasons),
         reference=None,
-        kl=None,
+        reference_header=None,
     )
     return TrainingGroup(group=group, advantages=values)
+
+
+def trained_step(step: int, *groups: TrainingGroup, **metrics: float) -> TrainedStep:
+    return TrainedStep(step=step, groups=groups, learning_rate=0.5, checksum=77 + step, metrics=metrics)
 
 
 def test_failed_completions_are_kept_with_their_text_and_only_they_are_fetched(tmp_path: Path) -> None:
@@ -57,7 +61,7 @@ def test_failed_completions_are_kept_with_their_text_and_only_they_are_fetched(t
         return rollout(payload)
 
     with Journal(tmp_path, Tokenizer(), fetch) as journal:  # type: ignore[arg-type]
-        journal.write(1, [training_group(4), training_group(5, (None, "jaccard: KeyError: 'x'", None))])
+        journal.write(trained_step(1, training_group(4), training_group(5, (None, "jaccard: KeyError: 'x'", None))))
         journal.discarded(6, "p6", "ActorError: rollout 0\nend of its log")
     sound, failed = (json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines())
     assert fetched == [5]
@@ -71,7 +75,10 @@ def test_failed_completions_are_kept_with_their_text_and_only_they_are_fetched(t
 def test_every_tenth_step_leaves_a_sample(tmp_path: Path) -> None:
     with Journal(tmp_path, Tokenizer(), rollout) as journal:  # type: ignore[arg-type]
         for step in range(11):
-            journal.write(step, [training_group(step)])
+            journal.write(trained_step(step, training_group(step), skipped=float(step == 3)))
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 10]
     assert samples[1]["completions"][2] == {"text": "102 102", "reward": 0.5}
+    steps = read_steps(tmp_path)
+    assert steps[3] == {"step": 3, "learning_rate": 0.5, "skipped": True, "group_ids": [3], "checksum": 80}
+    assert [line["skipped"] for line in steps].count(True) == 1

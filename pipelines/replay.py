@@ -1,0 +1,85 @@
+"""Repeats learner steps of a finished or interrupted run, and says whether the weights are the same bit for bit.
+
+    medtvt-rl replay runs/NAME --from-step A --to-step B
+
+The learners start from the checkpoint at A (0: the model that GRPO started from), are fed the recorded inputs of the
+steps A to B - 1, and after each step export their weights: their checksum must be the journal's. Where it is not, the
+first step that differs is named; then code, packages, machine or number of threads are others than in the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from actors.learner_gang import LearnerGang
+from actors.placement import place, plan
+from medtvt_rl.config import Config, load_config
+from medtvt_rl.learner.step_record import STEPS_FOLDER, step_file
+from pipelines.journal import read_steps
+from pipelines.reporter import Reporter
+from pipelines.stages import start_model
+
+
+class ReplayError(RuntimeError):
+    """The steps cannot be repeated, or came out otherwise; the message says which and why."""
+
+
+def load_run(folder: Path) -> Config:
+    """The configuration of a run in its present place. Raises ReplayError if the folder holds none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ReplayError(f"{folder}: there is no config.yaml; name the folder of a run, e.g. runs/quickstart")
+    place = folder.resolve()
+    return load_config(str(path), [f"run.root={place.parent}", f"run.name={place.name}"])
+
+
+def check(config: Config, first: int, last: int | None) -> list[dict[str, Any]]:
+    """The journal's lines of the steps first to last - 1. Raises ReplayError for what is missing, before any start."""
+    lines = read_steps(config.folder / "journal")
+    last = len(lines) if last is None else last
+    if not 0 <= first < last <= len(lines):
+        raise ReplayError(f"steps {first} to {last}: the journal has steps 0 to {len(lines)}; choose A < B among them")
+    checkpoint = config.checkpoint_folder(first)
+    if first > 0 and not checkpoint.is_dir():
+        there = sorted(int(path.name.removeprefix("step_")) for path in checkpoint.parent.glob("step_*[0-9]"))
+        raise ReplayError(f"--from-step {first}: there is no {checkpoint}; there are checkpoints of {[0, *there]}")
+    folder = config.folder / "journal" / STEPS_FOLDER
+    for line in lines[first:last]:
+        for rank in range(config.learner.num_workers):
+            path = step_file(folder, line["step"], rank)
+            if not line["skipped"] and not path.is_file():
+                raise ReplayError(f"there is no {path}; runs with grpo.record_steps=true keep the learners' inputs")
+    return lines[first:last]
+
+
+def run(config: Config, lines: list[dict[str, Any]], reporter: Reporter) -> None:
+    """Repeats the steps of `lines`. Raises ReplayError at the first step whose weights differ."""
+    asyncio.run(_replay(config, lines, reporter))
+
+
+async def _replay(config: Config, lines: list[dict[str, Any]], reporter: Reporter) -> None:
+    first = lines[0]["step"]
+    placement = place(plan(config, {"learner": config.learner.num_workers}), config.placement.timeout_s)
+    try:
+        gang = await LearnerGang.start(config, placement, start_model(config))
+        if first > 0:
+            await gang.load_checkpoint(config.checkpoint_folder(first))
+        reporter.start("replay", len(lines), "step")
+        for done, line in enumerate(lines, start=1):
+            if not line["skipped"]:
+                await gang.replay_step(line["step"])
+            _, checksum = await gang.export(line["step"] + 1)
+            if checksum != line["checksum"]:
+                raise ReplayError(
+                    f"step {line['step']}: weights of version {line['step'] + 1} have checksum {checksum:#010x}, the "
+                    f"journal says {line['checksum']:#010x}; the steps before it were equal"
+                )
+            reporter.update(done)
+        gang.stop()
+    finally:
+        placement.release()
+    reporter.finish("replay")
+    version = lines[-1]["step"] + 1
+    reporter.line(f"replay: versions {first + 1} to {version} equal the run's weights bit for bit")

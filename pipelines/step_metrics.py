@@ -1,0 +1,105 @@
+"""What is logged of one step beside the learner's own metrics: rewards, lengths, staleness, and who was busy.
+
+Owns: names and arithmetic. Does not own: the learner's metrics (algorithm/losses.py), or where they go (reporter.py).
+Pure functions of headers and counters, except for StepClock, which reads clocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from medtvt_rl.algorithm.advantages import has_signal
+from pipelines.grpo_roles import FinishedGroup, TrainingGroup
+
+
+class StepClock:
+    """Seconds of the phases of one step, and the driver's own CPU seconds in it."""
+
+    def __init__(self) -> None:
+        self._started = self._lap = time.monotonic()
+        self._cpu = time.process_time()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Ends a phase."""
+        now = time.monotonic()
+        self.seconds[f"seconds/{phase}"] = self.seconds.get(f"seconds/{phase}", 0.0) + now - self._lap
+        self._lap = now
+
+    def total(self) -> dict[str, float]:
+        """Every phase, `seconds/step`, and `seconds/driver_cpu`."""
+        step = {
+            "seconds/step": time.monotonic() - self._started,
+            "seconds/driver_cpu": time.process_time() - self._cpu,
+        }
+        return {**self.seconds, **step}
+
+
+def rollout_metrics(groups: Sequence[TrainingGroup], version: int) -> dict[str, float]:
+    """Rewards by component, lengths, staleness and zero-variance groups of one step.
+
+    For each component NAME: reward/NAME (mean), reward_deviation/NAME, reward_equal_groups/NAME (share of groups in
+    which all completions have the same). staleness/groups_at_K counts the groups whose oldest token is K steps old.
+    """
+    headers = [g.group.header for g in groups]
+    rewards = [g.group.rewards for g in groups]
+    totals = [r.total for r in rewards]
+    lengths = np.concatenate([h.lengths for h in headers])
+    staleness = [version - h.oldest_version for h in headers]
+    metrics = {
+        "reward/total": float(np.concatenate(totals).mean()),
+        "reward/deviation": float(np.concatenate(totals).std()),
+        "reward/failed": float(sum(r.failed.sum() for r in rewards)),
+        "groups/zero_variance_share": _equal_share(totals),
+        "length/mean": float(lengths.mean()),
+        "length/max": float(lengths.max()),
+        "length/empty": float((lengths == 0).sum()),
+        "length/cut_share": float(sum(h.num_cut for h in headers) / len(lengths)),
+        "staleness/mean": float(np.mean(staleness)),
+        "staleness/max": float(max(staleness)),
+        "seconds/generate_group": float(np.mean([h.generate_s for h in headers])),
+    }
+    metrics |= {f"staleness/groups_at_{age}": float(count) for age, count in sorted(Counter(staleness).items())}
+    for name in rewards[0].components:
+        values = [r.components[name] for r in rewards]
+        metrics[f"reward/{name}"] = float(np.concatenate(values).mean())
+        metrics[f"reward_deviation/{name}"] = float(np.concatenate(values).std())
+        metrics[f"reward_equal_groups/{name}"] = _equal_share(values)
+    return metrics
+
+
+def _equal_share(values: Sequence[np.ndarray]) -> float:
+    return float(np.mean([not has_signal(each) for each in values]))
+
+
+def role_metrics(
+    before: Sequence[dict[str, float]], after: Sequence[dict[str, float]], groups: Sequence[TrainingGroup], wall_s: float
+) -> dict[str, float]:
+    """Busy seconds and tokens per second by role over `wall_s` seconds.
+
+    Rollout figures are differences of the engines' counters, per engine; scorers and reference are summed over the
+    groups of the step. An engine started anew meanwhile counts from its start.
+    """
+    metrics = {}
+    if after:
+        gained = {name: _gain(before, after, name) for name in ("tokens_generated", "busy_s", "idle_s")}
+        metrics["seconds/rollout_busy"] = gained["busy_s"] / len(after)
+        metrics["seconds/rollout_idle"] = gained["idle_s"] / len(after)
+        metrics["tokens_per_s/rollout"] = gained["tokens_generated"] / max(wall_s, 1e-9)
+    finished: list[FinishedGroup] = [g.group for g in groups]
+    metrics["seconds/reward_busy"] = sum(g.rewards.seconds for g in finished)
+    headers = [g.reference_header for g in finished if g.reference_header is not None]
+    if headers:
+        busy_s = sum(header.seconds for header in headers)
+        metrics["seconds/reference_busy"] = busy_s
+        metrics["tokens_per_s/reference"] = sum(sum(g.header.lengths) for g in finished) / max(busy_s, 1e-9)
+    return metrics
+
+
+def _gain(before: Sequence[dict[str, float]], after: Sequence[dict[str, float]], name: str) -> float:
+    total = sum(engine[name] for engine in after) - sum(engine[name] for engine in before)
+    return max(total, 0.0)
