@@ -103,7 +103,7 @@ def held_out_prompts(config: Config, prompts: Sequence[Prompt], reporter: Report
 def make_evaluator(config: Config, prompts: Sequence[Prompt]) -> Evaluator:
     """The task's evaluator, or the mean reward where it names none."""
     if config.task.evaluate is None:
-        return RewardEvaluator(config, {prompt.prompt_id: prompt.ground_truth for prompt in prompts})
+        return RewardEvaluator(config, prompts)
     evaluator: Evaluator = resolve(config.task.evaluate, "task.evaluate")(config, config.evaluation.split)
     return evaluator
 

@@ -31,7 +31,8 @@ def overlong_penalty(lengths: ArrayLike, max_new_tokens: int, buffer_tokens: int
         raise ValueError(f"lengths: {tokens.tolist()}, expected (G,) token counts, 0 or more")
     if not 0 < buffer_tokens < max_new_tokens:
         raise ValueError(
-            f"overlong.buffer_tokens: {buffer_tokens}, expected 1 or more and fewer than max_new_tokens, {max_new_tokens}"
+            f"overlong.buffer_tokens: {buffer_tokens}, expected 1 or more, and fewer than max_new_tokens, "
+            f"{max_new_tokens}"
         )
     excess = tokens - (max_new_tokens - buffer_tokens)
     # Subtracted from 0.0, so that a short completion gets 0 and not -0.
