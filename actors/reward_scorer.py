@@ -35,4 +35,4 @@ class RewardScorer:
     def score(self, group: RolloutGroup) -> GroupRewards:
         """Rewards of the group's completions, in their order."""
         texts = [str(self._tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in group.completions]
-        return self._scorer.score(texts, group.prompt.ground_truth)
+        return self._scorer.score(texts, group.prompt.ground_truth, group.prompt.evidence)

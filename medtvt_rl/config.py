@@ -237,6 +237,14 @@ def _check_counts(config: Config) -> None:
         "ZeRO has stages 0 to 3",
     )
     _require(grpo.loss.kl.coefficient >= 0, "grpo.loss.kl.coefficient", grpo.loss.kl.coefficient, "set 0 or more")
+    weight, buffer, limit = grpo.overlong.weight, grpo.overlong.buffer_tokens, rollout.sampling.max_new_tokens
+    _require(weight >= 0, "grpo.overlong.weight", weight, "it weighs a penalty; set 0 (off) or more")
+    _require(
+        weight == 0 or 0 < buffer < limit,
+        "grpo.overlong.buffer_tokens",
+        buffer,
+        f"set 1 or more, and less than rollout.sampling.max_new_tokens = {limit}",
+    )
     needs_reference = grpo.loss.kl.coefficient > 0
     _require(
         config.num_references >= 1 or not needs_reference,

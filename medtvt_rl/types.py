@@ -7,8 +7,9 @@ Arrays are numpy, so that a record travels through the Ray object store without 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,12 +63,15 @@ class Prompt:
         token_ids: [P] int32, placeholders of the multimodal item already expanded, exactly once.
         item_id: key of the multimodal item in the task's item source (a study id); None for plain text.
         ground_truth: what the reward functions compare with, in the task's own format.
+        evidence: what is known of the item beyond the answer, in the task's own format; handed to the reward functions
+            that ask for it. It travels with the prompt, so it is small.
     """
 
     prompt_id: str
     token_ids: NDArray[np.int32]
     item_id: str | None
     ground_truth: str
+    evidence: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.token_ids.ndim != 1 or len(self.token_ids) == 0:

@@ -37,7 +37,7 @@ class Evaluator(Protocol):
 def make_evaluator(config: Config, prompts: Sequence[Prompt], split: str) -> Evaluator:
     """The task's evaluator of a split, or the mean reward where it names none."""
     if config.task.evaluate is None:
-        return RewardEvaluator(config, {prompt.prompt_id: prompt.ground_truth for prompt in prompts})
+        return RewardEvaluator(config, prompts)
     evaluator: Evaluator = resolve(config.task.evaluate, "task.evaluate")(config, split)
     return evaluator
 
@@ -62,9 +62,7 @@ class Asker:
         num_samples: answers sampled per prompt; one greedy answer is added.
     """
 
-    def __init__(
-        self, config: Config, pool: RolloutPool, tokenizer: PreTrainedTokenizerBase, num_samples: int
-    ) -> None:
+    def __init__(self, config: Config, pool: RolloutPool, tokenizer: PreTrainedTokenizerBase, num_samples: int) -> None:
         self._num_samples = num_samples
         self._at_once = asyncio.Semaphore(prompts_at_once(config, num_samples, pool.num_left))
         self._fetch_timeout_s = config.rollout.generate_timeout_s

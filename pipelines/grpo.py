@@ -70,9 +70,7 @@ async def _start_reference(config: Config, placement: Placement, folder: Path) -
     return await ReferencePool.start(config, placement, folder) if grpo_roles(config)["reference"] else None
 
 
-def _held_out(
-    config: Config, rollouts: RolloutPool, tokenizer: PreTrainedTokenizerBase
-) -> HeldOutMeasurement | None:
+def _held_out(config: Config, rollouts: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> HeldOutMeasurement | None:
     """None where it is off, or the task has no prompt in that split."""
     settings = config.grpo.held_out
     if settings.every_steps < 1:

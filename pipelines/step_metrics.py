@@ -77,7 +77,10 @@ def _equal_share(values: Sequence[np.ndarray]) -> float:
 
 
 def role_metrics(
-    before: Sequence[dict[str, float]], after: Sequence[dict[str, float]], groups: Sequence[TrainingGroup], wall_s: float
+    before: Sequence[dict[str, float]],
+    after: Sequence[dict[str, float]],
+    groups: Sequence[TrainingGroup],
+    wall_s: float,
 ) -> dict[str, float]:
     """Busy seconds and tokens per second by role over `wall_s` seconds.
 

@@ -37,6 +37,7 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
         ("data.findings_csv=null", "encoders.ecg_steps is 300"),
         ("model.lora.dropout=0.1", "model.lora.dropout is 0.1"),
         ("evaluation.split=holdout", "evaluation.split is 'holdout'"),
+        ("grpo.overlong.weight=-1", "grpo.overlong.weight is -1.0: it weighs a penalty"),
         ("steps", "not of the form key=value"),
     ],
 )
@@ -49,6 +50,16 @@ def test_a_mistake_is_one_clear_line(override: str, message: str) -> None:
 
 def test_a_model_to_go_on_from_brings_its_own_positions_and_encoders() -> None:
     load_config(QUICKSTART, ["model.init=m", "model.backbone.max_positions=128", "data.findings_csv=null"])
+
+
+@pytest.mark.parametrize("buffer", [0, 96])
+def test_the_overlong_buffer_lies_within_the_limit_where_it_counts(buffer: int) -> None:
+    overrides = ["rollout.sampling.max_new_tokens=96", f"grpo.overlong.buffer_tokens={buffer}"]
+    with pytest.raises(ConfigError, match=rf"grpo\.overlong\.buffer_tokens is {buffer}: .*max_new_tokens = 96"):
+        load_config(QUICKSTART, [*overrides, "grpo.overlong.weight=0.5"])
+    assert load_config(QUICKSTART, overrides).grpo.overlong.weight == 0
+    ok = [overrides[0], "grpo.overlong.buffer_tokens=95", "grpo.overlong.weight=0.5"]
+    assert load_config(QUICKSTART, ok).grpo.overlong.buffer_tokens == 95
 
 
 def test_a_missing_file_and_a_broken_one_are_named(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ class ImportanceConfig:
     """Correction between the behaviour policy (engine, when sampled) and the proximal one (learner, before the update).
 
     Attributes:
-        mode: "truncated" caps the ratio at `cap`; "masked" drops what exceeds it; "none" trusts the samples.
+        mode: "truncated" caps the ratio at `cap` (Ionides 2008); "masked" drops what exceeds it (arXiv 2510.18855);
+            "none" trusts the samples.
         level: ratio per token, or of the whole sequence.
     """
 
@@ -76,12 +77,25 @@ class HeldOutConfig:
 
 
 @dataclass
+class OverlongConfig:
+    """Soft overlong punishment (arXiv 2503.14476): `weight` times a penalty of 0 to -1 is added to the reward.
+
+    Attributes:
+        weight: 0 is off.
+        buffer_tokens: the penalty grows over so many tokens before rollout.sampling.max_new_tokens.
+    """
+
+    weight: float = 0.0
+    buffer_tokens: int = 16
+
+
+@dataclass
 class GrpoConfig:
     """One GRPO step trains on `groups_per_step` groups of `group_size` completions.
 
     Attributes:
         max_staleness: steps that a sample may lag behind the learner; 0 is on-policy training by the same code.
-        advantage: group (mean and deviation, 2402.03300), mean_only (2503.20783), rloo (2402.14740).
+        advantage: group (mean and deviation, arXiv 2402.03300), mean_only (2503.20783), rloo (2402.14740).
         final_lr_share: the learning rate falls linearly to this share of its start.
         max_nonfinite_groups: groups that may be left out of a run because their loss or gradient was not finite.
         record_steps: the learners' inputs are kept, so that `medtvt-rl replay` can repeat a step bit for bit.
@@ -96,6 +110,7 @@ class GrpoConfig:
     warmup_steps: int = 5
     final_lr_share: float = 0.1
     advantage: Literal["group", "mean_only", "rloo"] = "group"
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     updates_per_batch: int = 1
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)

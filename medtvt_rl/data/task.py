@@ -105,7 +105,8 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, question: str, tokens_p
 def qa_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, split: str, kind: QAKind) -> list[Prompt]:
     """One prompt per question of a kind; its ground truth is the whole answer, or "A; B" for a diagnosis.
 
-    A prompt's id is its study id; further questions about the same study get "#1", "#2" behind it.
+    A prompt's id is its study id; further questions about the same study get "#1", "#2" behind it. A question about the
+    diagnosis carries evidence: {"study_id": str, "findings": {finding: bool}, or None where they are unknown}.
     """
     store = StudyStore.open(store_folder(config.data))
     tokens_per_modality = config.model.perception.tokens_per_modality
@@ -117,13 +118,17 @@ def qa_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, split: str, k
             by_question[example.question] = prompt_token_ids(tokenizer, example.question, tokens_per_modality)
         number = seen.get(example.study_id, 0)
         seen[example.study_id] = number + 1
-        truth = answer_text(parse_diagnoses(example.answer)) if kind == "diagnosis" else example.answer
+        truth, evidence = example.answer, None
+        if kind == "diagnosis":
+            truth = answer_text(parse_diagnoses(example.answer))
+            evidence = {"study_id": example.study_id, "findings": store.findings(example.study_id)}
         prompts.append(
             Prompt(
                 prompt_id=f"{example.study_id}#{number}" if number else example.study_id,
                 token_ids=by_question[example.question],
                 item_id=example.study_id,
                 ground_truth=truth,
+                evidence=evidence,
             )
         )
     return prompts

@@ -1,7 +1,7 @@
 """Held-out evaluation of diagnoses: answers in, metrics with intervals over patients out.
 
 Owns: which answers are compared with which truth, and the names of the metrics. Does not own: generation of answers,
-parsing (rewards/answer.py), the mathematics (metrics.py, bootstrap.py).
+parsing (rewards/answer.py, rewards/evidence.py), the mathematics (metrics.py, bootstrap.py).
 An answer that breaks the format is a wrong answer: it names no disease and no finding, and stays in every denominator.
 The `paper` block leaves such answers out and ranks by 0/1, as the published evaluation does
 (https://arxiv.org/abs/2506.18512); it is for comparison only.
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from medtvt_rl.config import Config
-from medtvt_rl.data.labels import DISEASES, FINDINGS, named_findings
+from medtvt_rl.data.labels import DISEASES, FINDINGS
 from medtvt_rl.evaluation.bootstrap import (
     Floats,
     Interval,
@@ -25,9 +25,11 @@ from medtvt_rl.evaluation.bootstrap import (
     bootstrap_paired_difference,
     mean_measure,
 )
-from medtvt_rl.evaluation.metrics import confusion_counts, f1_measures, membership, ranking_measures
+from medtvt_rl.evaluation.metrics import f1_measures, ranking_measures
 from medtvt_rl.rewards.answer import ParsedAnswer, normalise, normalised_names, parse_answer
+from medtvt_rl.rewards.evidence import asserted_findings, labelled_findings
 from medtvt_rl.rewards.jaccard import jaccard_reward
+from medtvt_rl.rewards.overlap import confusion_counts, membership
 
 DISEASE_KEYS = tuple(normalise(name) for name in DISEASES)
 NO_NAMES: frozenset[str] = frozenset()
@@ -191,14 +193,11 @@ class DiagnosisEvaluator:
 
     def _findings_measures(self, study_ids: Sequence[str], parsed: Sequence[ParsedAnswer | None]) -> dict[str, Measure]:
         """F1 of named against present findings, by modality, over the studies whose findings are known."""
-        named, present = [], []
-        for study_id, answer in zip(study_ids, parsed):
-            findings = self._store.findings(study_id)
-            known = findings is not None
-            named.append(frozenset(named_findings(answer.reasoning)) if known and answer else NO_NAMES)
-            present.append(frozenset(key for key, there in (findings or {}).items() if there))
-        if all(self._store.findings(study_id) is None for study_id in study_ids):
+        truths = [self._store.findings(study_id) for study_id in study_ids]
+        if all(truth is None for truth in truths):
             return {}
+        named = [NO_NAMES if truth is None else asserted_findings(answer) for truth, answer in zip(truths, parsed)]
+        present = [labelled_findings(truth) for truth in truths]
         return {
             f"findings_f1_{modality}": f1_measures(confusion_counts(named, present, keys))[0]
             for modality, keys in FINDINGS.items()

@@ -1,41 +1,24 @@
 """The metrics of a set-valued answer, as functions of sums over studies.
 
-Owns: what each study adds to the sums, and F1, AUC and average precision of the sums. Does not own: parsing of answers
-(rewards/answer.py), intervals (bootstrap.py), which answers are compared (diagnosis.py).
+Owns: macro F1, AUC and average precision of the sums. Does not own: parsing of answers (rewards/answer.py), the counts
+of one study and micro F1 (rewards/overlap.py), intervals (bootstrap.py), which answers are compared (diagnosis.py).
 All of them take sums with leading dimensions, so that thousands of resamples are one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medtvt_rl.evaluation.bootstrap import Floats, Measure
-
-
-def confusion_counts(named: Sequence[Set[str]], true: Sequence[Set[str]], keys: Sequence[str]) -> Floats:
-    """[n, K, 3] true positives, false positives and false negatives of each study and key. Other names are left out."""
-    said, holds = membership(named, keys), membership(true, keys)
-    return np.stack([said & holds, said & ~holds, ~said & holds], axis=-1).astype(np.float64)
-
-
-def membership(sets: Sequence[Set[str]], keys: Sequence[str]) -> NDArray[np.bool_]:
-    """[n, K] whether each set holds each key."""
-    return np.array([[key in members for key in keys] for members in sets], dtype=bool).reshape(len(sets), len(keys))
-
-
-def micro_f1(sums: Floats) -> Floats:
-    """[..., K * 3] -> F1 of the counts of all keys together; NaN where nothing was true or named."""
-    counts = sums.reshape(*sums.shape[:-1], -1, 3).sum(axis=-2)
-    return _f1(counts)
+from medtvt_rl.rewards.overlap import divide, f1_of_counts, micro_f1
 
 
 def macro_f1(sums: Floats) -> Floats:
     """[..., K * 3] -> mean F1 over keys; a key that was neither true nor named anywhere is left out of the mean."""
-    return _mean_defined(_f1(sums.reshape(*sums.shape[:-1], -1, 3)))
+    return _mean_defined(f1_of_counts(sums.reshape(*sums.shape[:-1], -1, 3)))
 
 
 def f1_measures(counts: Floats) -> tuple[Measure, Measure]:
@@ -73,15 +56,15 @@ def mean_auc(sums: Floats, shape: tuple[int, int, int]) -> Floats:
     below = negative.cumsum(axis=-1) - negative
     wins = (positive * (below + 0.5 * negative)).sum(axis=-1)
     pairs = positive.sum(axis=-1) * negative.sum(axis=-1)
-    return _mean_defined(_divide(wins, pairs))
+    return _mean_defined(divide(wins, pairs))
 
 
 def mean_average_precision(sums: Floats, shape: tuple[int, int, int]) -> Floats:
     """[..., K * 2 * L] as in `mean_auc` -> mean over keys of sum over levels of precision times gain of recall."""
     positive, negative = (counts[..., ::-1] for counts in _by_level(sums, shape))
     found = positive.cumsum(axis=-1)
-    precision = np.nan_to_num(_divide(found, found + negative.cumsum(axis=-1)))
-    return _mean_defined(_divide((precision * positive).sum(axis=-1), positive.sum(axis=-1)))
+    precision = np.nan_to_num(divide(found, found + negative.cumsum(axis=-1)))
+    return _mean_defined(divide((precision * positive).sum(axis=-1), positive.sum(axis=-1)))
 
 
 def _by_level(sums: Floats, shape: tuple[int, int, int]) -> tuple[Floats, Floats]:
@@ -89,17 +72,7 @@ def _by_level(sums: Floats, shape: tuple[int, int, int]) -> tuple[Floats, Floats
     return counts[..., 0, :], counts[..., 1, :]
 
 
-def _f1(counts: Floats) -> Floats:
-    hits, false_alarms, misses = counts[..., 0], counts[..., 1], counts[..., 2]
-    return _divide(2 * hits, 2 * hits + false_alarms + misses)
-
-
-def _divide(numerator: Floats, denominator: Floats) -> Floats:
-    """NaN where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.full(np.shape(denominator), np.nan), where=denominator > 0)
-
-
 def _mean_defined(values: Floats) -> Floats:
     """Mean over the last axis of what is not NaN; NaN where all are."""
     defined = ~np.isnan(values)
-    return _divide(np.where(defined, values, 0.0).sum(axis=-1), defined.sum(axis=-1).astype(np.float64))
+    return divide(np.where(defined, values, 0.0).sum(axis=-1), defined.sum(axis=-1).astype(np.float64))

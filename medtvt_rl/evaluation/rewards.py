@@ -6,7 +6,7 @@ generation, the bootstrap. The interface is that of `DiagnosisEvaluator`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from medtvt_rl.evaluation.bootstrap import (
 )
 from medtvt_rl.evaluation.diagnosis import StudyAnswers
 from medtvt_rl.rewards.scorer import Scorer
+from medtvt_rl.types import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +50,12 @@ class RewardEvaluator:
 
     Args:
         config: of the run; its `rewards` are what is computed.
-        ground_truths: by prompt id.
+        prompts: those that may be answered; their ground truths and evidence are what answers are compared with.
     """
 
-    def __init__(self, config: Config, ground_truths: Mapping[str, str]) -> None:
+    def __init__(self, config: Config, prompts: Sequence[Prompt]) -> None:
         self._scorer = Scorer(config.rewards)
-        self._truths = dict(ground_truths)
+        self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
         self._resamples = config.evaluation.bootstrap_resamples
         self._seed = config.run.seed
 
@@ -67,11 +68,11 @@ class RewardEvaluator:
         Raises:
             ValueError: no answers, or one for an unknown prompt.
         """
-        unknown = sorted(set(answers).difference(self._truths))
+        unknown = sorted(set(answers).difference(self._prompts))
         if unknown or not answers:
             what = f"{len(unknown)} are of unknown prompts, e.g. {unknown[0]!r}" if unknown else "none"
             raise ValueError(f"answers: {what}; expected one for each prompt of the split")
-        prompt_ids = tuple(prompt_id for prompt_id in self._truths if prompt_id in answers)
+        prompt_ids = tuple(prompt_id for prompt_id in self._prompts if prompt_id in answers)
         measures = {"reward_greedy": self._mean({i: (answers[i].greedy,) for i in prompt_ids})}
         if all(answers[i].sampled for i in prompt_ids):
             measures["reward"] = self._mean({i: answers[i].sampled for i in prompt_ids})
@@ -92,6 +93,7 @@ class RewardEvaluator:
 
     def _mean(self, texts: Mapping[str, tuple[str, ...]]) -> Measure:
         """The mean over prompts of the mean over each one's texts."""
+        prompts = ((self._prompts[prompt_id], some) for prompt_id, some in texts.items())
         return mean_measure(
-            [np.mean(self._scorer.score(some, self._truths[prompt_id]).total) for prompt_id, some in texts.items()]
+            [np.mean(self._scorer.score(some, p.ground_truth, p.evidence).total) for p, some in prompts]
         )

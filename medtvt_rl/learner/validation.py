@@ -123,7 +123,7 @@ class SampledRewards:
 
     def _count(self, prompt: Prompt, answers: Sequence[list[int]], sums: dict[str, float]) -> None:
         texts = [self._tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-        rewards = self._scorer.score(texts, prompt.ground_truth)
+        rewards = self._scorer.score(texts, prompt.ground_truth, prompt.evidence)
         sums["samples"] += len(answers)
         sums["total"] += float(rewards.total.sum())
         sums["failed"] += float(rewards.failed.sum())

@@ -11,7 +11,8 @@ class RewardConfig:
     """One component.
 
     Attributes:
-        function: dotted path "package.module:callable" of f(completion: str, ground_truth: str, **options) -> float.
+        function: dotted path "package.module:callable" of f(completion: str, ground_truth: str, **options) -> float;
+            where it has a parameter `evidence`, it also gets what the prompt carries under that name.
         weight: factor in the sum.
         low, high: the declared range; a value outside it marks the completion as failed.
         options: keyword arguments handed to the function.

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,7 @@ class Scorer:
     A function that raises, or returns what is no finite number within its declared range, marks that completion as
     failed, and the run goes on. A failed completion gets the worst value of every component (its `low`, or its `high`
     under a negative weight), so that failing never pays.
+    A function with a parameter named `evidence` is handed what the prompt carries under that name, by keyword.
 
     Raises:
         ValueError: no component, a function that does not exist or does not take the configured options, or a range or
@@ -62,15 +64,16 @@ class Scorer:
             raise ValueError("rewards: no component, expected at least one, e.g. rewards.jaccard.function")
         self._configs = dict(configs)
         self._functions = {name: _resolved(name, config) for name, config in self._configs.items()}
+        self._with_evidence = {name for name, function in self._functions.items() if _takes_evidence(function)}
         self._worst = {name: c.low if c.weight >= 0 else c.high for name, c in self._configs.items()}
 
-    def score(self, texts: Sequence[str], ground_truth: str) -> GroupRewards:
-        """Rewards of the completions `texts` [G] of one prompt."""
+    def score(self, texts: Sequence[str], ground_truth: str, evidence: Mapping[str, Any] | None = None) -> GroupRewards:
+        """Rewards of the completions `texts` [G] of one prompt, whose `ground_truth` and `evidence` are given."""
         started = time.perf_counter()
         values = {name: np.empty(len(texts), dtype=np.float32) for name in self._configs}
         reasons: list[str | None] = []
         for index, text in enumerate(texts):
-            row, reason = self._score_one(text, ground_truth)
+            row, reason = self._score_one(text, ground_truth, evidence)
             reasons.append(reason)
             for name, value in row.items():
                 values[name][index] = value
@@ -84,12 +87,15 @@ class Scorer:
             seconds=time.perf_counter() - started,
         )
 
-    def _score_one(self, text: str, ground_truth: str) -> tuple[dict[str, float], str | None]:
+    def _score_one(
+        self, text: str, ground_truth: str, evidence: Mapping[str, Any] | None
+    ) -> tuple[dict[str, float], str | None]:
         """The components of one completion, and why it failed."""
         row, reasons = {}, []
         for name, config in self._configs.items():
+            extra = {"evidence": evidence} if name in self._with_evidence else {}
             try:
-                value = float(self._functions[name](text, ground_truth, **config.options))
+                value = float(self._functions[name](text, ground_truth, **config.options, **extra))
             except (
                 Exception
             ) as error:  # a reward function is the user's code: whatever it raises concerns one completion
@@ -108,11 +114,17 @@ def _resolved(name: str, config: RewardConfig) -> RewardFunction:
         raise ValueError(f"{key}.low: {config.low}, expected less than {key}.high, {config.high}")
     if not all(map(math.isfinite, (config.weight, config.low, config.high))):
         raise ValueError(f"{key}: weight {config.weight}, range [{config.low}, {config.high}], expected finite numbers")
+    given = {"evidence": None} if _takes_evidence(function) else {}
     try:
-        inspect.signature(function).bind("", "", **config.options)
+        inspect.signature(function).bind("", "", **config.options, **given)
     except TypeError as error:
         raise ValueError(
             f"{key}.options: {config.options} do not fit {config.function!r}: {error}; "
-            "expected f(completion, ground_truth, **options)"
+            "expected f(completion, ground_truth, **options), or with a parameter `evidence`, which the prompt gives"
         ) from error
     return function
+
+
+def _takes_evidence(function: RewardFunction) -> bool:
+    parameter = inspect.signature(function).parameters.get("evidence")
+    return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)

@@ -31,7 +31,11 @@ def test_a_timeline_has_a_row_per_actor_and_marks_what_failed(tmp_path: Path) ->
                 raise RuntimeError("no")
 
     async def calls() -> None:
-        same_time = (call("rollout 0", "generate group 1"), call("rollout 0", "generate group 2"), call("reward 0", "x"))
+        same_time = (
+            call("rollout 0", "generate group 1"),
+            call("rollout 0", "generate group 2"),
+            call("reward 0", "x"),
+        )
         await asyncio.gather(*same_time)
         with pytest.raises(RuntimeError):
             await call("learner", "train_step", fails=True)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from medtvt_rl.evaluation.metrics import confusion_counts, f1_measures, membership, ranking_measures
+from medtvt_rl.evaluation.metrics import f1_measures, ranking_measures
+from medtvt_rl.rewards.overlap import confusion_counts, membership
 
 KEYS = ("a", "b", "c")
 

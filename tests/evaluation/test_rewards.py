@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from medtvt_rl.config import Config
 from medtvt_rl.evaluation.diagnosis import StudyAnswers
 from medtvt_rl.evaluation.rewards import RewardEvaluator
 from medtvt_rl.rewards.config import RewardConfig
+from medtvt_rl.types import Prompt
 
 
 def share(completion: str, ground_truth: str, factor: float = 1.0) -> float:
@@ -22,11 +24,22 @@ ANSWERS = {
 }
 
 
-def evaluator() -> RewardEvaluator:
+def known(completion: str, ground_truth: str, evidence: dict[str, str]) -> float:
+    return float(completion == evidence["word"])
+
+
+def evaluator(function: str = "share") -> RewardEvaluator:
     config = Config()
     config.evaluation.bootstrap_resamples = 200
-    config.rewards = {"share": RewardConfig(function=f"{__name__}:share", weight=2.0)}
-    return RewardEvaluator(config, TRUTHS)
+    config.rewards = {"share": RewardConfig(function=f"{__name__}:{function}", weight=2.0)}
+    ids = np.ones(3, np.int32)
+    return RewardEvaluator(
+        config,
+        [
+            Prompt(prompt_id=i, token_ids=ids, item_id=None, ground_truth=truth, evidence={"word": "no"})
+            for i, truth in TRUTHS.items()
+        ],
+    )
 
 
 def test_means_of_the_weighted_total() -> None:
@@ -35,6 +48,10 @@ def test_means_of_the_weighted_total() -> None:
     assert found.metrics["reward_greedy"].value == pytest.approx(2 * 2 / 3)
     assert 0 <= found.metrics["reward"].low <= found.metrics["reward"].value <= found.metrics["reward"].high <= 2
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["num_prompts"] == 3
+
+
+def test_a_reward_may_ask_for_the_evidence_of_the_prompt() -> None:
+    assert evaluator("known").evaluate(ANSWERS).metrics["reward"].value == pytest.approx(2 * (0.5 + 0 + 0) / 3)
 
 
 def test_greedy_alone_has_no_sampled_mean() -> None:

@@ -40,9 +40,21 @@ def test_decodes_and_scores_a_group(tmp_path, monkeypatch):
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id] for text in texts]
     group = RolloutGroup(
         group_id=0,
-        prompt=Prompt(prompt_id="s", token_ids=np.array([2], np.int32), item_id=None, ground_truth="Sepsis"),
+        prompt=Prompt(
+            prompt_id="s",
+            token_ids=np.array([2], np.int32),
+            item_id=None,
+            ground_truth="Sepsis",
+            evidence={"study_id": "s", "findings": {"effusion": False}},
+        ),
         completions=tuple(completion(i, row) for i, row in enumerate([*ids, []])),
     )
-    rewards = {"jaccard": RewardConfig(function="medtvt_rl.rewards.jaccard:jaccard_reward")}
+    rewards = {
+        "jaccard": RewardConfig(function="medtvt_rl.rewards.jaccard:jaccard_reward"),
+        "evidence": RewardConfig(function="medtvt_rl.rewards.evidence:evidence_reward"),
+    }
     scorer = RewardScorer.__ray_metadata__.modified_class(Config(rewards=rewards), str(tmp_path))
-    assert scorer.score(group).total.tolist() == [1.0, 0.5, 0.0, 0.0]
+    found = scorer.score(group)
+    assert found.components["jaccard"].tolist() == [1.0, 0.5, 0.0, 0.0]
+    assert found.components["evidence"].tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert not found.failed.any()

@@ -20,6 +20,18 @@ def picky(completion: str, ground_truth: str) -> float:
     return {"nan": math.nan, "big": 7.0, "text": "no number", "none": None}[completion]  # type: ignore[return-value]
 
 
+def within(completion: str, ground_truth: str, *, evidence: dict[str, int] | None, factor: float = 1.0) -> float:
+    return factor * evidence[completion]  # type: ignore[index]
+
+
+def collects(completion: str, ground_truth: str, **options: int) -> float:
+    return float(len(options))
+
+
+def misnamed(completion: str, evidence: str) -> float:
+    return 0.0
+
+
 def config(function: str, **changes) -> RewardConfig:
     return RewardConfig(function=function, **changes)
 
@@ -68,6 +80,24 @@ def test_a_failed_completion_gets_the_worst_of_every_component():
     assert rewards.total[1] == -3.0
 
 
+def test_evidence_goes_to_the_functions_that_ask_for_it_and_to_no_other():
+    configs = {
+        "within": config(f"{__name__}:within", options={"factor": 0.5}),
+        "collects": config(f"{__name__}:collects"),
+        "format": FORMAT,
+    }
+    rewards = Scorer(configs).score(["a", "b", "c"], "", {"a": 1, "b": 0})
+    assert rewards.components["within"].tolist() == [0.5, 0.0, 0.0]
+    assert rewards.components["collects"].tolist() == [0.0, 0.0, 0.0]
+    assert rewards.failed.tolist() == [False, False, True]
+    assert rewards.reasons[2] == "within: KeyError: 'c'"
+
+
+def test_without_evidence_a_function_that_asks_for_it_gets_none():
+    rewards = Scorer({"within": config(f"{__name__}:within")}).score(["a"], "")
+    assert rewards.reasons[0] is not None and "'NoneType' object is not subscriptable" in rewards.reasons[0]
+
+
 def test_no_completions():
     assert Scorer({"format": FORMAT}).score([], "").total.shape == (0,)
 
@@ -81,6 +111,9 @@ def test_no_completions():
         ({"a": config("medtvt_rl.rewards.format:format_reward", weight=math.inf)}, "weight inf"),
         ({"a": config("medtvt_rl.rewards.jaccard:jaccard_reward", options={"mode": 1})}, r"rewards\.a\.options.*mode"),
         ({"a": config(f"{__name__}:length_share")}, "longest"),
+        ({"a": config(f"{__name__}:within", options={"facter": 1})}, r"rewards\.a\.options.*facter"),
+        ({"a": config(f"{__name__}:within", options={"evidence": 1})}, r"rewards\.a\.options.*evidence"),
+        ({"a": config(f"{__name__}:misnamed")}, r"rewards\.a\.options.*evidence"),
     ],
 )
 def test_settings_that_cannot_work_are_found_at_the_start(configs, message):
