@@ -121,10 +121,15 @@ class LearnerWorker:
 
     @ray.method(num_returns=2)
     def export(self, version: int) -> tuple[WeightHeader | None, WeightBuffer | None]:
-        """What trains, as rank 0's return value, so that it lies in the object store; None, None on other ranks."""
+        """What `weights.send` names, as rank 0's return value, so that it lies in the object store; None, None on
+        other ranks.
+        """
+        from medtvt_rl.learner.export import export_weights
+
         learner, started = self._ready("export"), time.perf_counter()
         try:
-            weights = learner.export(version)
+            send = self._config.weights.resolved(self._config.model.lora)
+            weights = export_weights(learner.engine, version, send)
         finally:
             self._busy = None
         if weights is None:

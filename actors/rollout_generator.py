@@ -20,6 +20,7 @@ from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
 from medtvt_rl.rollout.config import SamplingConfig
+from medtvt_rl.rollout.parts import join_group
 from medtvt_rl.types import GroupHeader, Prompt, RolloutGroup
 from medtvt_rl.weights import WeightBuffer
 
@@ -87,11 +88,13 @@ class RolloutGenerator:
         num_completions: int,
         greedy: bool = False,
         sampling: SamplingConfig | None = None,
+        first_index: int = 0,
     ) -> tuple[GroupHeader, RolloutGroup]:
         """G completions of one prompt: a small header for the driver, and the group, which stays here until asked for.
 
         Args:
             sampling: instead of the configuration's.
+            first_index: of the first completion, where other generators make the rest of the group.
 
         Raises:
             ValueError: the prompt does not fit, or names an item without an item source.
@@ -104,11 +107,17 @@ class RolloutGenerator:
             item = await asyncio.to_thread(self._item, prompt)
             settings = sampling or self._config.rollout.sampling
             seed = self._config.run.seed
-            future = engine.submit(prompt, item, group_id, num_completions, seed, settings, greedy)
+            future = engine.submit(prompt, item, group_id, num_completions, seed, settings, greedy, first_index)
             group = await asyncio.wrap_future(future)
         finally:
             self._num_calls -= 1
         return GroupHeader.of(group, time.perf_counter() - begin), group
+
+    @ray.method(num_returns=2)
+    async def merge(self, generate_s: float, *parts: RolloutGroup) -> tuple[GroupHeader, RolloutGroup]:
+        """One group of parts that were made here and elsewhere, like `generate`; `generate_s` is of the slowest."""
+        group = join_group(parts)
+        return GroupHeader.of(group, generate_s), group
 
     async def score(self, group: RolloutGroup, index: int) -> NDArray[np.float32]:
         """Log-probs [T], at temperature 1 under the weights of now, of one completion of a group."""

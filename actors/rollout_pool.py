@@ -1,8 +1,8 @@
 """The rollout generators as the driver sees them: one object that generates groups and takes new weights.
 
-Owns: which generator gets the next group, that every engine holds the version it was sent, and that one whose actor
-died or whose engine broke gets no more work. Does not own: admission (medtvt_rl/rollout/buffer.py), the engines
-(actors/rollout_generator.py), or a new generator in place of a lost one.
+Owns: which generator gets the next group, the parts of a group that is too large for one, and that every engine holds
+the version it was sent. Does not own: admission (medtvt_rl/rollout/buffer.py), the engines
+(actors/rollout_generator.py), or who serves and what becomes of a lost one (actors/generator_roster.py).
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 
-from actors.deadline import within
-from actors.failure import ActorError, cause_of, with_log
+from actors.deadline import DeadlineError, within
+from actors.failure import cause_of, with_log
+from actors.generator_roster import (
+    GeneratorLostError,
+    GeneratorRoster,
+    Member,
+    Publication,
+    WeightSyncError,
+)
 from actors.placement import Placement
 from actors.rollout_generator import RolloutGenerator
 from medtvt_rl.config import Config
-from medtvt_rl.rollout.pending import EngineBrokenError
+from medtvt_rl.rollout.parts import split_group
 from medtvt_rl.types import GroupHeader, Prompt
 
 logger = logging.getLogger(__name__)
 
-
-class WeightSyncError(RuntimeError):
-    """An engine holds other weights than it was sent."""
-
-
-class GeneratorLostError(ActorError):
-    """A generator is gone for good: its actor died, or its engine broke."""
+Answer = tuple[GroupHeader, ray.ObjectRef]
 
 
 class RolloutPool:
@@ -42,18 +43,24 @@ class RolloutPool:
 
     Args:
         generators: handles; the place of each is its index among its kind.
-        report: told in one line when a generator is lost.
+        report: told in one line what becomes of a generator that is lost.
+        renew: makes a new actor in the bundle of an index; without it a lost generator is left out for good.
+        kill: ends the process behind a handle.
 
-    Every method raises GeneratorLostError when no generator is left, with the cause and the end of the log of each.
+    Every method raises GeneratorLostError when no generator serves and none will, with the cause and the end of the log
+    of each.
     """
 
-    def __init__(self, config: Config, generators: list[Any], report: Callable[[str], None] = logger.warning) -> None:
+    def __init__(
+        self,
+        config: Config,
+        generators: list[Any],
+        report: Callable[[str], None] = logger.warning,
+        renew: Callable[[int], Any] | None = None,
+        kill: Callable[[Any], None] = ray.kill,
+    ) -> None:
         self._config = config.rollout
-        self._logs = config.folder / "logs"
-        self._generators = dict(enumerate(generators))
-        self._load = dict.fromkeys(self._generators, 0)
-        self._lost: dict[int, GeneratorLostError] = {}
-        self._report = report
+        self._roster = GeneratorRoster(config, generators, report, renew, kill)
 
     @classmethod
     async def start(
@@ -65,123 +72,140 @@ class RolloutPool:
     ) -> RolloutPool:
         """Starts every generator in its bundle and waits until its engine has loaded `model_folder`."""
         actor: Any = RolloutGenerator
-        generators = [
-            actor.options(**placement.options("rollout", index)).remote(str(model_folder), config, index)
-            for index in range(placement.count("rollout"))
-        ]
-        pool = cls(config, generators, report)
-        what, timeout_s = f"load {model_folder}", config.rollout.start_timeout_s
-        await asyncio.gather(
-            *(
-                pool._ask(index, generator.start.remote(), what, timeout_s, "rollout.start_timeout_s")
-                for index, generator in enumerate(generators)
-            )
-        )
-        return pool
+
+        def make(index: int) -> Any:
+            return actor.options(**placement.options("rollout", index)).remote(str(model_folder), config, index)
+
+        generators = [make(index) for index in range(placement.count("rollout"))]
+        await asyncio.gather(*(_started(config, index, generator) for index, generator in enumerate(generators)))
+        return cls(config, generators, report, make)
 
     @property
     def num_left(self) -> int:
         """Generators that serve."""
-        return len(self._generators)
+        return len(self._roster.serving)
 
-    async def generate(
-        self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool = False
-    ) -> tuple[GroupHeader, ray.ObjectRef]:
-        """One group from the generator with the fewest completions under way: its header, and a reference to it.
+    async def generate(self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool = False) -> Answer:
+        """One group from the generators with the fewest completions under way: its header, and a reference to it.
 
-        A group whose generator is lost goes once to another one, with the same seeds. Once only: it may be the group
-        that breaks engines.
+        A group larger than `rollout.max_completions_per_engine` is generated in parts by several generators and put
+        together by one of them. A part whose generator is lost goes once to another one, or to the successor where none
+        is left, with the same seeds. Once only: it may be the group that breaks engines.
         """
+        serving = self._roster.by_load()
+        parts = split_group(num_completions, self._config.engine_share, len(serving))
+        if len(parts) == 1:
+            return await self._part(prompt, group_id, parts[0], greedy)
+        made = await asyncio.gather(
+            *(self._part(prompt, group_id, part, greedy, member) for part, member in zip(parts, serving))
+        )
+        seconds, payloads = max(header.generate_s for header, _ in made), [payload for _, payload in made]
+        return await self._with_payload(
+            lambda handle: handle.merge.remote(seconds, *payloads), f"merge the parts of group {group_id}"
+        )
+
+    async def _part(
+        self, prompt: Prompt, group_id: int, part: range, greedy: bool, first: Member | None = None
+    ) -> Answer:
+        """The completions `part` of a group, from `first` or whoever has least to do."""
+        return await self._with_payload(
+            lambda handle: handle.generate.remote(prompt, group_id, len(part), greedy, first_index=part.start),
+            f"generate group {group_id}",
+            load=len(part),
+            first=first,
+        )
+
+    async def _with_payload(
+        self,
+        call: Callable[[Any], tuple[Awaitable[Any], ray.ObjectRef]],
+        what: str,
+        load: int = 0,
+        first: Member | None = None,
+    ) -> Answer:
+        """A header and a reference to its payload, from a second generator where the first is lost."""
+        timeout_s, setting = self._config.generate_timeout_s, "rollout.generate_timeout_s"
         for attempt in range(2):
-            self._require_one()
-            index = min(self._generators, key=self._load.__getitem__)
-            self._load[index] += num_completions
+            member = first if first is not None and not attempt else await self._roster.least_loaded(what)
+            member.load += load
             try:
-                header, payload = self._generators[index].generate.remote(prompt, group_id, num_completions, greedy)
-                what, timeout_s = f"generate group {group_id}", self._config.generate_timeout_s
-                return await self._ask(index, header, what, timeout_s, "rollout.generate_timeout_s"), payload
+                header, payload = call(member.handle)
+                return await self._roster.ask(member, header, what, timeout_s, setting), payload
             except GeneratorLostError:
                 if attempt:
                     raise
             finally:
-                self._load[index] -= num_completions
+                member.load -= load
         raise AssertionError("the second attempt returns or raises")
 
     async def update_weights(self, weights: ray.ObjectRef, version: int, checksum: int) -> None:
-        """Publishes one version to every engine. Raises WeightSyncError if one reports another checksum."""
-        held = await self._everywhere(
-            lambda generator: generator.update_weights.remote(weights, version),
-            f"load weights of version {version}",
-            self._config.update_timeout_s,
-            "rollout.update_timeout_s",
-        )
-        wrong = {index: found for index, found in held.items() if found != checksum}
-        if wrong:
-            raise WeightSyncError(
-                f"rollout {list(wrong)} hold checksum {list(wrong.values())} of version {version}, sent {checksum}"
+        """Publishes one version; every engine that serves from now on holds it.
+
+        One that reports another checksum, or is late, is not trusted: it is killed, and its successor loads the newest
+        weights before it serves.
+        """
+        # First of all, so that a successor that comes up meanwhile ends with this version.
+        publication = self._roster.publication = Publication(weights=weights, version=version, checksum=checksum)
+        await self._everywhere(lambda member: self._load(member, publication))
+        self._roster.require_one()
+
+    async def _load(self, member: Member, publication: Publication) -> None:
+        what = f"load weights of version {publication.version}"
+        answer = member.handle.update_weights.remote(publication.weights, publication.version)
+        try:
+            found = await self._roster.ask(
+                member, answer, what, self._config.update_timeout_s, "rollout.update_timeout_s"
             )
+            publication.check(member.index, found)
+        except (DeadlineError, WeightSyncError) as error:
+            raise self._roster.lose(member, error) from error
 
     async def score(self, group: ray.ObjectRef, index: int) -> list[NDArray[np.float32]]:
         """Log-probs [T] of one completion at temperature 1, of every engine."""
-        scored = await self._everywhere(
-            lambda generator: generator.score.remote(group, index),
-            "score a completion",
-            self._config.generate_timeout_s,
-            "rollout.generate_timeout_s",
+        timeout_s, setting = self._config.generate_timeout_s, "rollout.generate_timeout_s"
+        return await self._all_left(
+            lambda handle: handle.score.remote(group, index), "score a completion", timeout_s, setting
         )
-        return list(scored.values())
 
     async def stats(self) -> list[dict[str, float]]:
         """Each engine's counters (tokens, busy and idle seconds)."""
-        found = await self._everywhere(
-            lambda generator: generator.stats.remote(),
-            "give its statistics",
-            self._config.update_timeout_s,
-            "rollout.update_timeout_s",
-        )
-        return list(found.values())
+        timeout_s, setting = self._config.update_timeout_s, "rollout.update_timeout_s"
+        return await self._all_left(lambda handle: handle.stats.remote(), "give its statistics", timeout_s, setting)
 
     def stop(self) -> None:
         """Ends every generator."""
-        for generator in self._generators.values():
-            ray.kill(generator)
+        self._roster.stop()
 
-    async def _everywhere(
+    async def _all_left(
         self, call: Callable[[Any], Awaitable[Any]], what: str, timeout_s: float, setting: str
-    ) -> dict[int, Any]:
-        """Answers by index of the generators that are left when all have answered."""
-        self._require_one()
-        asked = list(self._generators)
-        answers = await asyncio.gather(
-            *(self._ask(index, call(self._generators[index]), what, timeout_s, setting) for index in asked),
-            return_exceptions=True,
-        )
+    ) -> list[Any]:
+        """Answers of the generators that serve, one at least; asked again, once, where all are lost at it."""
+        lost: list[Exception] = []
+        for _ in range(2):
+            await self._roster.wait_for_one(what)
+            answers = await self._everywhere(
+                lambda member: self._roster.ask(member, call(member.handle), what, timeout_s, setting)
+            )
+            found = [answer for answer in answers if not isinstance(answer, GeneratorLostError)]
+            if found:
+                return found
+            lost = answers
+        raise lost[-1]
+
+    async def _everywhere(self, ask: Callable[[Member], Awaitable[Any]]) -> list[Any]:
+        """What each generator that serves now answers; a GeneratorLostError from one that was lost at it."""
+        serving = list(self._roster.serving.values())
+        answers = await asyncio.gather(*(ask(member) for member in serving), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, GeneratorLostError):
                 raise answer
-        self._require_one()
-        return {index: answer for index, answer in zip(asked, answers) if not isinstance(answer, BaseException)}
+        return answers
 
-    async def _ask(self, index: int, answer: Awaitable[Any], what: str, timeout_s: float, setting: str) -> Any:
-        """Raises GeneratorLostError and drops the generator where it is gone; ActorError where the call failed."""
-        who = f"rollout {index}"
-        try:
-            return await within(answer, timeout_s, f"{who} to {what}", setting)
-        except (RayActorError, EngineBrokenError) as error:
-            raise self._drop(index, error) from error
-        except RayTaskError as error:
-            raise ActorError(f"{who}, asked to {what}: {cause_of(error)}") from error
 
-    def _drop(self, index: int, error: Exception) -> GeneratorLostError:
-        """Takes a generator out of rotation, and says so once."""
-        if index not in self._lost:
-            lost = f"rollout {index} is lost: {cause_of(error)}"
-            self._lost[index] = GeneratorLostError(with_log(lost, self._logs / f"rollout_{index}.log"))
-            del self._generators[index]
-            self._report(f"{lost}; {len(self._generators)} left")
-        return self._lost[index]
-
-    def _require_one(self) -> None:
-        if not self._generators:
-            causes = "\n".join(str(lost) for lost in self._lost.values())
-            raise GeneratorLostError(f"no rollout generator is left; {causes}")
+async def _started(config: Config, index: int, generator: Any) -> None:
+    """Returns when the engine of a new generator serves; raises GeneratorLostError with its log where it fails."""
+    who, timeout_s = f"rollout {index}", config.rollout.start_timeout_s
+    try:
+        await within(generator.start.remote(), timeout_s, f"{who} to start", "rollout.start_timeout_s")
+    except RayError as error:
+        log = config.folder / "logs" / f"rollout_{index}.log"
+        raise GeneratorLostError(with_log(f"{who} did not start: {cause_of(error)}", log)) from error

@@ -22,7 +22,7 @@ from medtvt_rl.evaluation.config import EvaluationConfig
 from medtvt_rl.learner.config import EncoderWarmupConfig, LearnerConfig, SupervisedConfig
 from medtvt_rl.model.config import ModelConfig
 from medtvt_rl.rewards.config import RewardConfig
-from medtvt_rl.rollout.config import RolloutConfig
+from medtvt_rl.rollout.config import RolloutConfig, WeightsConfig
 
 
 class ConfigError(ValueError):
@@ -108,6 +108,7 @@ class Config:
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     num_scorers: int = 1
     num_references: int = 1
     score_timeout_s: float = 120.0
@@ -198,7 +199,8 @@ def _type_at(keys: Sequence[str]) -> Any:
 
 def check_config(config: Config) -> None:
     """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
-    for check in (_check_counts, _check_batches, _check_sampling, _check_model, _check_rewards, _check_stages):
+    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_rewards, _check_stages)
+    for check in checks:
         check(config)
 
 
@@ -354,6 +356,18 @@ def _check_model(config: Config) -> None:
         config.data.film.size,
         f"the film encoder takes model.cxr.image_size = {model.cxr.image_size}; set both alike",
     )
+
+
+def _check_sync(config: Config) -> None:
+    rollout = config.rollout
+    for name in ("max_restarts", "max_completions_per_engine"):
+        value = getattr(rollout, name)
+        _require(value is None or value >= 0, f"rollout.{name}", value, "set 0 or more")
+    _require(rollout.restart_window_s > 0, "rollout.restart_window_s", rollout.restart_window_s, "set more than 0")
+    try:
+        config.weights.resolved(config.model.lora)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_rewards(config: Config) -> None:

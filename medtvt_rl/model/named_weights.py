@@ -1,7 +1,7 @@
 """Every weight of a policy under the name that the model folder and the rollout engine know.
 
-Owns: these names, the functional merge of low-rank adapters, which tensors learn. Does not own: the policies
-(policy.py, medtvt.py), or transport (medtvt_rl/weights.py).
+Owns: these names, which tensors learn, and which of them have an adapter. Does not own: the policies (policy.py,
+medtvt.py), the merge of an adapter, or transport (medtvt_rl/weights.py).
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from medtvt_rl.weights import LowRank
 
 ADAPTER = "default"
 
@@ -24,6 +25,21 @@ def named_weights(policy: nn.Module, trained_only: bool = False) -> Iterator[tup
     Args:
         trained_only: leaves out what has no gradient (and the buffers of modules that do not learn).
     """
+    for name, tensor, low_rank in _walk(policy, trained_only):
+        yield name, tensor.detach() if low_rank is None else low_rank.added_to(tensor.detach())
+
+
+def unmerged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor | LowRank]]:
+    """What learns, under the same names: an adapted weight comes as its adapter, and the one beneath is not read."""
+    for name, tensor, low_rank in _walk(policy, trained_only=True):
+        if low_rank is None:
+            yield name, tensor.detach()
+        else:
+            yield name, low_rank.added_to(tensor.detach()) if tensor.requires_grad else low_rank
+
+
+def _walk(policy: nn.Module, trained_only: bool) -> Iterator[tuple[str, Tensor, LowRank | None]]:
+    """(name, tensor, its adapter) of every weight, tied ones once."""
     prefix = getattr(policy, "weight_prefix", "")
     seen: set[int] = set()
     for path, module in policy.named_modules():
@@ -34,7 +50,7 @@ def named_weights(policy: nn.Module, trained_only: bool = False) -> Iterator[tup
                 continue
             seen.add(id(tensor))
             full = f"{path}.{name}" if path else name
-            yield full.removeprefix(prefix).replace(".base_layer.", "."), _merged(module, name, tensor)
+            yield full.removeprefix(prefix).replace(".base_layer.", "."), tensor, _adapter(module, name, tensor)
 
 
 def _inside_adapter(path: str) -> bool:
@@ -57,10 +73,13 @@ def _own_weights(module: Any) -> Iterator[tuple[str, Tensor, bool]]:
             yield name, buffer, learns
 
 
-def _merged(module: Any, name: str, tensor: Tensor) -> Tensor:
-    """The weight with its adapter's product added, where it has one."""
+def _adapter(module: Any, name: str, tensor: Tensor) -> LowRank | None:
+    """What is added to a module's weight, where it has an adapter."""
     if name != "weight" or not hasattr(module, "lora_A") or ADAPTER not in module.lora_A:
-        return tensor.detach()
-    down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-    with torch.no_grad():
-        return (tensor.float() + module.scaling[ADAPTER] * (up.float() @ down.float())).to(tensor.dtype)
+        return None
+    return LowRank(
+        down=module.lora_A[ADAPTER].weight.detach(),
+        up=module.lora_B[ADAPTER].weight.detach(),
+        scale=module.scaling[ADAPTER],
+        dtype=tensor.dtype,
+    )

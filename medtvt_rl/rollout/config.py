@@ -1,9 +1,13 @@
-"""Settings of sampling and of the rollout engine. Importable without torch."""
+"""Settings of sampling, of the rollout engines, and of the weights that they are sent. Importable without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from medtvt_rl.model.config import LoraSettings
+
+Sent = Literal["adapter", "trainable", "merged", "full"]
 
 
 @dataclass
@@ -49,6 +53,10 @@ class RolloutConfig:
 
     Attributes:
         on_update: what happens to requests in flight when new weights arrive.
+        max_restarts, restart_window_s: a generator that is lost gets a successor so many times within so many seconds;
+            lost once more, it is given up.
+        max_completions_per_engine: a larger group is spread over several generators; 0 never does; None takes
+            engine.max_num_seqs, more than which an engine can only compute one after the other.
         start_timeout_s, generate_timeout_s, update_timeout_s: deadlines of the calls, seconds.
     """
 
@@ -56,6 +64,44 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     on_update: Literal["continue", "finish", "restart"] = "continue"
+    max_restarts: int = 3
+    restart_window_s: float = 600.0
+    max_completions_per_engine: int | None = None
     start_timeout_s: float = 300.0
     generate_timeout_s: float = 300.0
     update_timeout_s: float = 60.0
+
+    @property
+    def engine_share(self) -> int | None:
+        """Completions of one group that one engine takes at most; None: any number."""
+        share = self.max_completions_per_engine
+        return self.engine.max_num_seqs if share is None else share or None
+
+
+@dataclass
+class WeightsConfig:
+    """What of the policy the engines are sent after every step. BatchNorm statistics go with the modules that learn.
+
+    Attributes:
+        send: `adapter`: the adapters, unmerged, and the small modules that learn; refused where more than that learns.
+            `trainable`: everything that learns, adapters unmerged. `merged`: the same, adapters merged by the learner.
+            `full`: every weight, frozen ones too, merged. `auto`: `adapter` where it is not refused, else `trainable`.
+            An engine merges what comes unmerged into the weights of its model folder, with the learner's own formula.
+    """
+
+    send: Literal["auto", "adapter", "trainable", "merged", "full"] = "auto"
+
+    def resolved(self, lora: LoraSettings) -> Sent:
+        """`send` with `auto` decided. Raises ValueError where `adapter` would leave out something that learns."""
+        if self.send == "auto":
+            return "adapter" if lora.rank > 0 and not lora.train_embeddings else "trainable"
+        if self.send == "adapter" and lora.rank == 0:
+            raise ValueError(
+                "weights.send is 'adapter': model.lora.rank is 0, so there are none; set a rank, or send 'trainable'"
+            )
+        if self.send == "adapter" and lora.train_embeddings:
+            raise ValueError(
+                "weights.send is 'adapter': model.lora.train_embeddings is true and the embeddings would not be sent; "
+                "set it false, or send 'trainable'"
+            )
+        return self.send

@@ -40,6 +40,7 @@ class PendingGroup:
     """One submitted group: what was asked, and what has come of it.
 
     Attributes:
+        first_index: of its first completion; more than 0 where it is a later part of a group.
         num_scored: 0 for a group to be sampled; else the last tokens of the prompt whose log-probs are asked for.
         future: of a RolloutGroup, or of [num_scored] float32 log-probs.
     """
@@ -53,9 +54,15 @@ class PendingGroup:
     greedy: bool
     max_tokens: int
     future: Future[Any]
+    first_index: int = 0
     num_scored: int = 0
     rendered: Any = None
     completions: dict[int, Completion] = field(default_factory=dict)
+
+    @property
+    def indices(self) -> range:
+        """Of its completions within their group."""
+        return range(self.first_index, self.first_index + self.num_completions)
 
 
 @dataclass(slots=True, kw_only=True)

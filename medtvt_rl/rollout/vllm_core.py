@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 from medtvt_rl.model import vllm_plugin
+from medtvt_rl.rollout.base_weights import merged_weights
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
 from medtvt_rl.types import FinishReason, Prompt
+from medtvt_rl.weights import LowRank, WeightBuffer
 
 
 def prepare_environment(threads: int, cpu: bool) -> None:
@@ -58,10 +60,15 @@ class SampledTokens:
     prompt_logprobs: np.ndarray | None = None
 
 
-def load_in_place(worker: Any, named: list[tuple[str, torch.Tensor]]) -> int:
-    """Runs on each vLLM worker: copies named weights into its live model; how many parameters took them."""
+def load_in_place(
+    worker: Any, folder: str, whole: list[tuple[str, torch.Tensor]], low_ranks: list[tuple[str, LowRank]]
+) -> int:
+    """Runs on each vLLM worker: copies named weights into its live model, adapters merged there into the weights of
+    `folder`, one at a time; how many parameters took them.
+    """
     with torch.no_grad():
-        return len(worker.model_runner.get_model().load_weights(iter(named)))
+        merged = merged_weights(folder, low_ranks, worker.device) if low_ranks else ()
+        return len(worker.model_runner.get_model().load_weights(chain(whole, merged)))
 
 
 def count_packed(worker: Any) -> int:
@@ -89,6 +96,7 @@ class VllmCore:
                     f"model folder: {model_folder} holds no {name}; save model and tokenizer into it (save_pretrained)"
                 )
         self.item_modality = item_modality
+        self._folder = str(model_folder)
         self.max_model_len = config.max_model_len
         self._engine = _start_engine(model_folder, config)
         packed = self._engine.collective_rpc(count_packed)[0]
@@ -153,13 +161,14 @@ class VllmCore:
         request = self._core.scheduler.requests.get(internal_id)
         return 0 if request is None else request.num_output_tokens
 
-    def load(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load(self, buffer: WeightBuffer) -> None:
         """Copies weights into the live model; raises whatever vLLM raises for a wrong name or shape."""
-        weights = list(named)
+        whole, low_ranks = list(buffer.tensors()), list(buffer.low_ranks())
         # Tied names are stored once, so fewer may be loaded than sent; none at all is a fault.
-        loaded = self._engine.collective_rpc(load_in_place, args=(weights,))
-        if weights and not all(loaded):
-            raise RuntimeError(f"vLLM took none of {len(weights)} weights, beginning with {weights[0][0]!r}")
+        loaded = self._engine.collective_rpc(load_in_place, args=(self._folder, whole, low_ranks))
+        names = [name for name, _ in (*whole, *low_ranks)]
+        if names and not all(loaded):
+            raise RuntimeError(f"vLLM took none of {len(names)} weights, beginning with {names[0]!r}")
 
     def drop_caches(self) -> None:
         """Forgets keys, values and encoder outputs of earlier weights; requests in flight are computed again.
@@ -250,10 +259,3 @@ def _item_key(item: dict[str, Any]) -> str:
         digest.update(f"{name}{array.dtype}{array.shape}".encode())
         digest.update(array.data)
     return digest.hexdigest()
-
-
-def quiet_tensors(buffer: Any) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of a weight buffer without torch's warning that the buffer is read-only: they are only read."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        return list(buffer.tensors())

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
 from medtvt_rl.rollout.pending import EngineBrokenError, OnUpdate, PendingGroup, Request, WeightUpdate
 from medtvt_rl.rollout.sampling import completion_seed
-from medtvt_rl.rollout.vllm_core import SampledTokens, VllmCore, quiet_tensors
+from medtvt_rl.rollout.vllm_core import SampledTokens, VllmCore
 from medtvt_rl.types import Completion, Prompt, RolloutGroup
 from medtvt_rl.weights import WeightBuffer
 
@@ -80,6 +80,7 @@ class VllmEngine:
         run_seed: int,
         sampling: SamplingConfig,
         greedy: bool = False,
+        first_index: int = 0,
     ) -> Future[RolloutGroup]:
         """Asks for G completions of one prompt; they join whatever is running.
 
@@ -90,6 +91,7 @@ class VllmEngine:
             prompt: placeholders of its item already expanded.
             item: the multimodal item, unbatched arrays; None for plain text.
             greedy: the most probable token each time, `sampling` gives the length only.
+            first_index: of the first completion within its group, where other engines make the rest.
 
         Raises:
             ValueError: the prompt leaves no room in `max_model_len`, or a number is out of range.
@@ -101,8 +103,10 @@ class VllmEngine:
                 f"prompt {prompt.prompt_id}: {len(prompt.token_ids)} tokens leave no room in "
                 f"rollout.engine.max_model_len = {self.config.max_model_len}; raise it or shorten the prompt"
             )
-        if num_completions < 1:
-            raise ValueError(f"num_completions: {num_completions}, expected at least 1")
+        if num_completions < 1 or first_index < 0:
+            raise ValueError(
+                f"num_completions: {num_completions} from index {first_index} on, expected at least 1 from 0 or later"
+            )
         if not greedy and sampling.temperature <= 0:
             raise ValueError(
                 f"rollout.sampling.temperature: {sampling.temperature}, expected more than 0; ask for greedy instead"
@@ -117,6 +121,7 @@ class VllmEngine:
             greedy=greedy,
             max_tokens=min(sampling.max_new_tokens, room),
             future=_uncancellable(),
+            first_index=first_index,
         )
         self._send(group)
         return group.future
@@ -266,7 +271,7 @@ class VllmEngine:
             try:
                 group.rendered = self._core.render(group.prompt, group.item)
                 group.item = None
-                for index in range(group.num_completions):
+                for index in group.indices:
                     self._start(Request(group=group, index=index))
             except Exception as error:  # what vLLM refuses is this group's fault alone
                 self._withdraw(group)
@@ -303,7 +308,7 @@ class VllmEngine:
         with self._lock:
             self._tokens += len(sampled.token_ids)
         if len(group.completions) == group.num_completions:
-            ordered = tuple(group.completions[i] for i in range(group.num_completions))
+            ordered = tuple(group.completions[i] for i in group.indices)
             group.future.set_result(RolloutGroup(group_id=group.group_id, prompt=group.prompt, completions=ordered))
 
     def _apply_updates(self) -> None:
@@ -319,12 +324,17 @@ class VllmEngine:
     def _update(self, update: WeightUpdate) -> int:
         """Verifies, loads, drops caches. Nothing is paused: this thread steps again only when it is through."""
         checksum = update.buffer.verify()
-        restarted = self._withdraw() if update.on_update == "restart" else []
-        for request in self._in_flight.values():
-            request.marks.append((self._core.num_generated(request.internal_id), self.version))
+        restarted: list[Request] = []
         try:
-            self._core.load(quiet_tensors(update.buffer))
+            if update.on_update == "restart":
+                restarted = self._withdraw()
+            for request in self._in_flight.values():
+                request.marks.append((self._core.num_generated(request.internal_id), self.version))
+            self._core.load(update.buffer)
             self._core.drop_caches()
+            self.version = update.buffer.version
+            for request in restarted:
+                self._start(request)
         except Exception as error:
             self._break(
                 f"loading weights of version {update.buffer.version} failed half-way: {error!r}; "
@@ -332,9 +342,6 @@ class VllmEngine:
                 also=restarted,
             )
             raise EngineBrokenError(self.broken) from error
-        self.version = update.buffer.version
-        for request in restarted:
-            self._start(request)
         return checksum
 
     def _withdraw(self, group: PendingGroup | None = None) -> list[Request]:

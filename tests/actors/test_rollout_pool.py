@@ -1,111 +1,58 @@
-"""The pool against fake generators: who gets the next group, and what becomes of one that is gone."""
+"""The pool against fake generators: who gets the next group, and how a large one is spread over several."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_generators import CHECKSUM, PROMPT, Cast
 from ray.exceptions import ActorDiedError
 
 from actors.deadline import DeadlineError
-from actors.rollout_pool import GeneratorLostError, RolloutPool, WeightSyncError
-from medtvt_rl.config import Config, RunConfig
-from medtvt_rl.rollout.config import RolloutConfig
+from actors.rollout_pool import GeneratorLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
-from medtvt_rl.types import Prompt
-
-PROMPT = Prompt(prompt_id="p", token_ids=np.arange(3, dtype=np.int32), item_id=None, ground_truth="")
-
-
-class Method:
-    """An actor's method, called by `.remote`."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.remote = call
-
-
-class FakeGenerator:
-    """Answers with its name; `fault` is raised instead of every answer, `gate` holds generation back."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.fault, self.checksum = name, None, 11
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.groups: list[int] = []
-        self.generate = Method(self._generate)
-        self.update_weights = Method(lambda weights, version: self._answer(self.checksum))
-        self.score = Method(lambda group, index: self._answer(np.zeros(2)))
-        self.stats = Method(lambda: self._answer({"tokens_generated": 1.0}))
-
-    fault: Exception | None
-
-    def _generate(
-        self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool
-    ) -> tuple[Awaitable[Any], str]:
-        self.groups.append(group_id)
-        return self._answer(f"header of {self.name}"), f"payload of {self.name}"
-
-    async def _answer(self, value: Any) -> Any:
-        await self.gate.wait()
-        if self.fault is not None:
-            raise self.fault
-        return value
-
-
-def pool_of(tmp_path: Path, count: int, **settings: float) -> tuple[RolloutPool, list[FakeGenerator], list[str]]:
-    config = Config(run=RunConfig(name="r", root=str(tmp_path)), rollout=RolloutConfig(**settings))  # type: ignore[arg-type]
-    generators, told = [FakeGenerator(f"g{i}") for i in range(count)], list[str]()
-    return RolloutPool(config, generators, told.append), generators, told
 
 
 def test_the_generator_with_the_fewest_completions_gets_the_next_group(tmp_path: Path) -> None:
     async def run() -> None:
-        pool, generators, _ = pool_of(tmp_path, 2)
-        for generator in generators:
-            generator.gate.clear()
+        cast = Cast(tmp_path, 2)
+        for generator in cast.first:
+            generator.gates["generate"].clear()
         tasks = []
         for group_id, num_completions in enumerate((8, 2, 2, 2, 4, 1)):
-            tasks.append(asyncio.create_task(pool.generate(PROMPT, group_id, num_completions)))
+            tasks.append(asyncio.create_task(cast.pool.generate(PROMPT, group_id, num_completions)))
             await asyncio.sleep(0)
-        assert [generator.groups for generator in generators] == [[0, 5], [1, 2, 3, 4]]
-        for generator in generators:
-            generator.gate.set()
-        assert (await tasks[0]) == ("header of g0", "payload of g0")
+        assert [generator.groups for generator in cast.first] == [[0, 5], [1, 2, 3, 4]]
+        for generator in cast.first:
+            generator.gates["generate"].set()
+        header, payload = await tasks[0]
+        assert (header.group_id, payload) == (0, "0..8 of g0")
         await asyncio.gather(*tasks)
-        await pool.generate(PROMPT, 6, 8)
-        assert generators[0].groups[-1] == 6, "finished groups are no load"
+        await cast.pool.generate(PROMPT, 6, 8)
+        assert cast.first[0].groups[-1] == 6, "finished groups are no load"
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("fault", [ActorDiedError(), EngineBrokenError("a step of the engine failed")])
-def test_a_lost_generator_gets_no_more_work_and_its_groups_go_to_others(tmp_path: Path, fault: Exception) -> None:
+def test_without_successors_a_lost_generator_is_left_out(tmp_path: Path, fault: Exception) -> None:
     async def run() -> None:
-        pool, generators, told = pool_of(tmp_path, 3)
-        generators[0].fault = fault
+        cast = Cast(tmp_path, 3, replace=False)
+        pool, lost = cast.pool, cast.first[0]
+        lost.fault = fault
         answers = await asyncio.gather(*(pool.generate(PROMPT, group_id, 4) for group_id in range(30)))
-        assert {header for header, _ in answers} == {"header of g1", "header of g2"}
-        assert len(told) == 1 and told[0].startswith(f"rollout 0 is lost: {type(fault).__name__}")
-        assert told[0].endswith("2 left")
-        tried = len(generators[0].groups)
+        assert {payload for _, payload in answers} == {"0..4 of g1", "0..4 of g2"}
+        assert len(cast.told) == 1 and cast.told[0].startswith(f"rollout 0 is lost: {type(fault).__name__}")
+        assert cast.told[0].endswith("2 left")
+        tried = len(lost.groups)
         await pool.generate(PROMPT, 31, 4)
-        await pool.update_weights("weights", 1, 11)
-        assert len(await pool.score("group", 0)) == len(await pool.stats()) == pool.num_left == 2
-        assert len(generators[0].groups) == tried
-
-    asyncio.run(run())
-
-
-def test_a_generator_lost_at_a_weight_update_is_left_out(tmp_path: Path) -> None:
-    async def run() -> None:
-        pool, generators, told = pool_of(tmp_path, 2)
-        generators[1].fault = EngineBrokenError("loading weights failed half-way")
-        await pool.update_weights("weights", 1, 11)
-        assert pool.num_left == 1 and "half-way" in told[0]
+        await pool.update_weights("weights", 1, CHECKSUM)  # type: ignore[arg-type]
+        assert len(await pool.score("group", 0)) == len(await pool.stats()) == pool.num_left == 2  # type: ignore[arg-type]
+        assert len(lost.groups) == tried
 
     asyncio.run(run())
 
@@ -116,38 +63,111 @@ def test_the_last_one_lost_ends_with_role_index_cause_and_log(tmp_path: Path) ->
     log.write_text("early\nSegmentation fault in paged attention\n")
 
     async def run() -> None:
-        pool, generators, _ = pool_of(tmp_path, 1)
-        generators[0].fault = EngineBrokenError("it broke")
-        calls: list[Awaitable[Any]] = [pool.generate(PROMPT, 0, 4), pool.update_weights("w", 1, 11), pool.score("g", 0)]
+        cast = Cast(tmp_path, 1, max_restarts=0)
+        pool: Any = cast.pool
+        cast.first[0].fault = EngineBrokenError("it broke")
+        calls: list[Awaitable[Any]] = [
+            pool.generate(PROMPT, 0, 4),
+            pool.update_weights("w", 1, CHECKSUM),
+            pool.score("g", 0),
+        ]
         for call in calls:
             with pytest.raises(GeneratorLostError) as raised:
                 await call
             assert str(raised.value).startswith("no rollout generator is left; rollout 0 is lost: EngineBrokenError:")
             assert "Segmentation fault in paged attention" in str(raised.value)
+        assert "given up (rollout.max_restarts: 0 in 600 s)" in cast.told[0]
 
     asyncio.run(run())
 
 
-def test_a_wrong_checksum_is_an_error(tmp_path: Path) -> None:
+def test_a_failed_call_and_a_late_one_of_a_busy_generator_leave_it_in_rotation(tmp_path: Path) -> None:
     async def run() -> None:
-        pool, generators, _ = pool_of(tmp_path, 2)
-        generators[1].checksum = 12
-        with pytest.raises(WeightSyncError, match=r"rollout \[1\] hold checksum \[12\] of version 3, sent 11"):
-            await pool.update_weights("weights", 3, 11)
-
-    asyncio.run(run())
-
-
-def test_a_late_or_failed_call_leaves_the_generator_in_rotation(tmp_path: Path) -> None:
-    async def run() -> None:
-        pool, generators, told = pool_of(tmp_path, 1, generate_timeout_s=0.01)
-        generators[0].gate.clear()
+        cast = Cast(tmp_path, 1, generate_timeout_s=0.05)
+        pool, generator = cast.pool, cast.first[0]
+        generator.gates["generate"].clear()
+        late = asyncio.create_task(pool.generate(PROMPT, 5, 4))
+        await asyncio.sleep(0.01)
+        await pool.stats()
         with pytest.raises(DeadlineError, match="rollout 0 to generate group 5"):
-            await pool.generate(PROMPT, 5, 4)
-        generators[0].gate.set()
-        generators[0].fault = ValueError("this prompt does not fit")
+            await late
+        generator.gates["generate"].set()
+        generator.fault = ValueError("this prompt does not fit")
         with pytest.raises(ValueError, match="does not fit"):
             await pool.generate(PROMPT, 6, 4)
-        assert pool.num_left == 1 and not told
+        assert pool.num_left == 1 and not cast.told
+
+    asyncio.run(run())
+
+
+def test_a_large_group_is_made_in_parts_and_merged_in_order(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 3, max_completions_per_engine=4)
+        cast.first[0].gates["generate"].clear()
+        busy = asyncio.create_task(cast.pool.generate(PROMPT, 1, 4))
+        await cast.settle()
+        header, payload = await cast.pool.generate(PROMPT, 2, 8)
+        assert payload == "0..4 of g1 + 4..8 of g2" and header.generate_s == 1.0
+        cast.first[0].gates["generate"].set()
+        await busy
+        _, payload = await cast.pool.generate(PROMPT, 3, 100)
+        assert payload == "0..33 of g0 + 33..66 of g1 + 66..100 of g2", "never more parts than generators"
+        _, payload = await cast.pool.generate(PROMPT, 4, 4)
+        assert payload == "0..4 of g0", "one share is not split"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("setting", "whole"), [(0, True), (None, False)])
+def test_never_split_and_the_share_that_an_engine_can_compute_at_once(
+    tmp_path: Path, setting: int | None, whole: bool
+) -> None:
+    async def run() -> None:
+        settings: Any = {"max_completions_per_engine": setting}
+        cast = Cast(tmp_path, 2, **settings)
+        await cast.pool.generate(PROMPT, 0, 128)
+        await cast.pool.generate(PROMPT, 1, 129)
+        assert cast.first[0].parts == ([(0, 0, 128), (1, 0, 129)] if whole else [(0, 0, 128), (1, 0, 64)])
+        assert cast.first[1].parts == ([] if whole else [(1, 64, 65)])
+
+    asyncio.run(run())
+
+
+def test_only_the_part_of_a_lost_generator_is_made_again(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, max_completions_per_engine=4)
+        cast.prepare = lambda successor: successor.gates["start"].clear()
+        for generator in cast.first:
+            generator.gates["generate"].clear()
+        group = asyncio.create_task(cast.pool.generate(PROMPT, 7, 7))
+        await cast.settle()
+        cast.first[1].dead.set()
+        await cast.settle()
+        assert cast.first[0].parts == [(7, 0, 3), (7, 3, 4)] and cast.first[1].parts == [(7, 3, 4)]
+        cast.first[0].gates["generate"].set()
+        _, payload = await group
+        assert payload == "0..3 of g0 + 3..7 of g0"
+
+    asyncio.run(run())
+
+
+def test_parts_are_merged_elsewhere_where_the_merging_generator_is_lost(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, max_completions_per_engine=4)
+        cast.first[0].gates["merge"].clear()
+        group = asyncio.create_task(cast.pool.generate(PROMPT, 7, 8))
+        await cast.settle()
+        cast.first[0].dead.set()
+        _, payload = await group
+        assert payload == "0..4 of g0 + 4..8 of g1"
+        assert [len(generator.parts) for generator in cast.first] == [1, 1]
+
+    asyncio.run(run())
+
+
+def test_every_engine_scores(tmp_path: Path) -> None:
+    async def run() -> None:
+        pool: Any = Cast(tmp_path, 3).pool
+        assert all(np.array_equal(scored, np.zeros(2)) for scored in await pool.score("group", 0))
 
     asyncio.run(run())

@@ -1,0 +1,291 @@
+"""Successors of lost generators: what they hold before they serve, the races with a publication, and the end of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+from actors.deadline import DeadlineError
+from actors.rollout_pool import GeneratorLostError
+from medtvt_rl.rollout.pending import EngineBrokenError
+from medtvt_rl.weights import WeightBufferError
+
+
+def publish(cast: Cast, version: int) -> Any:
+    pool: Any = cast.pool
+    return pool.update_weights(f"weights {version}", version, CHECKSUM)
+
+
+def closed(*kinds: str) -> Any:
+    """Prepares a successor so that its calls of these kinds wait."""
+
+    def prepare(successor: FakeGenerator) -> None:
+        for kind in kinds:
+            successor.gates[kind].clear()
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    "fault", [ActorDiedError(), EngineBrokenError("a step failed"), ActorUnavailableError("", None)]
+)
+def test_a_lost_generator_is_replaced_alone_while_the_others_go_on(tmp_path: Path, fault: Exception) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        cast.prepare = closed("start")
+        cast.first[0].fault = fault
+        answers = await asyncio.gather(*(cast.pool.generate(PROMPT, group_id, 4) for group_id in range(6)))
+        assert {payload for _, payload in answers} == {"0..4 of g1"} and cast.pool.num_left == 1
+        assert cast.first[0].dead.is_set(), "what is left of it must not hold its bundle"
+        cast.successors[0][0].gates["start"].set()
+        await cast.settle()
+        assert cast.pool.num_left == 2
+        await asyncio.gather(*(cast.pool.generate(PROMPT, group_id, 4) for group_id in (6, 7)))
+        assert cast.successors[0][0].groups == [6] and not cast.successors[1]
+        assert "it is started again; 1 left" in cast.told[0] and cast.told[1].startswith("rollout 0 serves again")
+
+    asyncio.run(run())
+
+
+def test_a_group_waits_for_the_successor_of_the_only_generator(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1)
+        cast.first[0].gates["generate"].clear()
+        cast.prepare = closed("start")
+        groups = [asyncio.create_task(cast.pool.generate(PROMPT, 3, 4)), asyncio.create_task(cast.pool.stats())]
+        await cast.settle()
+        cast.first[0].dead.set()
+        await cast.settle()
+        later = asyncio.create_task(cast.pool.generate(PROMPT, 4, 4))
+        await cast.settle()
+        assert not groups[0].done() and not later.done() and cast.pool.num_left == 0
+        cast.successors[0][0].gates["start"].set()
+        assert (await groups[0])[1] == "0..4 of g0.1" and (await later)[1] == "0..4 of g0.1"
+        assert sorted(cast.successors[0][0].groups) == [3, 4]
+
+    asyncio.run(run())
+
+
+def test_the_wait_for_a_successor_has_a_deadline(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1, generate_timeout_s=0.05)
+        cast.prepare = closed("start")
+        cast.first[0].dead.set()
+        with pytest.raises(DeadlineError, match="for a rollout generator to generate group 3"):
+            await cast.pool.generate(PROMPT, 3, 4)
+
+    asyncio.run(run())
+
+
+def test_a_successor_loads_the_newest_weights_before_it_serves(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        cast.prepare = closed("update")
+        await publish(cast, 1)
+        await publish(cast, 2)
+        cast.first[0].dead.set()
+        await cast.pool.generate(PROMPT, 0, 4)
+        await cast.settle()
+        (successor,) = cast.successors[0]
+        assert successor.versions == [2] and cast.pool.num_left == 1
+        successor.gates["update"].set()
+        await cast.settle()
+        assert cast.pool.num_left == 2 and "from version 2 on" in cast.told[-1]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("waits_in", "loaded"), [("start", [3]), ("update", [2, 3])])
+def test_a_publication_while_the_successor_comes_up_reaches_it_before_it_serves(
+    tmp_path: Path, waits_in: str, loaded: list[int]
+) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        cast.prepare = closed(waits_in)
+        await publish(cast, 2)
+        cast.first[0].dead.set()
+        await cast.pool.generate(PROMPT, 0, 4)
+        await cast.settle()
+        await publish(cast, 3)
+        assert cast.pool.num_left == 1, "the publication waits for nobody who does not serve"
+        (successor,) = cast.successors[0]
+        successor.gates[waits_in].set()
+        await cast.settle()
+        assert successor.versions == loaded and cast.pool.num_left == 2
+        await publish(cast, 4)
+        assert successor.versions == [*loaded, 4]
+
+    asyncio.run(run())
+
+
+def test_a_successor_that_comes_up_in_the_middle_of_a_publication_holds_it(tmp_path: Path) -> None:
+    """Generator 1 keeps the publication under way while the successor of generator 0 starts, loads and serves."""
+
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        cast.prepare = closed("start")
+        await publish(cast, 1)
+        cast.first[0].dead.set()
+        await cast.pool.generate(PROMPT, 0, 4)
+        cast.first[1].gates["update"].clear()
+        publication = asyncio.create_task(publish(cast, 2))
+        await cast.settle()
+        (successor,) = cast.successors[0]
+        successor.gates["start"].set()
+        await cast.settle()
+        assert not publication.done() and cast.pool.num_left == 2 and successor.versions == [2]
+        cast.first[1].gates["update"].set()
+        await publication
+        assert successor.versions == [2], "loaded once"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("fault", ["died", "broke", "damaged", "wrong", "late"])
+def test_a_generator_that_did_not_take_the_weights_is_killed_and_replaced(tmp_path: Path, fault: str) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, update_timeout_s=0.05)
+        lost = cast.first[1]
+        errors = {"broke": EngineBrokenError("half-way"), "damaged": WeightBufferError("checksum")}
+        lost.fault = errors.get(fault)
+        lost.checksum += fault == "wrong"
+        if fault == "late":
+            lost.gates["update"].clear()
+        if fault == "died":
+            lost.dead.set()
+        await publish(cast, 1)
+        await cast.settle()
+        assert lost.dead.is_set() and cast.pool.num_left == 2
+        assert cast.successors[1][0].versions == [1] and not cast.successors[0]
+        if fault == "wrong":
+            assert "rollout 1 holds checksum 12 of version 1, sent 11" in cast.told[0]
+
+    asyncio.run(run())
+
+
+def test_a_late_update_is_lost_even_where_the_generator_answers_others(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1, update_timeout_s=0.05)
+        cast.first[0].gates["update"].clear()
+        publication = asyncio.create_task(publish(cast, 1))
+        await asyncio.sleep(0.01)
+        await cast.pool.generate(PROMPT, 0, 4)
+        await publication
+        await cast.settle()
+        assert cast.first[0].dead.is_set() and cast.successors[0][0].versions == [1]
+
+    asyncio.run(run())
+
+
+def test_wrong_weights_time_and_again_end_the_run(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1)
+
+        def corrupt(successor: FakeGenerator) -> None:
+            successor.checksum = 12
+
+        cast.prepare = corrupt
+        cast.first[0].checksum = 12
+        await publish(cast, 1)
+        await cast.settle()
+        assert len(cast.successors[0]) == 3 and all(one.dead.is_set() for one in cast.successors[0])
+        with pytest.raises(GeneratorLostError, match="no rollout generator is left; rollout 0 is lost: WeightSyncErr"):
+            await cast.pool.generate(PROMPT, 0, 4)
+
+    asyncio.run(run())
+
+
+def test_a_silent_generator_is_killed_and_its_group_goes_to_the_successor(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1, generate_timeout_s=0.05)
+        cast.first[0].gates["generate"].clear()
+        _, payload = await cast.pool.generate(PROMPT, 5, 4)
+        assert payload == "0..4 of g0.1" and cast.first[0].dead.is_set()
+        assert "rollout 0 is lost: DeadlineError: waited 0.05 s (rollout.generate_timeout_s)" in cast.told[0]
+
+    asyncio.run(run())
+
+
+def test_a_group_that_breaks_two_generators_is_given_up_alone(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 3)
+        for generator in cast.first[:2]:
+            generator.fault = EngineBrokenError("this prompt")
+        with pytest.raises(GeneratorLostError, match="rollout 1 is lost: EngineBrokenError: this prompt"):
+            await cast.pool.generate(PROMPT, 0, 4)
+        await cast.settle()
+        assert cast.pool.num_left == 3
+
+    asyncio.run(run())
+
+
+def test_failures_of_one_that_is_gone_do_not_touch_its_successor(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1)
+        cast.first[0].gates["generate"].clear()
+        groups = [asyncio.create_task(cast.pool.generate(PROMPT, group_id, 4)) for group_id in range(5)]
+        await cast.settle()
+        cast.first[0].dead.set()
+        assert {payload for _, payload in await asyncio.gather(*groups)} == {"0..4 of g0.1"}
+        assert len(cast.successors[0]) == 1 and not cast.successors[0][0].dead.is_set() and len(cast.told) == 2
+
+    asyncio.run(run())
+
+
+def test_one_that_keeps_dying_is_given_up_and_the_others_go_on(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, max_restarts=2)
+        cast.prepare = lambda successor: successor.dead.set()
+        cast.first[0].dead.set()
+        await cast.pool.generate(PROMPT, 0, 4)
+        await cast.settle()
+        assert len(cast.successors[0]) == 2 and "given up (rollout.max_restarts: 2 in 600 s); 1 left" in cast.told[-1]
+        assert (await cast.pool.generate(PROMPT, 1, 4))[1] == "0..4 of g1"
+        cast.first[1].dead.set()
+        with pytest.raises(GeneratorLostError) as ended:
+            await cast.pool.generate(PROMPT, 2, 4)
+        assert "rollout 0 is lost" in str(ended.value) and "rollout 1 is lost" in str(ended.value)
+
+    asyncio.run(run())
+
+
+def test_restarts_of_long_ago_do_not_count(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1, max_restarts=1, restart_window_s=0.05)
+        for life in range(3):
+            (cast.successors[0] or cast.first)[-1].dead.set()
+            assert (await cast.pool.generate(PROMPT, life, 4))[1] == f"0..4 of g0.{life + 1}"
+            await asyncio.sleep(0.06)
+
+    asyncio.run(run())
+
+
+def test_scoring_waits_for_the_successor_where_none_is_left(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1)
+        pool: Any = cast.pool
+        cast.first[0].dead.set()
+        assert len(await pool.score("group", 0)) == 1
+        assert len(cast.successors[0]) == 1
+
+    asyncio.run(run())
+
+
+def test_stop_ends_those_on_their_way_too(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        cast.prepare = closed("start")
+        cast.first[0].dead.set()
+        await cast.pool.generate(PROMPT, 0, 4)
+        await cast.settle()
+        cast.pool.stop()
+        await cast.settle()
+        assert cast.first[1].dead.is_set() and cast.successors[0][0].dead.is_set()
+        assert len(cast.successors[0]) == 1
+
+    asyncio.run(run())
