@@ -27,7 +27,7 @@ from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.rollout.buffer import AdmissionBuffer
-from medtvt_rl.types import GroupHeader, Prompt
+from medtvt_rl.types import GroupHeader, LearnerStep, Prompt
 
 MAX_DISCARDED_IN_A_ROW = 8
 MAX_SKIPPED_IN_A_ROW = 5
@@ -67,8 +67,8 @@ class Reference(Protocol):
 class Learner(Protocol):
     """The learner gang."""
 
-    async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> dict[str, float]:
-        """One optimizer step; its metrics, `skipped` 1 where it was not finite and changed no weight."""
+    async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> LearnerStep:
+        """One optimizer step, or why it changed no weight; the metric `skipped` is then 1."""
 
     async def export(self, version: int) -> tuple[Any, int]:
         """A handle to the weights of `version`, and their checksum."""
@@ -215,7 +215,7 @@ class GrpoLoop:
             started = time.monotonic()
             groups = await self._take()
             waited = time.monotonic()
-            metrics = await self._learner.train_step(groups, learning_rate(self._config, step), step)
+            metrics = dict((await self._learner.train_step(groups, learning_rate(self._config, step), step)).metrics)
             trained = time.monotonic()
             await self._publish(step + 1)
             published = time.monotonic()

@@ -11,7 +11,7 @@ import pytest
 from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.rewards.scorer import GroupRewards
-from medtvt_rl.types import GroupHeader, Prompt
+from medtvt_rl.types import GroupHeader, LearnerStep, Prompt
 from pipelines.grpo_loop import GrpoLoop, LoopError, TrainingGroup, learning_rate
 
 
@@ -78,12 +78,12 @@ class FakeCluster:
         await asyncio.sleep(self.random.random() * 0.002)
         return group, np.zeros(4, dtype=np.float32)
 
-    async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> dict[str, float]:
+    async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> LearnerStep:
         assert version == self.version
         await asyncio.sleep(self.train_s)
         self.trained.append([g.group.header.group_id for g in groups])
         self.staleness.extend(version - g.group.header.oldest_version for g in groups)
-        return {"skipped": float(version in self.skip)}
+        return LearnerStep(metrics={"skipped": float(version in self.skip)})
 
     async def export(self, version: int) -> tuple[int, int]:
         return version, 0
