@@ -23,7 +23,7 @@ from actors.placement import Placement
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
-from medtvt_rl.types import GroupHeader
+from medtvt_rl.types import GroupHeader, LearnerStep
 
 HEALTH_TIMEOUT_S = 10.0
 LAST_WORDS_S = 1.0
@@ -84,8 +84,8 @@ class LearnerGang:
 
     async def train_step(
         self, groups: Sequence[GroupWithAdvantages], learning_rate: float, version: int
-    ) -> dict[str, float]:
-        """One step on whole groups, their completions spread over the ranks by length; metrics over all ranks."""
+    ) -> LearnerStep:
+        """One step on whole groups, their completions spread over the ranks by length; its answer is over all ranks."""
         lengths = [length for g in groups for length in g.group.header.lengths]
         denominators = Denominators(
             num_sequences=len(lengths),
@@ -93,13 +93,13 @@ class LearnerGang:
             max_new_tokens=self._config.rollout.sampling.max_new_tokens,
         )
         shards = shard_groups(groups, len(self._workers))
-        metrics = await self._all(
+        steps: list[LearnerStep] = await self._all(
             "train_step",
             lambda worker, rank: worker.train_step.remote(shards[rank], denominators, learning_rate, version),
             self._config.learner.step_timeout_s,
             "learner.step_timeout_s",
         )
-        return dict(metrics[0])
+        return steps[0]
 
     async def export(self, version: int) -> tuple[ray.ObjectRef, int]:
         """A reference to the weights of `version` (a WeightBuffer in the object store), and their checksum."""

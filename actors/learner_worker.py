@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
-from medtvt_rl.types import RolloutGroup, TrainingSequence
+from medtvt_rl.types import LearnerStep, RolloutGroup, TrainingSequence
 from medtvt_rl.weights import WeightBuffer
 
 if TYPE_CHECKING:
@@ -107,15 +107,15 @@ class LearnerWorker:
 
     def train_step(
         self, shards: list[LearnerShard], denominators: Denominators, learning_rate: float, version: int
-    ) -> dict[str, float]:
-        """One training step on this rank's shards; metrics over all ranks."""
+    ) -> LearnerStep:
+        """One training step on this rank's shards; the same answer on all ranks but for `seconds/fetch`."""
         learner = self._ready("train_step")
         try:
             started = time.perf_counter()
             sequences = fetch_sequences(shards, self._config.learner.step_timeout_s)
             fetched = time.perf_counter() - started
-            metrics = learner.train_step(sequences, denominators, learning_rate, version)
-            return {**metrics, "seconds/fetch": fetched}
+            step = learner.train_step(sequences, denominators, learning_rate, version)
+            return replace(step, metrics={**step.metrics, "seconds/fetch": fetched})
         finally:
             self._busy = None
 

@@ -1,6 +1,7 @@
 """The records that travel through the system, from the prompt to the learner.
 
-Owns: Study (what a patient's item is), Prompt, Completion, RolloutGroup and TrainingSequence, with their invariants.
+Owns: Study (what a patient's item is), Prompt, Completion, RolloutGroup and TrainingSequence, with their invariants;
+GroupHeader and LearnerStep, what the driver sees of a group and of a step.
 Does not own: how any of them is made, moved or stored. Later stages derive new records; none is changed in place.
 Arrays are numpy, so that a record travels through the Ray object store without a copy.
 """
@@ -197,13 +198,12 @@ class ReferenceHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerStep:
-    """What one call of the learners' `train_step` did.
+    """What the learner made of a batch.
 
     Attributes:
-        metrics: over all ranks, by name.
-        skipped: why no weight changed; None where the step was taken.
-        culprits: ids of the groups that made it not finite, ascending; empty where it was, or where no group can be
-            named.
+        metrics: over all ranks; `skipped` is 1 where the step was not taken.
+        skipped: what was not finite, so that no weight changed; None where the step was taken.
+        culprits: sorted ids of the groups it came from; at least one where the step was not taken.
     """
 
     metrics: dict[str, float]

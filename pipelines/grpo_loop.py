@@ -10,9 +10,9 @@ Two tasks share one asyncio loop and one AdmissionBuffer:
 It moves headers and references, never tensors, and knows nothing of medicine, Ray, vLLM or DeepSpeed: its collaborators
 are the Protocols of grpo_roles.py.
 
-At `max_staleness: 0` the order of everything that reaches an engine or the learner is fixed: groups go out in waves that
-an engine begins with as a whole, and the checks after a publication run before the next wave. The same seed on the same
-machine then gives the same weights, bit for bit.
+At `max_staleness: 0` the order of everything that reaches an engine or the learner is fixed: groups go out in waves
+that an engine begins with as a whole, and the checks after a publication run before the next wave. The same seed on the
+same machine then gives the same weights, bit for bit.
 """
 
 from __future__ import annotations

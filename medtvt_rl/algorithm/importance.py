@@ -1,19 +1,23 @@
 """Correction for tokens that another policy sampled than the one which is now improved.
 
-Owns: the weight proximal / behaviour of each token, truncated or masked. Does not own: the ratio policy / proximal,
-which the loss clips. The two differ by weight updates since the token was sampled and by numerics between engine and
-learner.
+Owns: the ratio proximal / behaviour of each token, and the weight that is made of it, truncated or masked. Does not
+own: the ratio policy / proximal, which the loss clips. The two differ by weight updates since the token was sampled and
+by numerics between engine and learner.
 Truncation after Ionides, "Truncated Importance Sampling" (2008); decoupling of the two ratios after
 https://arxiv.org/abs/2505.24298; masking after https://arxiv.org/abs/2510.18855.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from medtvt_rl.algorithm.config import ImportanceConfig
 from medtvt_rl.algorithm.kl import MAX_LOG_RATIO
+
+ImportanceLevel = Literal["token", "sequence"]
 
 
 def importance_weights(
@@ -42,10 +46,28 @@ def importance_weights(
     zero = torch.zeros((), dtype=proximal_logprobs.dtype, device=proximal_logprobs.device)
     if config.mode == "none":
         return torch.where(mask, torch.ones_like(zero), zero), torch.zeros_like(mask)
-    log_ratio = torch.where(mask, (proximal_logprobs - behaviour_logprobs).detach(), zero)
-    if config.level == "sequence":
-        log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio = _log_ratio(proximal_logprobs, behaviour_logprobs, mask, config.level).exp()
     cut = mask & (ratio > config.cap)
     capped = torch.where(cut, torch.full_like(zero, config.cap if config.mode == "truncated" else 0.0), ratio)
     return torch.where(mask, capped, zero), cut
+
+
+def unit_log_ratios(
+    proximal_logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tensor, level: ImportanceLevel
+) -> tuple[Tensor, Tensor]:
+    """The ratios before truncation, and where each is counted: once a token, or once a sequence at level "sequence".
+
+    Returns:
+        log(proximal / behaviour) [B, T], clamped to +-20; units [B, T] bool. A ratio that is NaN is no unit.
+    """
+    log_ratio = _log_ratio(proximal_logprobs, behaviour_logprobs, mask, level)
+    units = mask if level == "token" else mask & (mask.cumsum(dim=1) == 1)
+    return log_ratio, units & ~log_ratio.isnan()
+
+
+def _log_ratio(proximal: Tensor, behaviour: Tensor, mask: Tensor, level: ImportanceLevel) -> Tensor:
+    zero = torch.zeros((), dtype=proximal.dtype, device=proximal.device)
+    log_ratio = torch.where(mask, (proximal - behaviour).detach(), zero)
+    if level == "sequence":
+        log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from medtvt_rl.algorithm.config import LossConfig
-from medtvt_rl.algorithm.importance import importance_weights
+from medtvt_rl.algorithm.importance import importance_weights, unit_log_ratios
 from medtvt_rl.algorithm.kl import MAX_LOG_RATIO, token_kl
 
 # Every call returns all of these, in this order, so that ranks can stack and reduce them.
@@ -33,6 +33,10 @@ METRIC_SUMS = (
     "engine_gap_squared_sum",
     "importance_sum",
     "importance_cut_tokens",
+    "importance_units",
+    "importance_ratio_sum",
+    "unit_weight_sum",
+    "unit_weight_squared_sum",
 )
 
 
@@ -130,8 +134,29 @@ def policy_loss(inputs: LossInputs, config: LossConfig, denominators: Denominato
         *(loss, kl_loss, mask.any(dim=1).sum(), mask.sum()),
         *(_total(ratio, mask), below.sum(), above.sum(), -policy.sum(), _total(kl, mask)),
         *(gap.abs().sum(), gap.square().sum(), weights.sum(), cut.sum()),
+        *_unit_sums(proximal, behaviour, weights, mask, config),
     )
     return loss + kl_loss, {name: value.detach().double() for name, value in zip(METRIC_SUMS, sums, strict=True)}
+
+
+def sequence_losses(inputs: LossInputs, config: LossConfig, denominators: Denominators) -> Tensor:
+    """[B] float32 or float64, without gradient: what each sequence adds to the loss, to tell which one is at fault."""
+    with torch.no_grad():
+        rows = [_row(inputs, index) for index in range(len(inputs.mask))]
+        return torch.stack([policy_loss(row, config, denominators)[0] for row in rows])
+
+
+def _row(inputs: LossInputs, index: int) -> LossInputs:
+    rows = slice(index, index + 1)
+    reference = inputs.reference_logprobs
+    return LossInputs(
+        policy_logprobs=inputs.policy_logprobs[rows],
+        proximal_logprobs=inputs.proximal_logprobs[rows],
+        behaviour_logprobs=inputs.behaviour_logprobs[rows],
+        reference_logprobs=None if reference is None else reference[rows],
+        advantages=inputs.advantages[rows],
+        mask=inputs.mask[rows],
+    )
 
 
 def finalise_metrics(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
@@ -139,10 +164,14 @@ def finalise_metrics(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
 
     `entropy` is the mean negative log-prob of the sampled tokens, an estimate; `engine_gap` is
     |proximal - behaviour| per token: at staleness 0 the numerics of engine against learner, beyond it also what the
-    policy has moved since.
+    policy has moved since. `importance_mean` is of the weights as used; `importance_ratio_mean` of the ratios before
+    truncation, and `ess_share` (sum w)^2 / (n sum w^2) of the weights, both over tokens, or over sequences at level
+    "sequence"; both are 1 where nothing was counted.
     """
     values = {name: float(sums[name]) for name in METRIC_SUMS}
     tokens = max(values["num_tokens"], 1.0)
+    units, squares = values["importance_units"], values["unit_weight_squared_sum"]
+    ess_share = values["unit_weight_sum"] ** 2 / (units * squares) if squares else 0.0
     return {
         "loss": values["policy_loss"] + values["kl_loss"],
         "policy_loss": values["policy_loss"],
@@ -158,6 +187,8 @@ def finalise_metrics(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         "engine_gap_rms": (values["engine_gap_squared_sum"] / tokens) ** 0.5,
         "importance_mean": values["importance_sum"] / tokens,
         "importance_cut_share": values["importance_cut_tokens"] / tokens,
+        "importance_ratio_mean": values["importance_ratio_sum"] / units if units else 1.0,
+        "ess_share": ess_share if units else 1.0,
     }
 
 
@@ -169,6 +200,15 @@ def _masked(values: Tensor, mask: Tensor) -> Tensor:
 
 def _total(values: Tensor, mask: Tensor) -> Tensor:
     return _masked(values.detach(), mask).sum()
+
+
+def _unit_sums(
+    proximal: Tensor, behaviour: Tensor, weights: Tensor, mask: Tensor, config: LossConfig
+) -> tuple[Tensor, ...]:
+    """How many units there are, and the sums of their ratios, weights and squared weights."""
+    log_ratio, units = unit_log_ratios(proximal, behaviour, mask, config.importance.level)
+    used = weights[units].double()
+    return units.sum(), log_ratio[units].double().exp().sum(), used.sum(), used.square().sum()
 
 
 def _ratio(log_ratio: Tensor, mask: Tensor, *, sequence_level: bool) -> Tensor:

@@ -100,6 +100,7 @@ class DeepSpeedEngine:
         self._deepspeed, self._settings = deepspeed, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device, self.dtype, self.policy = device, settings.dtype, policy
+        self.shards_parameters = settings.effective_stage == 3
         module = ScoringModule(policy.to(device))
         optimizer = torch.optim.AdamW(
             parameter_groups(module, settings.weight_decay), lr=0.0, betas=settings.adam_betas, eps=1e-8
@@ -107,7 +108,7 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_deepspeed_config(settings), dist_init_required=False
         )
-        if settings.effective_stage == 3:
+        if self.shards_parameters:
             # The output embedding is used outside the module that holds it.
             output_weight: Any = policy.output_weight
             deepspeed.zero.register_external_parameter(module, output_weight)
@@ -166,7 +167,7 @@ class DeepSpeedEngine:
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         """Whole parameters under ZeRO-3; nothing to do below it."""
-        with self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self._settings.effective_stage == 3):
+        with self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self.shards_parameters):
             yield
 
     def save(self, folder: Path) -> None:

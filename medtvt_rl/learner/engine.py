@@ -42,6 +42,8 @@ class TrainingEngine(Protocol):
     device: torch.device
     dtype: torch.dtype
     policy: nn.Module
+    shards_parameters: bool
+    """Whether a rank holds a part of each parameter only, so that the policy runs through `forward` alone."""
 
     def forward(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs [N], differentiable where gradients are on, and entropies [N]."""

@@ -1,8 +1,8 @@
 """One rank of the GRPO learner: completions with advantages in, an optimizer step and its metrics out.
 
-Owns: the order of a training step, the agreement of all ranks on it, what is measured, and what is exported to the
-engines.
-Does not own: the loss (algorithm/losses.py), the optimizer and its sharding (engine.py), transport (actors/).
+Owns: the order of a training step, the agreement of all ranks on it, and what is exported to the engines.
+Does not own: the loss (algorithm/losses.py), the optimizer and its sharding (engine.py), what is measured
+(measures.py), which groups are at fault where a step is not finite (culprits.py), transport (actors/).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medtvt_rl.algorithm.config import LossConfig
-from medtvt_rl.algorithm.losses import METRIC_SUMS, Denominators, LossInputs, finalise_metrics, policy_loss
+from medtvt_rl.algorithm.losses import Denominators, LossInputs, policy_loss
 from medtvt_rl.algorithm.packing import micro_batches
 from medtvt_rl.config import Config
+from medtvt_rl.learner.culprits import Fault, agree, describe, groups_of, has_finite_gradient, row_faults
 from medtvt_rl.learner.engine import StepOutcome, TrainingEngine
 from medtvt_rl.learner.export import export_weights
-from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, TokenBatch, build_batch
-from medtvt_rl.types import Completion, Prompt, TrainingSequence
+from medtvt_rl.learner.measures import Measures, measure, report
+from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, ScoringModule, TokenBatch, build_batch
+from medtvt_rl.types import Completion, LearnerStep, Prompt, TrainingSequence
 from medtvt_rl.weights import WeightBuffer
 
 logger = logging.getLogger(__name__)
-
-EXTRA_SUMS = ("exact_entropy", "fresh_gap_sum", "fresh_tokens", "fresh_not_finite", "micro_batches")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class GrpoLearner:
 
     def train_step(
         self, sequences: Sequence[TrainingSequence], denominators: Denominators, learning_rate: float, version: int
-    ) -> dict[str, float]:
+    ) -> LearnerStep:
         """Takes `updates_per_batch` optimizer steps on this rank's share of a batch.
 
         Args:
@@ -72,8 +72,10 @@ class GrpoLearner:
             version: completed steps of the learner; tokens sampled by it are "fresh", and their log-probs must agree.
 
         Returns:
-            Metrics over all ranks, equal on each. `skipped` is 1 where a loss or gradient that was not finite stopped
-            the step; no weight has changed then. `fresh_gap_max` is infinite where a fresh log-prob was not finite.
+            Equal on every rank. Where something was not finite the step stops before any weight changes, and the
+            groups at fault are named. Of several updates those before it have been taken, as the metric `updates` says.
+            `fresh_gap_max` is infinite where a fresh log-prob was not finite; `tokens` are those of prompts and
+            completions, `num_tokens` those of completions, of one update each.
 
         Raises:
             ValueError: no sequences, or one longer than the token budget.
@@ -87,21 +89,28 @@ class GrpoLearner:
             for batch in batches:
                 batch.remember_proximal()
         fresh: dict[str, float] = {}
+        skipped: str | None = None
+        culprits: tuple[int, ...] = ()
+        taken = 0
         for update in range(self._num_updates):
-            outcome, metrics = self._update(batches, denominators, learning_rate, version)
+            outcome, metrics, faults = self._update(batches, denominators, learning_rate, version)
             if update == 0:
                 fresh = {name: value for name, value in metrics.items() if name.startswith("fresh_")}
             if outcome.skipped is not None:
-                logger.warning("step from version %d skipped: %s", version, outcome.skipped)
+                skipped, culprits = self._blame(batches, denominators, faults, outcome.skipped)
+                logger.warning("step from version %d, update %d skipped: %s", version, update, skipped)
                 break
-        return {
+            taken += 1
+        metrics = {
             **metrics,
             **fresh,
             "gradient_norm": outcome.grad_norm,
             "learning_rate": outcome.learning_rate,
-            "skipped": float(outcome.skipped is not None),
+            "updates": float(taken),
+            "skipped": float(skipped is not None),
             "seconds": time.perf_counter() - started,
         }
+        return LearnerStep(metrics=metrics, skipped=skipped, culprits=culprits)
 
     def _plan(self, lengths: list[int]) -> list[tuple[list[int], bool]]:
         """Micro-batches of this rank, each with whether it counts; padded with the shortest sequence to the same
@@ -116,17 +125,42 @@ class GrpoLearner:
 
     def _update(
         self, batches: Sequence[_MicroBatch], denominators: Denominators, learning_rate: float, version: int
-    ) -> tuple[StepOutcome, dict[str, float]]:
-        sums, largest = torch.zeros(len(METRIC_SUMS) + len(EXTRA_SUMS), dtype=torch.float64), 0.0
+    ) -> tuple[StepOutcome, dict[str, float], set[Fault]]:
+        total, faults = Measures.none(), set[Fault]()
         for index, batch in enumerate(batches):
-            loss, metrics, gap_max = batch.loss(denominators, version)
-            self.engine.backward(loss, last=index == len(batches) - 1)
-            sums += torch.tensor([float(metrics[name]) for name in (*METRIC_SUMS, *EXTRA_SUMS)], dtype=torch.float64)
-            largest = max(largest, gap_max)
+            loss, measured, found = batch.loss(denominators, version)
+            # A fault need not reach the loss (a capped ratio hides an infinite log-prob), so it is made to: a loss
+            # of NaN stops the step on every rank, without a collective of its own.
+            self.engine.backward(loss * math.nan if found else loss, last=index == len(batches) - 1)
+            total, faults = total + measured, faults | found
         outcome = self.engine.step(learning_rate)
-        sums = self.engine.all_reduce(sums, "sum").cpu()
-        largest = float(self.engine.all_reduce(torch.tensor([largest], dtype=torch.float64), "max").item())
-        return outcome, _report(dict(zip((*METRIC_SUMS, *EXTRA_SUMS), sums.tolist())), largest)
+        return outcome, report(total.reduced(self.engine)), faults
+
+    def _blame(
+        self, batches: Sequence[_MicroBatch], denominators: Denominators, faults: set[Fault], reason: str
+    ) -> tuple[str, tuple[int, ...]]:
+        """Why a step was skipped, and the groups it came from, at least one (all ranks).
+
+        Where every value was finite and the gradient was not, each group's gradient is computed alone.
+        """
+        agreed = agree(self.engine, faults)
+        if not agreed and not self.engine.shards_parameters:
+            agreed = agree(self.engine, self._gradient_faults(batches, denominators))
+        if agreed:
+            return describe(agreed), groups_of(agreed)
+        everyone = {("gradient", group_id) for batch in batches for group_id in batch.group_ids}
+        why = "parameters are sharded" if self.engine.shards_parameters else "that of each group alone is finite"
+        return f"{reason}; {why}, so every group is named", groups_of(agree(self.engine, everyone))
+
+    def _gradient_faults(self, batches: Sequence[_MicroBatch], denominators: Denominators) -> set[Fault]:
+        """The groups of this rank whose gradient alone is not finite. No collective: ranks hold unequally many."""
+        module, faults = ScoringModule(self.engine.policy), set()
+        for batch in batches:
+            for group_id in batch.group_ids:
+                loss = batch.of_group(group_id).loss_through(module, denominators)
+                if not has_finite_gradient(loss, module.parameters()):
+                    faults.add(("gradient", group_id))
+        return faults
 
     def score(self, prompt: Prompt, completion: Completion) -> NDArray[np.float32]:
         """Log-probs [T] of a completion at temperature 1, under the weights of now; the same on every rank."""
@@ -169,6 +203,18 @@ class _MicroBatch:
         self._sequences = sequences
         self._proximal: Tensor | None = None
 
+    @property
+    def group_ids(self) -> list[int]:
+        """Groups that are counted here, each once, in order."""
+        return sorted({s.group_id for s in self._sequences}) if self._counted else []
+
+    def of_group(self, group_id: int) -> _MicroBatch:
+        """The sequences of one group alone."""
+        rows = [row for row, sequence in enumerate(self._sequences) if sequence.group_id == group_id]
+        part = _MicroBatch(self._context, [self._sequences[row] for row in rows], self._counted)
+        part._proximal = None if self._proximal is None else self._proximal[rows]
+        return part
+
     def _tokens(self) -> TokenBatch:
         scored = [
             ScoredSequence(
@@ -186,34 +232,47 @@ class _MicroBatch:
         logprobs, _ = self._context.engine.forward(batch, self._context.temperature)
         self._proximal = batch.spread(logprobs)
 
-    def loss(self, denominators: Denominators, version: int) -> tuple[Tensor, dict[str, Any], float]:
-        """The differentiable loss, the sums of METRIC_SUMS and EXTRA_SUMS, and the largest gap to the engine."""
+    def loss(self, denominators: Denominators, version: int) -> tuple[Tensor, Measures, set[Fault]]:
+        """The differentiable loss through the engine, what was measured, and what was not finite."""
         context, batch = self._context, self._tokens()
         logprobs, entropy = context.engine.forward(batch, context.temperature)
-        policy, mask = batch.spread(logprobs), batch.mask() & self._counted
-        proximal = policy.detach() if self._proximal is None else self._proximal
-        behaviour = self._spread(batch, [s.completion.behaviour_logprobs for s in self._sequences])
-        inputs = LossInputs(
+        inputs = self._inputs(batch, logprobs)
+        loss, sums = policy_loss(inputs, context.loss, denominators)
+        measured = measure(
+            inputs,
+            sums,
+            entropy=entropy if self._counted else entropy[:0],
+            fresh=self._spread(batch, [s.completion.policy_versions == version for s in self._sequences]).bool(),
+            level=context.loss.importance.level,
+            num_tokens=self._num_tokens(),
+        )
+        faults = row_faults(inputs, loss, context.loss, denominators, [s.group_id for s in self._sequences])
+        return loss, measured, faults
+
+    def loss_through(self, module: ScoringModule, denominators: Denominators) -> Tensor:
+        """The loss through the bare policy, past the engine."""
+        batch = self._tokens()
+        logprobs, _ = module(batch, self._context.temperature)
+        return policy_loss(self._inputs(batch, logprobs), self._context.loss, denominators)[0]
+
+    def _inputs(self, batch: TokenBatch, logprobs: Tensor) -> LossInputs:
+        policy = batch.spread(logprobs)
+        # A group alone may be narrower than the micro-batch that it was first scored in.
+        proximal = policy.detach() if self._proximal is None else self._proximal[:, : policy.shape[1]]
+        advantages = [s.advantage for s in self._sequences]
+        return LossInputs(
             policy_logprobs=policy,
             proximal_logprobs=proximal,
-            behaviour_logprobs=behaviour,
+            behaviour_logprobs=self._spread(batch, [s.completion.behaviour_logprobs for s in self._sequences]),
             reference_logprobs=self._reference(batch),
-            advantages=torch.tensor([s.advantage for s in self._sequences], dtype=torch.float32, device=policy.device),
-            mask=mask,
+            advantages=torch.tensor(advantages, dtype=torch.float32, device=policy.device),
+            mask=batch.mask() & self._counted,
         )
-        loss, metrics = policy_loss(inputs, context.loss, denominators)
-        fresh = self._spread(batch, [s.completion.policy_versions == version for s in self._sequences]).bool() & mask
-        gap = (policy.detach() - behaviour).abs()[fresh]
-        finite = torch.isfinite(gap)
-        extra = {
-            "exact_entropy": float(entropy.double().sum()) if self._counted else 0.0,
-            "fresh_gap_sum": float(gap[finite].double().sum()),
-            "fresh_tokens": float(fresh.sum()),
-            "fresh_not_finite": float((~finite).sum()),
-            "micro_batches": 1.0,
-        }
-        largest = math.inf if not bool(finite.all()) else float(gap.max()) if len(gap) else 0.0
-        return loss, {**metrics, **extra}, largest
+
+    def _num_tokens(self) -> int:
+        """Tokens of prompts and completions; a prompt without a completion trains nothing and does not count."""
+        trained = [s for s in self._sequences if self._counted and len(s.completion.token_ids)]
+        return sum(len(s.prompt.token_ids) + len(s.completion.token_ids) for s in trained)
 
     def _reference(self, batch: TokenBatch) -> Tensor | None:
         """[B, T] reference log-probs; None where no sequence has them.
@@ -234,17 +293,3 @@ class _MicroBatch:
     def _spread(batch: TokenBatch, values: Sequence[np.ndarray[Any, Any]]) -> Tensor:
         flat = torch.from_numpy(np.concatenate(values).astype(np.float32))
         return batch.spread(flat.to(batch.targets.device))
-
-
-def _report(sums: dict[str, float], fresh_gap_max: float) -> dict[str, float]:
-    """Readable metrics from sums over all ranks. Fresh tokens compare the learner with the engine at equal weights."""
-    compared = sums["fresh_tokens"] - sums["fresh_not_finite"]
-    return {
-        **finalise_metrics(sums),
-        "entropy": sums["exact_entropy"] / max(sums["num_tokens"], 1.0),
-        "fresh_gap_mean": sums["fresh_gap_sum"] / compared if compared else 0.0,
-        "fresh_gap_max": fresh_gap_max,
-        "fresh_tokens": sums["fresh_tokens"],
-        "fresh_not_finite": sums["fresh_not_finite"],
-        "micro_batches": sums["micro_batches"],
-    }

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from medtvt_rl.algorithm.config import ImportanceConfig, KlConfig, LossConfig
-from medtvt_rl.algorithm.losses import METRIC_SUMS, Denominators, LossInputs, finalise_metrics, policy_loss
+from medtvt_rl.algorithm.losses import (
+    METRIC_SUMS,
+    Denominators,
+    LossInputs,
+    finalise_metrics,
+    policy_loss,
+    sequence_losses,
+)
 
 KINDS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 PAD = float("nan")
@@ -116,6 +123,65 @@ def test_importance_weight_multiplies_the_objective_and_not_the_kl():
     assert final["engine_gap_rms"] == pytest.approx(math.sqrt((math.log(5) ** 2 + math.log(2) ** 2) / 2), abs=1e-6)
 
 
+def spread_case(**importance) -> dict[str, float]:
+    """Ratios proximal / behaviour: 4, 1.5 | 0.5 | nothing. As sequences 6 and 0.5. The cap is 2."""
+    log = math.log
+    inputs = LossInputs(
+        policy_logprobs=torch.zeros(3, 2),
+        proximal_logprobs=torch.tensor([[log(4.0), log(1.5)], [log(0.5), PAD], [PAD, PAD]]),
+        behaviour_logprobs=torch.tensor([[0.0, 0.0], [0.0, PAD], [PAD, PAD]]),
+        reference_logprobs=None,
+        advantages=torch.ones(3),
+        mask=torch.tensor([[True, True], [True, False], [False, False]]),
+    )
+    config = LossConfig(kl=NO_KL, importance=ImportanceConfig(**importance))
+    _, sums = policy_loss(inputs, config, Denominators(num_sequences=3, num_tokens=3, max_new_tokens=2))
+    return finalise_metrics(sums)
+
+
+@pytest.mark.parametrize(
+    ("importance", "ratio_mean", "ess_share"),
+    [
+        ({"mode": "truncated"}, 2.0, (2 + 1.5 + 0.5) ** 2 / (3 * (4 + 2.25 + 0.25))),
+        ({"mode": "masked"}, 2.0, (1.5 + 0.5) ** 2 / (3 * (2.25 + 0.25))),
+        ({"mode": "none"}, 2.0, 1.0),
+        ({"mode": "masked", "cap": 0.1}, 2.0, 0.0),
+        ({"mode": "truncated", "level": "sequence"}, 3.25, (2 + 0.5) ** 2 / (2 * (4 + 0.25))),
+        ({"mode": "masked", "level": "sequence"}, 3.25, 0.5),
+    ],
+)
+def test_spread_of_the_importance_weights_by_hand(importance, ratio_mean, ess_share):
+    metrics = spread_case(**importance)
+    assert metrics["importance_ratio_mean"] == pytest.approx(ratio_mean, abs=1e-6)
+    assert metrics["ess_share"] == pytest.approx(ess_share, abs=1e-6)
+
+
+@pytest.mark.parametrize(("level", "ratio_mean"), [("token", 1.75), ("sequence", 0.5)])
+def test_a_ratio_that_is_nan_is_left_out(level, ratio_mean):
+    log = math.log
+    inputs = replace(
+        hand_case(),
+        proximal_logprobs=torch.tensor([[math.nan, log(3.0), math.nan], [log(0.5), PAD, PAD]]),
+        behaviour_logprobs=torch.zeros(2, 3),
+    )
+    config = LossConfig(kl=NO_KL, importance=ImportanceConfig(level=level))
+    _, sums = policy_loss(inputs, config, Denominators(num_sequences=2, num_tokens=4, max_new_tokens=3))
+    metrics = finalise_metrics(sums)
+    assert metrics["importance_ratio_mean"] == pytest.approx(ratio_mean, abs=1e-6)
+    assert 0 < metrics["ess_share"] <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_losses_of_sequences_add_up_and_show_which_is_not_finite(kind):
+    inputs, config = random_case(), LossConfig(kind=kind)
+    denominators = Denominators(num_sequences=7, num_tokens=27, max_new_tokens=8)
+    losses = sequence_losses(inputs, config, denominators)
+    assert losses.shape == (7,) and not losses.requires_grad
+    assert float(losses.sum()) == pytest.approx(policy_loss(inputs, config, denominators)[0].item(), abs=1e-12)
+    inputs.advantages[4] = math.inf
+    assert torch.isfinite(sequence_losses(inputs, config, denominators)).tolist() == [i != 4 for i in range(7)]
+
+
 def random_case(num_sequences: int = 7, length: int = 6) -> LossInputs:
     generator = torch.Generator().manual_seed(3)
 
@@ -177,7 +243,9 @@ def test_empty_mask_gives_zero_loss_and_gradient(config):
     (gradient,) = torch.autograd.grad(loss, inputs.policy_logprobs)
     assert loss.item() == 0.0
     assert (gradient == 0).all()
-    assert all(math.isfinite(value) for value in finalise_metrics(sums).values())
+    metrics = finalise_metrics(sums)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["importance_ratio_mean"] == metrics["ess_share"] == 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)

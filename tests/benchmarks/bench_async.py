@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_async.py --run runs/quickstart [--steps 16] [--updates 1]
 
-Takes the model that SFT left in a finished run, and runs GRPO from it without a KL term, so that there are two roles, one
-generator and one learner, each with a core of its own. Every variant is run twice, in turn, and the medians over
+Takes the model that SFT left in a finished run, and runs GRPO from it without a KL term, so that there are two roles,
+one generator and one learner, each with a core of its own. Every variant is run twice, in turn, and the medians over
 all steps but the first three are printed:
 
     overlap      seconds of a step over the busy seconds of the busiest role; 1 is perfect

@@ -136,7 +136,7 @@ async def _life(model_folder: Path, config: Config, groups: list[RolloutGroup]) 
     folder, found = config.folder, {}
     gang = await LearnerGang.start(config, placement, model_folder)
     batch = _to_train(groups)
-    found["first"] = await gang.train_step(batch, 1e-3, 0)
+    found["first"] = (await gang.train_step(batch, 1e-3, 0)).metrics
     await gang.save_checkpoint(folder / "checkpoint")
     await gang.train_step(batch, 1e-3, 1)
     weights, found["checksum"] = await gang.export(2)

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_policy import TinyItems, TinyPolicy, make_sequences
+from tiny_policy import STEEP, SteepPolicy, TinyItems, make_sequences
 
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
 from medtvt_rl.learner import process_group
-from medtvt_rl.types import TrainingSequence
+from medtvt_rl.types import LearnerStep, TrainingSequence
 
 NUM_SEQUENCES, TOKEN_BUDGET, LEARNING_RATE, VERSION = 11, 20, 1e-2, 3
 
@@ -37,9 +37,12 @@ def denominators(sequences: list[TrainingSequence]) -> Denominators:
     return Denominators(num_sequences=len(sequences), num_tokens=tokens, max_new_tokens=16)
 
 
-def broken(sequence: TrainingSequence) -> TrainingSequence:
-    """The same sequence with an advantage of NaN, so that its loss is not finite."""
-    return dataclasses.replace(sequence, advantage=math.nan)
+def broken(sequence: TrainingSequence, cause: str) -> TrainingSequence:
+    """The same sequence with an advantage of NaN, so that its loss is not finite, or with a gradient that is not."""
+    if cause == "advantage":
+        return dataclasses.replace(sequence, advantage=math.nan)
+    token_ids = np.array([STEEP, *sequence.prompt.token_ids[1:]], dtype=np.int32)
+    return dataclasses.replace(sequence, prompt=dataclasses.replace(sequence.prompt, token_ids=token_ids))
 
 
 class Rank:
@@ -55,12 +58,13 @@ class Rank:
         from medtvt_rl.learner.grpo_learner import GrpoLearner
 
         settings = EngineSettings(zero_stage=stage, dtype=dtype, weight_decay=0.1)
-        return GrpoLearner(DeepSpeedEngine(TinyPolicy(), settings, self._device), TinyItems(), config())
+        return GrpoLearner(DeepSpeedEngine(SteepPolicy(), settings, self._device), TinyItems(), config())
 
-    def train(self, learner: Any, break_one: bool = False) -> dict[str, float]:
+    def train(self, learner: Any, cause: str | None = None) -> LearnerStep:
+        """A step; a cause breaks the first sequence of rank 1, and no other."""
         own = [self._sequences[i] for i in self._shards[self._rank]]
-        if break_one and self._rank == 1:
-            own[0] = broken(own[0])
+        if cause is not None and self._rank == 1:
+            own[0] = broken(own[0], cause)
         return learner.train_step(own, denominators(self._sequences), LEARNING_RATE, VERSION)
 
     def weights(self, learner: Any) -> dict[str, torch.Tensor]:
@@ -69,17 +73,28 @@ class Rank:
 
     def agreement(self, stage: int, dtype: torch.dtype) -> dict[str, Any]:
         learner = self.learner(stage, dtype)
-        metrics = [self.train(learner) for _ in range(2)]
+        metrics = [self.train(learner).metrics for _ in range(2)]
         exported = learner.export(7)
         names = None if exported is None else {name: tensor.clone() for name, tensor in exported.tensors()}
         return {"metrics": metrics, "weights": self.weights(learner), "exported": names}
 
-    def not_finite(self, stage: int) -> dict[str, Any]:
-        learner = self.learner(stage)
+    def not_finite(self, stage: int, dtype: torch.dtype, cause: str) -> dict[str, Any]:
+        """A good step, one that is broken, and a good one again."""
+        learner = self.learner(stage, dtype)
+        self.train(learner)
         before = self.weights(learner)
-        metrics = self.train(learner, break_one=True)
+        step = self.train(learner, cause)
         after = self.weights(learner)
-        return {"before": before, "metrics": metrics, "after": after, "next": self.train(learner)}
+        group_id = self._sequences[self._shards[1][0]].group_id
+        again = self.train(learner)
+        return {
+            "broken": group_id,
+            "before": before,
+            "step": step,
+            "after": after,
+            "next": again,
+            "last": self.weights(learner),
+        }
 
     def resume(self, stage: int) -> dict[str, Any]:
         learner, folder = self.learner(stage), self._folder / f"checkpoint_{stage}"
@@ -103,8 +118,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     for stage in (0, 1, 2, 3):
         results[f"float32-{stage}"] = this.agreement(stage, torch.float32)
-        results[f"not-finite-{stage}"] = this.not_finite(stage)
     results["bfloat16-2"] = this.agreement(2, torch.bfloat16)
+    for name in ("float32-0", "float32-1", "float32-2", "float32-3", "bfloat16-2"):
+        dtype, stage = getattr(torch, name[:-2]), int(name[-1])
+        for cause in ("advantage", "gradient"):
+            results[f"{cause}-{name}"] = this.not_finite(stage, dtype, cause)
     for stage in (1, 2):
         results[f"resume-{stage}"] = this.resume(stage)
     torch.save(results, folder / f"results_{rank}.pt")

@@ -19,6 +19,11 @@ from medtvt_rl.learner.grpo_learner import GrpoLearner
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
+AGREED = ("loss", "kl", "entropy", "num_tokens", "fresh_gap_mean", "fresh_gap_max", "gradient_norm", "tokens") + (
+    "importance_ratio_mean",
+    "importance_ratio_max",
+    "ess_share",
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +61,8 @@ def plain() -> dict[str, Any]:
     """The same two steps over the whole batch in this process."""
     sequences = make_sequences(NUM_SEQUENCES)
     learner = GrpoLearner(PlainEngine(TinyPolicy(), weight_decay=0.1), TinyItems(), config())
-    metrics = [learner.train_step(sequences, denominators(sequences), LEARNING_RATE, VERSION) for _ in range(2)]
-    return {"metrics": metrics, "weights": dict(learner.engine.policy.named_parameters())}
+    steps = [learner.train_step(sequences, denominators(sequences), LEARNING_RATE, VERSION) for _ in range(2)]
+    return {"metrics": [step.metrics for step in steps], "weights": dict(learner.engine.policy.named_parameters())}
 
 
 def _largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
@@ -71,8 +76,9 @@ def test_two_ranks_agree_with_one_process(ranks: list[dict[str, Any]], plain: di
         found = rank[f"float32-{stage}"]
         assert _largest_difference(found["weights"], plain["weights"]) < 1e-5
         for ours, theirs in zip(found["metrics"], plain["metrics"]):
-            for name in ("loss", "kl", "entropy", "num_tokens", "fresh_gap_mean", "fresh_gap_max", "gradient_norm"):
+            for name in AGREED:
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
+            assert ours["importance_ratio_p99"] == pytest.approx(theirs["importance_ratio_p99"], rel=0.011)
 
 
 def test_bfloat16_stays_near(ranks: list[dict[str, Any]], plain: dict[str, Any]) -> None:
@@ -84,16 +90,24 @@ def test_bfloat16_stays_near(ranks: list[dict[str, Any]], plain: dict[str, Any])
     assert _largest_difference(found["weights"], plain["weights"]) < 4 * LEARNING_RATE
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_loss_that_is_not_finite_changes_no_weight_on_any_rank(ranks: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("name", ["float32-0", "float32-1", "float32-2", "float32-3", "bfloat16-2"])
+@pytest.mark.parametrize("cause", ["advantage", "gradient"])
+def test_what_is_not_finite_on_one_rank_stops_all_and_leaves_no_trace(
+    ranks: list[dict[str, Any]], name: str, cause: str
+) -> None:
     for rank in ranks:
-        found = rank[f"not-finite-{stage}"]
-        assert found["metrics"]["skipped"] == 1.0
+        found, straight = rank[f"{cause}-{name}"], rank[name]
+        step, again = found["step"], found["next"]
+        assert step.metrics["skipped"] == 1.0 and again.metrics["skipped"] == 0.0
         assert _largest_difference(found["before"], found["after"]) == 0.0
-        assert found["next"]["skipped"] == 0.0
-        assert found["next"]["gradient_norm"] == pytest.approx(
-            rank["float32-2"]["metrics"][0]["gradient_norm"], rel=1e-5
-        )
+        assert _largest_difference(found["last"], straight["weights"]) == 0.0
+        assert again.metrics["gradient_norm"] == straight["metrics"][1]["gradient_norm"]
+        if cause == "gradient" and name == "float32-3":
+            assert step.culprits == tuple(range((NUM_SEQUENCES + 1) // 2))
+            assert step.skipped.endswith("parameters are sharded, so every group is named")
+        else:
+            assert step.culprits == (found["broken"],)
+            assert step.skipped == f"not finite: {cause} of group {found['broken']}"
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -37,7 +37,7 @@ def _train(
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     learner = GrpoLearner(PlainEngine(TinyPolicy()), TinyItems(), config)
     for _ in range(steps):
-        metrics = learner.train_step(sequences, _denominators(sequences), 1e-2, VERSION)
+        metrics = learner.train_step(sequences, _denominators(sequences), 1e-2, VERSION).metrics
     return metrics, {k: v.clone() for k, v in learner.engine.policy.state_dict().items()}
 
 
@@ -68,8 +68,10 @@ def test_a_padding_micro_batch_has_no_weight(monkeypatch: pytest.MonkeyPatch) ->
 def test_fresh_gap_compares_only_tokens_of_this_version() -> None:
     sequences = make_sequences(8, version=VERSION)
     policy = TinyPolicy()
-    metrics = GrpoLearner(PlainEngine(policy), TinyItems(), _config()).train_step(
-        sequences, _denominators(sequences), 0.0, VERSION
+    metrics = (
+        GrpoLearner(PlainEngine(policy), TinyItems(), _config())
+        .train_step(sequences, _denominators(sequences), 0.0, VERSION)
+        .metrics
     )
     scored = [
         ScoredSequence(prompt_ids=s.prompt.token_ids, completion_ids=s.completion.token_ids, item_id=s.prompt.item_id)

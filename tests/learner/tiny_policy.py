@@ -19,6 +19,7 @@ from medtvt_rl.learner.scoring import ScoringModule, TokenBatch
 from medtvt_rl.types import Completion, Prompt, TrainingSequence
 
 VOCABULARY, WIDTH, ITEM_WIDTH = 37, 8, 4
+STEEP = VOCABULARY
 
 
 class TinyPolicy(nn.Module):
@@ -27,7 +28,7 @@ class TinyPolicy(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.embedding = nn.Embedding(VOCABULARY + 1, WIDTH)
         self.item = nn.Linear(ITEM_WIDTH, WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh(), nn.Linear(16, WIDTH))
         self.frozen = nn.Linear(WIDTH, WIDTH)
@@ -54,6 +55,20 @@ class TinyPolicy(nn.Module):
         torch.save(self.state_dict(), Path(folder) / "policy.pt")
 
 
+class SteepPolicy(TinyPolicy):
+    """The same function, but its gradient is infinite wherever a sequence holds the token STEEP."""
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor, items: dict[str, Tensor] | None, item_index: Tensor | None
+    ) -> Tensor:
+        hidden = super().hidden_states(input_ids, attention_mask, items, item_index)
+        steep = (input_ids == STEEP).any(dim=1)
+        if not bool(steep.any()):
+            return hidden
+        rows = hidden[steep]
+        return hidden.index_put((steep,), rows + (rows - rows.detach()).sqrt())
+
+
 class TinyItems:
     """Items that are a function of their id, and a record of what was asked for."""
 
@@ -72,6 +87,7 @@ class PlainEngine:
     def __init__(self, policy: nn.Module, clipping: float = 1.0, weight_decay: float = 0.0) -> None:
         self.rank, self.world_size = 0, 1
         self.device, self.dtype, self.policy = torch.device("cpu"), torch.float32, policy
+        self.shards_parameters = False
         self._module, self._clipping = ScoringModule(policy), clipping
         groups = parameter_groups(policy, weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=1e-8)
