@@ -11,6 +11,8 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,15 +111,43 @@ class LearnerWorker:
         self, shards: list[LearnerShard], denominators: Denominators, learning_rate: float, version: int
     ) -> LearnerStep:
         """One training step on this rank's shards; the same answer on all ranks but for `seconds/fetch`."""
-        learner = self._ready("train_step")
-        try:
+        with self._working("train_step") as learner:
             started = time.perf_counter()
             sequences = fetch_sequences(shards, self._config.learner.step_timeout_s)
             fetched = time.perf_counter() - started
             step = learner.train_step(sequences, denominators, learning_rate, version)
+            self._record(step, sequences, denominators, learning_rate, version)
             return replace(step, metrics={**step.metrics, "seconds/fetch": fetched})
-        finally:
-            self._busy = None
+
+    def _record(
+        self,
+        step: LearnerStep,
+        sequences: list[TrainingSequence],
+        denominators: Denominators,
+        learning_rate: float,
+        version: int,
+    ) -> None:
+        """Keeps what a step was made of: for a replay, or, where it was not finite, the groups that caused it."""
+        from medtvt_rl.learner.step_record import NONFINITE_FOLDER, STEPS_FOLDER, StepRecord, step_file, write_step
+
+        folders = {}
+        if self._config.grpo.record_steps and step.metrics["updates"] > 0:
+            folders[STEPS_FOLDER] = sequences
+        if step.skipped is not None:
+            folders[NONFINITE_FOLDER] = [s for s in sequences if s.group_id in step.culprits]
+        for folder, kept in folders.items():
+            record = StepRecord(
+                version=version, learning_rate=learning_rate, denominators=denominators, sequences=tuple(kept)
+            )
+            write_step(step_file(self._config.folder / "journal" / folder, version, self._rank), record)
+
+    def replay_step(self, step: int) -> None:
+        """Repeats a recorded step. Raises ValueError if its record is missing or damaged."""
+        from medtvt_rl.learner.step_record import STEPS_FOLDER, read_step, step_file
+
+        with self._working("replay_step") as learner:
+            record = read_step(step_file(self._config.folder / "journal" / STEPS_FOLDER, step, self._rank))
+            learner.train_step(record.sequences, record.denominators, record.learning_rate, record.version)
 
     @ray.method(num_returns=2)
     def export(self, version: int) -> tuple[WeightHeader | None, WeightBuffer | None]:
@@ -126,12 +156,10 @@ class LearnerWorker:
         """
         from medtvt_rl.learner.export import export_weights
 
-        learner, started = self._ready("export"), time.perf_counter()
-        try:
+        started = time.perf_counter()
+        with self._working("export") as learner:
             send = self._config.weights.resolved(self._config.model.lora)
             weights = export_weights(learner.engine, version, send)
-        finally:
-            self._busy = None
         if weights is None:
             return None, None
         header = WeightHeader(
@@ -144,23 +172,18 @@ class LearnerWorker:
 
     def score(self, group: RolloutGroup, index: int) -> NDArray[np.float32]:
         """Log-probs [T] of one completion of a group at temperature 1, under the weights of now."""
-        learner = self._ready("score")
-        try:
+        with self._working("score") as learner:
             return learner.score(group.prompt, group.completions[index])
-        finally:
-            self._busy = None
 
     def save_model(self, folder: str) -> None:
         """Writes a Hugging Face folder with model and tokenizer that appears complete or not at all."""
-        learner, target = self._ready("save_model"), Path(folder)
+        target = Path(folder)
         temporary = target.with_name(target.name + ".writing")
         if self._rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        try:
+        with self._working("save_model") as learner:
             learner.save(temporary)
-        finally:
-            self._busy = None
         if self._rank == 0:
             copy_tokenizer(Path(self._model_folder), temporary)
             shutil.rmtree(target, ignore_errors=True)
@@ -168,13 +191,13 @@ class LearnerWorker:
 
     def save_checkpoint(self, folder: str) -> None:
         """Writes weights, optimizer and random state of this rank."""
-        self._ready("save_checkpoint").save_checkpoint(Path(folder))
-        self._busy = None
+        with self._working("save_checkpoint") as learner:
+            learner.save_checkpoint(Path(folder))
 
     def load_checkpoint(self, folder: str) -> None:
         """Restores what `save_checkpoint` wrote."""
-        self._ready("load_checkpoint").load_checkpoint(Path(folder))
-        self._busy = None
+        with self._working("load_checkpoint") as learner:
+            learner.load_checkpoint(Path(folder))
 
     @ray.method(concurrency_group="health")
     def health(self) -> RankHealth:
@@ -188,11 +211,16 @@ class LearnerWorker:
             step_s=time.monotonic() - busy[1] if busy else 0.0,
         )
 
-    def _ready(self, call: str) -> GrpoLearner:
+    @contextmanager
+    def _working(self, call: str) -> Iterator[GrpoLearner]:
+        """The learner, while `health` says what it is busy with."""
         if self._learner is None:
             raise RuntimeError(f"learner rank {self._rank}: {call} before setup")
         self._busy = (call, time.monotonic())
-        return self._learner
+        try:
+            yield self._learner
+        finally:
+            self._busy = None
 
 
 def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearner:

@@ -21,6 +21,7 @@ from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
 from medtvt_rl.rollout.config import SamplingConfig
 from medtvt_rl.rollout.parts import join_group
+from medtvt_rl.rollout.pending import Wave
 from medtvt_rl.types import GroupHeader, Prompt, RolloutGroup
 from medtvt_rl.weights import WeightBuffer
 
@@ -89,12 +90,14 @@ class RolloutGenerator:
         greedy: bool = False,
         sampling: SamplingConfig | None = None,
         first_index: int = 0,
+        wave: Wave | None = None,
     ) -> tuple[GroupHeader, RolloutGroup]:
         """G completions of one prompt: a small header for the driver, and the group, which stays here until asked for.
 
         Args:
             sampling: instead of the configuration's.
             first_index: of the first completion, where other generators make the rest of the group.
+            wave: what it is to be started together with.
 
         Raises:
             ValueError: the prompt does not fit, or names an item without an item source.
@@ -104,10 +107,17 @@ class RolloutGenerator:
         begin = time.perf_counter()
         self._num_calls += 1
         try:
-            item = await asyncio.to_thread(self._item, prompt)
-            settings = sampling or self._config.rollout.sampling
-            seed = self._config.run.seed
-            future = engine.submit(prompt, item, group_id, num_completions, seed, settings, greedy, first_index)
+            try:
+                item = await asyncio.to_thread(self._item, prompt)
+                settings = sampling or self._config.rollout.sampling
+                seed = self._config.run.seed
+                future = engine.submit(
+                    prompt, item, group_id, num_completions, seed, settings, greedy, first_index, wave
+                )
+            except Exception:
+                if wave is not None:
+                    engine.excuse(wave)
+                raise
             group = await asyncio.wrap_future(future)
         finally:
             self._num_calls -= 1

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,21 @@ from actors.placement import Placement
 from actors.rollout_generator import RolloutGenerator
 from medtvt_rl.config import Config
 from medtvt_rl.rollout.parts import split_group
+from medtvt_rl.rollout.pending import Wave
 from medtvt_rl.types import GroupHeader, Prompt
 
 logger = logging.getLogger(__name__)
 
 Answer = tuple[GroupHeader, ray.ObjectRef]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """Where a part of a group is made; None: by whoever has least to do, at once."""
+
+    part: range
+    member: Member | None
+    wave: Wave | None
 
 
 class RolloutPool:
@@ -61,6 +74,8 @@ class RolloutPool:
     ) -> None:
         self._config = config.rollout
         self._roster = GeneratorRoster(config, generators, report, renew, kill)
+        self._seats: dict[int, list[Seat]] = {}
+        self._waves = count(1)
 
     @classmethod
     async def start(
@@ -85,6 +100,21 @@ class RolloutPool:
         """Generators that serve."""
         return len(self._roster.serving)
 
+    def together(self, group_ids: Sequence[int], num_completions: int) -> None:
+        """These groups are asked for next: who makes which is settled now, and each engine begins with its share when
+        all of it has arrived, in id order. What reaches an engine is then the same in every run."""
+        load = {member.index: member.load for member in self._roster.by_load()}
+        planned: list[tuple[int, range, Member]] = []
+        for group_id in group_ids:
+            serving = sorted(self._roster.by_load(), key=lambda member: (load[member.index], member.index))
+            for part, member in zip(self._parts(num_completions), serving):
+                load[member.index] += len(part)
+                planned.append((group_id, part, member))
+        sizes = Counter(member.index for _, _, member in planned)
+        waves = {index: Wave(number=next(self._waves), size=size) for index, size in sizes.items()}
+        for group_id, part, member in planned:
+            self._seats.setdefault(group_id, []).append(Seat(part=part, member=member, wave=waves[member.index]))
+
     async def generate(self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool = False) -> Answer:
         """One group from the generators with the fewest completions under way: its header, and a reference to it.
 
@@ -92,28 +122,34 @@ class RolloutPool:
         together by one of them. A part whose generator is lost goes once to another one, or to the successor where none
         is left, with the same seeds. Once only: it may be the group that breaks engines.
         """
-        serving = self._roster.by_load()
-        parts = split_group(num_completions, self._config.engine_share, len(serving))
-        if len(parts) == 1:
-            return await self._part(prompt, group_id, parts[0], greedy)
-        made = await asyncio.gather(
-            *(self._part(prompt, group_id, part, greedy, member) for part, member in zip(parts, serving))
-        )
+        seats = self._seats.pop(group_id, None) or self._free_seats(num_completions)
+        made = await asyncio.gather(*(self._part(prompt, group_id, seat, greedy) for seat in seats))
+        if len(made) == 1:
+            return made[0]
         seconds, payloads = max(header.generate_s for header, _ in made), [payload for _, payload in made]
         return await self._with_payload(
             lambda handle: handle.merge.remote(seconds, *payloads), f"merge the parts of group {group_id}"
         )
 
-    async def _part(
-        self, prompt: Prompt, group_id: int, part: range, greedy: bool, first: Member | None = None
-    ) -> Answer:
-        """The completions `part` of a group, from `first` or whoever has least to do."""
-        return await self._with_payload(
-            lambda handle: handle.generate.remote(prompt, group_id, len(part), greedy, first_index=part.start),
-            f"generate group {group_id}",
-            load=len(part),
-            first=first,
-        )
+    def _parts(self, num_completions: int) -> list[range]:
+        return split_group(num_completions, self._config.engine_share, len(self._roster.serving))
+
+    def _free_seats(self, num_completions: int) -> list[Seat]:
+        """Parts for those with least to do; a whole group goes to whoever has when its turn comes."""
+        parts = self._parts(num_completions)
+        if len(parts) == 1:
+            return [Seat(part=parts[0], member=None, wave=None)]
+        return [Seat(part=part, member=member, wave=None) for part, member in zip(parts, self._roster.by_load())]
+
+    async def _part(self, prompt: Prompt, group_id: int, seat: Seat, greedy: bool) -> Answer:
+        """The completions of one seat; a second generator, where the first is lost, begins at once."""
+        waves = iter([seat.wave])
+
+        def call(handle: Any) -> Any:
+            size, first = len(seat.part), seat.part.start
+            return handle.generate.remote(prompt, group_id, size, greedy, first_index=first, wave=next(waves, None))
+
+        return await self._with_payload(call, f"generate group {group_id}", load=len(seat.part), first=seat.member)
 
     async def _with_payload(
         self,

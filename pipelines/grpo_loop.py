@@ -261,7 +261,7 @@ class GrpoLoop:
                     "lower grpo.learning_rate, or look at the saved groups"
                 )
             left = [group for group in groups if group.group_id not in outcome.culprits]
-            if not left:
+            if not left or outcome.metrics.get("updates", 0.0) > 0:
                 return groups, outcome
             groups = left
 

@@ -113,7 +113,7 @@ def _step_line(trained: TrainedStep) -> dict[str, Any]:
     return {
         "step": trained.step,
         "learning_rate": trained.learning_rate,
-        "skipped": trained.metrics.get("skipped", 0.0) > 0,
+        "skipped": trained.metrics["updates"] == 0,
         "group_ids": [group.group_id for group in trained.groups],
         "checksum": trained.checksum,
     }

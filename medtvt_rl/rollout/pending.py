@@ -35,12 +35,27 @@ class Request:
     marks: list[tuple[int, int]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wave:
+    """Groups that an engine begins with all at once, in id order, whatever the order in which they arrive: batches, and
+    with them the rounding of log-probs, are then the same in every run.
+
+    Attributes:
+        number: unique in the run.
+        size: members that this engine is sent.
+    """
+
+    number: int
+    size: int
+
+
 @dataclass(slots=True, kw_only=True)
 class PendingGroup:
     """One submitted group: what was asked, and what has come of it.
 
     Attributes:
         first_index: of its first completion; more than 0 where it is a later part of a group.
+        wave: what it starts together with; None to start at once.
         num_scored: 0 for a group to be sampled; else the last tokens of the prompt whose log-probs are asked for.
         future: of a RolloutGroup, or of [num_scored] float32 log-probs.
     """
@@ -55,6 +70,7 @@ class PendingGroup:
     max_tokens: int
     future: Future[Any]
     first_index: int = 0
+    wave: Wave | None = None
     num_scored: int = 0
     rendered: Any = None
     completions: dict[int, Completion] = field(default_factory=dict)

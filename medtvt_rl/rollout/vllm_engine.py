@@ -15,6 +15,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
-from medtvt_rl.rollout.pending import EngineBrokenError, OnUpdate, PendingGroup, Request, WeightUpdate
+from medtvt_rl.rollout.pending import EngineBrokenError, OnUpdate, PendingGroup, Request, Wave, WeightUpdate
 from medtvt_rl.rollout.sampling import completion_seed
 from medtvt_rl.rollout.vllm_core import SampledTokens, VllmCore
 from medtvt_rl.types import Completion, Prompt, RolloutGroup
@@ -58,6 +59,7 @@ class VllmEngine:
         self._waiting: list[PendingGroup] = []
         self._updates: list[WeightUpdate] = []
         self._in_flight: dict[str, Request] = {}
+        self._excused: Counter[Wave] = Counter()
         self._next_request = 0
         self._closing = False
         self._lock = threading.Lock()
@@ -81,6 +83,7 @@ class VllmEngine:
         sampling: SamplingConfig,
         greedy: bool = False,
         first_index: int = 0,
+        wave: Wave | None = None,
     ) -> Future[RolloutGroup]:
         """Asks for G completions of one prompt; they join whatever is running.
 
@@ -92,6 +95,7 @@ class VllmEngine:
             item: the multimodal item, unbatched arrays; None for plain text.
             greedy: the most probable token each time, `sampling` gives the length only.
             first_index: of the first completion within its group, where other engines make the rest.
+            wave: starts when all members of the wave are here, or excused.
 
         Raises:
             ValueError: the prompt leaves no room in `max_model_len`, or a number is out of range.
@@ -122,9 +126,14 @@ class VllmEngine:
             max_tokens=min(sampling.max_new_tokens, room),
             future=_uncancellable(),
             first_index=first_index,
+            wave=wave,
         )
         self._send(group)
         return group.future
+
+    def excuse(self, wave: Wave) -> None:
+        """A member of the wave will not come: the others do not wait for it."""
+        self._send(lambda: self._excused.update([wave]))
 
     def score(self, prompt: Prompt, item: dict[str, Any] | None, num_scored: int) -> Future[NDArray[np.float32]]:
         """Log-probs, at temperature 1 and under the weights of now, of the last `num_scored` tokens of a prompt.
@@ -245,7 +254,9 @@ class VllmEngine:
 
     def _take_commands(self) -> None:
         """Empties the command queue; sleeps on it when there is nothing else to do."""
-        has_work = bool(self._in_flight or self._waiting or self._updates)
+        # A wave that is not complete is no work: what completes it comes as a command.
+        can_start = any(group.wave is None for group in self._waiting)
+        has_work = bool(self._in_flight or can_start or self._updates)
         start = time.perf_counter()
         while True:
             try:
@@ -266,8 +277,7 @@ class VllmEngine:
                 command()
 
     def _admit(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for group in waiting:
+        for group in self._take_startable():
             try:
                 group.rendered = self._core.render(group.prompt, group.item)
                 group.item = None
@@ -276,6 +286,17 @@ class VllmEngine:
             except Exception as error:  # what vLLM refuses is this group's fault alone
                 self._withdraw(group)
                 group.future.set_exception(error)
+
+    def _take_startable(self) -> list[PendingGroup]:
+        """The groups that wait for nothing; those of a wave once it is complete, in id order."""
+        here = self._excused + Counter(group.wave for group in self._waiting if group.wave is not None)
+        complete = {wave for wave, count in here.items() if count >= wave.size}
+        startable = [group for group in self._waiting if group.wave is None]
+        members = [group for group in self._waiting if group.wave in complete]
+        self._waiting = [group for group in self._waiting if group.wave is not None and group.wave not in complete]
+        for wave in complete:
+            del self._excused[wave]
+        return startable + sorted(members, key=lambda group: (group.group_id, group.first_index))
 
     def _start(self, request: Request) -> None:
         group = request.group

@@ -61,7 +61,9 @@ def test_failed_completions_are_kept_with_their_text_and_only_they_are_fetched(t
         return rollout(payload)
 
     with Journal(tmp_path, Tokenizer(), fetch) as journal:  # type: ignore[arg-type]
-        journal.write(trained_step(1, training_group(4), training_group(5, (None, "jaccard: KeyError: 'x'", None))))
+        journal.write(
+            trained_step(1, training_group(4), training_group(5, (None, "jaccard: KeyError: 'x'", None)), updates=1)
+        )
         journal.discarded(6, "p6", "ActorError: rollout 0\nend of its log")
     sound, failed = (json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines())
     assert fetched == [5]
@@ -75,7 +77,7 @@ def test_failed_completions_are_kept_with_their_text_and_only_they_are_fetched(t
 def test_every_tenth_step_leaves_a_sample(tmp_path: Path) -> None:
     with Journal(tmp_path, Tokenizer(), rollout) as journal:  # type: ignore[arg-type]
         for step in range(11):
-            journal.write(trained_step(step, training_group(step), skipped=float(step == 3)))
+            journal.write(trained_step(step, training_group(step), updates=float(step != 3)))
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 10]
     assert samples[1]["completions"][2] == {"text": "102 102", "reward": 0.5}
