@@ -37,6 +37,11 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
         ("data.findings_csv=null", "encoders.ecg_steps is 300"),
         ("model.lora.dropout=0.1", "model.lora.dropout is 0.1"),
         ("evaluation.split=holdout", "evaluation.split is 'holdout'"),
+        ("weights.send=everything", "weights.send"),
+        ("weights.send=adapter", "model.lora.rank is 0, so there are none; set a rank, or send 'trainable'"),
+        ("rollout.max_restarts=-1", "rollout.max_restarts is -1"),
+        ("rollout.restart_window_s=0", "rollout.restart_window_s is 0"),
+        ("rollout.max_completions_per_engine=-1", "rollout.max_completions_per_engine is -1"),
         ("steps", "not of the form key=value"),
     ],
 )
@@ -49,6 +54,28 @@ def test_a_mistake_is_one_clear_line(override: str, message: str) -> None:
 
 def test_a_model_to_go_on_from_brings_its_own_positions_and_encoders() -> None:
     load_config(QUICKSTART, ["model.init=m", "model.backbone.max_positions=128", "data.findings_csv=null"])
+
+
+@pytest.mark.parametrize(
+    ("send", "rank", "train_embeddings", "sent"),
+    [
+        ("auto", 0, True, "trainable"),
+        ("auto", 4, True, "trainable"),
+        ("auto", 4, False, "adapter"),
+        ("adapter", 4, False, "adapter"),
+        ("merged", 4, True, "merged"),
+        ("full", 0, True, "full"),
+    ],
+)
+def test_what_is_sent_follows_from_what_learns(send: str, rank: int, train_embeddings: bool, sent: str) -> None:
+    lora = f"model.lora={{rank: {rank}, train_embeddings: {str(train_embeddings).lower()}}}"
+    config = load_config(QUICKSTART, [f"weights.send={send}", lora])
+    assert config.weights.resolved(config.model.lora) == sent
+
+
+def test_adapters_alone_are_refused_where_the_embeddings_learn() -> None:
+    with pytest.raises(ConfigError, match=r"train_embeddings is true .* set it false, or send 'trainable'"):
+        load_config(QUICKSTART, ["weights.send=adapter", "model.lora.rank=4"])
 
 
 def test_a_missing_file_and_a_broken_one_are_named(tmp_path: Path) -> None:
