@@ -38,6 +38,11 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
         ("model.lora.dropout=0.1", "model.lora.dropout is 0.1"),
         ("evaluation.split=holdout", "evaluation.split is 'holdout'"),
         ("grpo.overlong.weight=-1", "grpo.overlong.weight is -1.0: it weighs a penalty"),
+        ("weights.send=everything", "weights.send"),
+        ("weights.send=adapter", "model.lora.rank is 0, so there are none; set a rank, or send 'trainable'"),
+        ("rollout.max_restarts=-1", "rollout.max_restarts is -1"),
+        ("rollout.restart_window_s=0", "rollout.restart_window_s is 0"),
+        ("rollout.max_completions_per_engine=-1", "rollout.max_completions_per_engine is -1"),
         ("steps", "not of the form key=value"),
     ],
 )
@@ -60,6 +65,28 @@ def test_the_overlong_buffer_lies_within_the_limit_where_it_counts(buffer: int) 
     assert load_config(QUICKSTART, overrides).grpo.overlong.weight == 0
     ok = [overrides[0], "grpo.overlong.buffer_tokens=95", "grpo.overlong.weight=0.5"]
     assert load_config(QUICKSTART, ok).grpo.overlong.buffer_tokens == 95
+
+
+@pytest.mark.parametrize(
+    ("send", "rank", "train_embeddings", "sent"),
+    [
+        ("auto", 0, True, "trainable"),
+        ("auto", 4, True, "trainable"),
+        ("auto", 4, False, "adapter"),
+        ("adapter", 4, False, "adapter"),
+        ("merged", 4, True, "merged"),
+        ("full", 0, True, "full"),
+    ],
+)
+def test_what_is_sent_follows_from_what_learns(send: str, rank: int, train_embeddings: bool, sent: str) -> None:
+    lora = f"model.lora={{rank: {rank}, train_embeddings: {str(train_embeddings).lower()}}}"
+    config = load_config(QUICKSTART, [f"weights.send={send}", lora])
+    assert config.weights.resolved(config.model.lora) == sent
+
+
+def test_adapters_alone_are_refused_where_the_embeddings_learn() -> None:
+    with pytest.raises(ConfigError, match=r"train_embeddings is true .* set it false, or send 'trainable'"):
+        load_config(QUICKSTART, ["weights.send=adapter", "model.lora.rank=4"])
 
 
 def test_a_missing_file_and_a_broken_one_are_named(tmp_path: Path) -> None:

@@ -1,14 +1,28 @@
-"""What is sent to the engines: under their names, adapters merged, nothing that is frozen."""
+"""What is sent to the engines, in each of the ways: under their names, and nothing that they have already."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
 import torch
 from tiny_policy import PlainEngine
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+from small_model import small_config, small_model, small_tokenizer
+
 from medtvt_rl.learner.export import export_weights, exported_parameters
 from medtvt_rl.model.config import LoraSettings
+from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import TextPolicy, add_lora
+from medtvt_rl.model.tower import set_encoders_trainable
+from medtvt_rl.rollout.config import Sent
+from medtvt_rl.weights import WeightBuffer
+
+ADAPTED_PER_LAYER = 7
 
 torch.set_num_threads(1)
 
@@ -26,11 +40,28 @@ def _policy() -> TextPolicy:
     return TextPolicy(LlamaForCausalLM(settings))
 
 
-def _exported(policy: TextPolicy) -> dict[str, torch.Tensor]:
-    weights = export_weights(PlainEngine(policy), version=5)
+def _packed(policy: Any, send: Sent = "merged") -> WeightBuffer:
+    weights = export_weights(PlainEngine(policy), version=5, send=send)
     assert weights is not None and weights.version == 5
     weights.verify()
-    return dict(weights.tensors())
+    return weights
+
+
+def _exported(policy: TextPolicy) -> dict[str, torch.Tensor]:
+    return dict(_packed(policy).tensors())
+
+
+def _tri_modal(train_embeddings: bool, tie: bool = True) -> Any:
+    """Adapters that do something; of the tower the perception layer and the film encoder learn."""
+    policy = small_model(small_config(tie=tie), small_tokenizer())
+    set_encoders_trainable(policy, False)
+    policy.study_tower.cxr_encoder.requires_grad_(True)
+    add_lora(policy, LoraSettings(rank=2, alpha=3.0, train_embeddings=train_embeddings))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return policy
 
 
 def test_a_tied_output_layer_is_sent_once_and_frozen_weights_are_not_sent() -> None:
@@ -63,3 +94,56 @@ def test_a_sharded_engine_gathers_the_frozen_weights_beneath_adapters() -> None:
     layer = policy.model.model.layers[0].mlp.up_proj
     assert id(layer.base_layer.weight) in gathered and id(layer.lora_A["default"].weight) in gathered
     assert id(policy.model.model.norm.weight) not in gathered
+    fewer = {id(parameter) for parameter in exported_parameters(policy, "trainable")}
+    assert fewer == gathered - {id(m.base_layer.weight) for m in policy.modules() if hasattr(m, "lora_A")}
+    assert len(exported_parameters(policy, "full")) == len(list(policy.parameters()))
+
+
+def test_each_way_sends_less_than_the_next() -> None:
+    adapter = _packed(_tri_modal(train_embeddings=False), "adapter")
+    policy = _tri_modal(train_embeddings=True)
+    sizes = [adapter.data.nbytes] + [_packed(policy, send).data.nbytes for send in ("trainable", "merged", "full")]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
+
+
+@pytest.mark.parametrize("send", ["adapter", "trainable"])
+def test_adapters_travel_apart_and_what_is_beneath_them_stays(send: Sent) -> None:
+    policy = _tri_modal(train_embeddings=send == "trainable")
+    weights = _packed(policy, send)
+    low_ranks, whole = dict(weights.low_ranks()), dict(weights.tensors())
+    assert len(low_ranks) == 2 * ADAPTED_PER_LAYER and not set(low_ranks) & set(whole)
+    layer = policy.language_model.model.layers[1].mlp.down_proj
+    sent = low_ranks["language_model.model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(sent.down, layer.lora_A["default"].weight) and torch.equal(
+        sent.up, layer.lora_B["default"].weight
+    )
+    assert sent.scale == 1.5 and sent.dtype == torch.float32
+    outside = {name for name in whole if name.startswith("language_model.")}
+    assert outside == ({"language_model.model.embed_tokens.weight"} if send == "trainable" else set())
+
+
+@pytest.mark.parametrize("send", get_args(Sent))
+@pytest.mark.parametrize("tie", [True, False])
+def test_every_way_sends_the_weights_that_the_policy_has_now(send: Sent, tie: bool) -> None:
+    """Whole or to be merged: each weight that learns, once; the statistics of those that learn, and of no other."""
+    policy = _tri_modal(train_embeddings=send != "adapter", tie=tie)
+    start = {name: tensor.clone() for name, tensor in named_weights(policy)}
+    beneath = {
+        name.replace(".base_layer.", "."): p.detach() for name, p in policy.named_parameters() if ".base_layer." in name
+    }
+    weights = _packed(policy, send)
+    merged = {name: low_rank.added_to(beneath[name]) for name, low_rank in weights.low_ranks()}
+    found = dict(weights.tensors()) | merged
+    assert len(found) == len(weights.index) + len(weights.adapters), "each once"
+    assert all(torch.equal(tensor, start[name]) for name, tensor in found.items())
+    learning = {name for name, _ in named_weights(policy, trained_only=True)}
+    assert set(found) == (set(start) if send == "full" else learning)
+    statistics = {name.split(".")[1] for name in found if name.endswith("running_mean")}
+    assert statistics == ({"cxr_encoder", "ecg_encoder"} if send == "full" else {"cxr_encoder"})
+    assert ("language_model.lm_head.weight" in found) is (not tie and send != "adapter")
+
+
+def test_without_adapters_all_that_learns_is_the_same_sent_either_way() -> None:
+    policy = _policy()
+    merged, trainable = _packed(policy, "merged"), _packed(policy, "trainable")
+    assert merged.index == trainable.index and merged.checksum == trainable.checksum and not trainable.adapters

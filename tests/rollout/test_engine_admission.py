@@ -1,17 +1,21 @@
-"""The engine's loop over a fake vLLM: a request that vLLM refuses is the fault of its group alone."""
+"""The engine's loop over a fake vLLM: whose fault it is when vLLM refuses a request."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from medtvt_rl.rollout import vllm_engine
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
+from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.rollout.vllm_core import SampledTokens
 from medtvt_rl.rollout.vllm_engine import VllmEngine
 from medtvt_rl.types import Prompt
+from medtvt_rl.weights import pack_weights
 
 
 class FakeCore:
@@ -69,3 +73,47 @@ def test_a_refused_request_fails_its_group_and_no_other(monkeypatch: pytest.Monk
         assert len(core.aborted) == 2
         assert engine.broken is None and engine.stats()["num_running"] == 0
         assert engine.submit(prompt("good"), None, 9, 2, 0, SamplingConfig()).result(10).group_id == 9
+
+
+class RefusingCore(FakeCore):
+    """Requests stay in flight until an update; from then on none is taken."""
+
+    refuses = False
+    stepped: threading.Event
+
+    def add(self, *arguments: Any, **options: object) -> str:
+        if self.refuses:
+            raise RuntimeError("vLLM takes no request")
+        return super().add(*arguments, **options)
+
+    def step(self) -> list[SampledTokens]:
+        self.stepped.set()
+        return []
+
+    def load(self, buffer: object) -> None: ...
+
+    def drop_caches(self) -> None:
+        self.refuses = True
+
+
+def test_requests_that_cannot_be_restarted_after_an_update_break_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    RefusingCore.stepped = threading.Event()
+    monkeypatch.setattr(vllm_engine, "VllmCore", RefusingCore)
+    with VllmEngine("folder", EngineConfig()) as engine:
+        future = engine.submit(prompt("good"), None, 0, 4, 0, SamplingConfig())
+        assert RefusingCore.stepped.wait(10)
+        with pytest.raises(EngineBrokenError, match="version 1 failed half-way"):
+            engine.update_weights(pack_weights(1, [("w", torch.zeros(1))]), "restart")
+        with pytest.raises(EngineBrokenError, match="vLLM takes no request"):
+            future.result(10)
+        with pytest.raises(EngineBrokenError):
+            engine.submit(prompt("good"), None, 1, 4, 0, SamplingConfig())
+
+
+def test_a_later_part_of_a_group_has_the_ids_and_seeds_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "VllmCore", FakeCore)
+    with VllmEngine("folder", EngineConfig()) as engine:
+        group = engine.submit(prompt("good"), None, 7, 3, 0, SamplingConfig(), first_index=5).result(10)
+        assert [completion.completion_id for completion in group.completions] == ["7/5", "7/6", "7/7"]
+        with pytest.raises(ValueError, match="from index -1 on"):
+            engine.submit(prompt("good"), None, 7, 3, 0, SamplingConfig(), first_index=-1)
