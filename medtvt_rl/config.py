@@ -18,7 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.data.config import CohortConfig, DataConfig
-from medtvt_rl.evaluation.config import EvaluationConfig
+from medtvt_rl.evaluation.config import AlarmConfig, EvaluationConfig
 from medtvt_rl.learner.config import EncoderWarmupConfig, LearnerConfig, SupervisedConfig
 from medtvt_rl.model.config import ModelConfig
 from medtvt_rl.rewards.config import RewardConfig
@@ -114,6 +114,7 @@ class Config:
     score_timeout_s: float = 120.0
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -223,6 +224,8 @@ def _check_counts(config: Config) -> None:
         "learner.num_workers": config.learner.num_workers,
         "learner.token_budget": config.learner.token_budget,
         "evaluation.num_samples": config.evaluation.num_samples,
+        "alarms.first_steps": config.alarms.first_steps,
+        "alarms.equal_steps": config.alarms.equal_steps,
         "rollout.sampling.max_new_tokens": rollout.sampling.max_new_tokens,
         "pretrain.epochs": config.pretrain.epochs,
         "pretrain.batch_size": config.pretrain.batch_size,

@@ -1,4 +1,4 @@
-"""Settings of the held-out evaluation. Importable without torch."""
+"""Settings of the held-out evaluation and of the alarms during training. Importable without torch."""
 
 from __future__ import annotations
 
@@ -23,3 +23,35 @@ class EvaluationConfig:
     max_studies: int = 0
     bootstrap_resamples: int = 2000
     ablations: bool = True
+
+
+@dataclass
+class AlarmConfig:
+    """When a training run is called sick. An infinite upper threshold, or a lower one of 0, silences its sign.
+
+    Attributes:
+        first_steps: steps whose mean is what entropy and length are compared with; also how many values of a reward,
+            at first and of late, its rise is judged by.
+        max_ratio_p99: 99th percentile of the importance ratio proximal / behaviour before truncation.
+        min_ess_share: effective sample size of the importance weights, as a share of their number.
+        min_entropy_share: of the mean entropy of the first steps.
+        max_equal_share, equal_steps: share of groups whose rewards are all equal, and for how many steps in a row.
+        max_length_factor: mean length of a completion, times that of the first steps.
+        max_cut_share: completions that ended at the length limit.
+        max_sync_gap: largest log-prob difference of engine and learner after a sync; for float32, which differs by
+            about 1e-5. With bfloat16 on either side about 0.1.
+        max_fall: of held-out Jaccard or findings F1 since they were first measured, while a reward rose.
+        noise_deviations: a reward has risen if its mean did by so many standard errors.
+    """
+
+    first_steps: int = 10
+    max_ratio_p99: float = 2.0
+    min_ess_share: float = 0.5
+    min_entropy_share: float = 0.3
+    max_equal_share: float = 0.8
+    equal_steps: int = 5
+    max_length_factor: float = 2.0
+    max_cut_share: float = 0.3
+    max_sync_gap: float = 1e-4
+    max_fall: float = 0.05
+    noise_deviations: float = 2.0

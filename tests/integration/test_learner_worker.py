@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,8 @@ async def _life(model_folder: Path, config: Config, groups: list[RolloutGroup]) 
     batch = _to_train(groups)
     found["first"] = (await gang.train_step(batch, 1e-3, 0)).metrics
     await gang.save_checkpoint(folder / "checkpoint")
+    spoilt = replace(batch[1], advantages=np.full(GROUP_SIZE, np.nan, dtype=np.float32))
+    found["spoilt"] = await gang.train_step([batch[0], spoilt, batch[2]], 1e-3, 1)
     await gang.train_step(batch, 1e-3, 1)
     weights, found["checksum"] = await gang.export(2)
     found["weights"] = ray.get(weights)
@@ -167,6 +169,13 @@ def test_a_step_agrees_with_the_engine(trained: dict[str, Any], groups: list[Rol
     assert metrics["fresh_gap_max"] < 1e-5 and metrics["fresh_not_finite"] == 0
     assert metrics["kl"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["skipped"] == 0.0 and metrics["gradient_norm"] > 0
+
+
+def test_a_group_that_is_not_finite_is_named(trained: dict[str, Any]) -> None:
+    """That it left no trace shows where a gang that never saw it resumes bitwise."""
+    step = trained["spoilt"]
+    assert step.culprits == (1,) and step.skipped == "not finite: advantage of group 1"
+    assert step.metrics["skipped"] == 1.0 and step.metrics["seconds/fetch"] >= 0
 
 
 def test_exported_weights_are_those_saved(trained: dict[str, Any], config: Config, model_folder: Path) -> None:

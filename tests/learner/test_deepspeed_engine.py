@@ -20,7 +20,7 @@ from medtvt_rl.learner.grpo_learner import GrpoLearner
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
 AGREED = (
-    *("loss", "kl", "entropy", "num_tokens", "fresh_gap_mean", "fresh_gap_max", "gradient_norm", "tokens"),
+    *("loss", "kl", "entropy", "num_tokens", "tokens", "fresh_gap_mean", "fresh_gap_max", "gradient_norm"),
     *("importance_ratio_mean", "importance_ratio_max", "ess_share"),
 )
 

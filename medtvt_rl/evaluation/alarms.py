@@ -1,0 +1,264 @@
+"""Whether a training run is sick, told from the metrics of its steps.
+
+Owns: the signs of six sicknesses and the line that each is told with. Does not own: how anything is measured, or who is
+told. A sickness is told when it begins, and again only after it had ended. What is not measured, or is NaN, is no sign
+of anything. The state is a function of the steps seen: after a resume, show them again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from statistics import fmean, variance
+
+from medtvt_rl.evaluation.config import AlarmConfig
+
+HELD_OUT = (
+    "held_out/jaccard",
+    "held_out/findings_f1_ecg",
+    "held_out/findings_f1_cxr",
+    "held_out/findings_f1_lab",
+)
+NO_COMPONENTS = ("reward/total", "reward/deviation", "reward/failed")
+MIN_VALUES = 3
+"""On either side of a comparison of rewards; fewer say nothing of their noise."""
+
+Signs = list[str] | None
+"""What is wrong, nothing where all is well; None where nothing was measured."""
+Watch = Callable[[int, Mapping[str, float]], Signs]
+
+
+class Alarms:
+    """Looks at every step of a run, in order."""
+
+    def __init__(self, config: AlarmConfig) -> None:
+        self._sicknesses = [
+            _Sickness(
+                "importance ratios blow up",
+                _Ratios(config),
+                "Lower grpo.max_staleness or grpo.learning_rate; at staleness 0 it is engine against learner, "
+                "see sync_gap_max",
+            ),
+            _Sickness(
+                "entropy collapses",
+                _Entropy(config),
+                "Raise grpo.loss.kl.coefficient or grpo.loss.clip_high, or lower grpo.learning_rate",
+            ),
+            _Sickness(
+                "groups have equal rewards and teach nothing",
+                _EqualGroups(config),
+                "Raise grpo.group_size, or train on prompts that are neither solved nor hopeless",
+            ),
+            _Sickness(
+                "answers run away in length",
+                _Lengths(config),
+                "Look at them in journal/; reward shorter ones, or raise rollout.sampling.max_new_tokens "
+                "if they are good but cut",
+            ),
+            _Sickness(
+                "engines and learner disagree on log-probs",
+                _SyncGap(config),
+                "The engines may serve other weights than were trained: compare learner.dtype with the engines', "
+                "and train no further before they agree",
+            ),
+            _Sickness(
+                "the reward rises while held-out quality falls",
+                _RewardHacking(config),
+                "Go back to the last good model, read samples in journal/, and change that reward or raise "
+                "grpo.loss.kl.coefficient",
+            ),
+        ]
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """One line for every sickness that has begun with this step: what was seen, the threshold, the mend."""
+        lines = (sickness.begun(step, metrics) for sickness in self._sicknesses)
+        return [line for line in lines if line is not None]
+
+
+class _Sickness:
+    """A sickness, and whether the run has it now."""
+
+    def __init__(self, name: str, watch: Watch, mend: str) -> None:
+        self._name, self._watch, self._mend = name, watch, mend
+        self._ill = False
+
+    def begun(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """The line to tell if it has begun."""
+        signs = self._watch(step, metrics)
+        if signs is None:
+            return None
+        was_ill, self._ill = self._ill, bool(signs)
+        if not signs or was_ill:
+            return None
+        return f"step {step}: {self._name}: {'; '.join(signs)}. {self._mend}."
+
+
+class _FirstMean:
+    """The mean of the first values."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._values: list[float] = []
+
+    def after(self, value: float) -> float | None:
+        """The mean once all of them were there before this value; until then this value is one of them."""
+        if len(self._values) == self._count:
+            return fmean(self._values)
+        self._values.append(value)
+        return None
+
+
+class _Ratios:
+    def __init__(self, config: AlarmConfig) -> None:
+        self._config = config
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> Signs:
+        p99, ess = _value(metrics, "importance_ratio_p99"), _value(metrics, "ess_share")
+        if p99 is None and ess is None:
+            return None
+        signs = []
+        if p99 is not None and p99 > self._config.max_ratio_p99:
+            signs.append(_above("importance_ratio_p99", p99, "max_ratio_p99", self._config.max_ratio_p99))
+        if ess is not None and ess < self._config.min_ess_share:
+            signs.append(f"ess_share is {ess:.4g}, below {self._config.min_ess_share:g} (alarms.min_ess_share)")
+        return signs
+
+
+class _Entropy:
+    def __init__(self, config: AlarmConfig) -> None:
+        self._config, self._first = config, _FirstMean(config.first_steps)
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> Signs:
+        value = _value(metrics, "entropy")
+        if value is None:
+            return None
+        usual, share = self._first.after(value), self._config.min_entropy_share
+        if usual is None or value >= share * usual:
+            return []
+        return [f"entropy is {value:.4g}, below {share:g} (alarms.min_entropy_share) of {usual:.4g} at first"]
+
+
+class _EqualGroups:
+    def __init__(self, config: AlarmConfig) -> None:
+        self._config, self._in_a_row = config, 0
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> Signs:
+        name, most, steps = "groups/zero_variance_share", self._config.max_equal_share, self._config.equal_steps
+        value = _value(metrics, name)
+        if value is None:
+            return None
+        self._in_a_row = self._in_a_row + 1 if value > most else 0
+        if self._in_a_row < steps:
+            return []
+        return [f"{_above(name, value, 'max_equal_share', most)} for {steps} steps (alarms.equal_steps)"]
+
+
+class _Lengths:
+    def __init__(self, config: AlarmConfig) -> None:
+        self._config, self._first = config, _FirstMean(config.first_steps)
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> Signs:
+        mean, cut = _value(metrics, "length/mean"), _value(metrics, "length/cut_share")
+        if mean is None and cut is None:
+            return None
+        signs, factor = [], self._config.max_length_factor
+        usual = None if mean is None else self._first.after(mean)
+        if mean is not None and usual is not None and mean > factor * usual:
+            signs.append(
+                f"length/mean is {mean:.4g}, above {factor:g} times (alarms.max_length_factor) the {usual:.4g} at first"
+            )
+        if cut is not None and cut > self._config.max_cut_share:
+            signs.append(_above("length/cut_share", cut, "max_cut_share", self._config.max_cut_share))
+        return signs
+
+
+class _SyncGap:
+    def __init__(self, config: AlarmConfig) -> None:
+        self._most = config.max_sync_gap
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> Signs:
+        value = _value(metrics, "sync_gap_max")
+        if value is None:
+            return None
+        return [_above("sync_gap_max", value, "max_sync_gap", self._most)] if value > self._most else []
+
+
+class _Course:
+    """A reward since held-out quality was first measured: its first values and its latest."""
+
+    def __init__(self, window: int) -> None:
+        self._window, self._count = window, 0
+        self._first: list[float] = []
+        self._latest: deque[float] = deque(maxlen=window)
+
+    def add(self, value: float) -> None:
+        """The next step's value."""
+        if self._count < self._window:
+            self._first.append(value)
+        self._latest.append(value)
+        self._count += 1
+
+    def rise(self, deviations: float) -> tuple[float, float, float] | None:
+        """Mean at first, mean of late and the noise of their difference, if the rise exceeds that.
+
+        No value is on both sides, and both have equally many.
+        """
+        count = min(self._window, self._count // 2)
+        if count < MIN_VALUES:
+            return None
+        first, latest = self._first[:count], list(self._latest)[-count:]
+        noise = deviations * math.sqrt((variance(first) + variance(latest)) / count)
+        before, now = fmean(first), fmean(latest)
+        return (before, now, noise) if now - before > max(noise, 1e-9) else None
+
+
+class _RewardHacking:
+    def __init__(self, config: AlarmConfig) -> None:
+        self._config = config
+        self._first_step: int | None = None
+        self._first_scores: dict[str, float] = {}
+        self._rewards: dict[str, _Course] = {}
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> Signs:
+        scores = {name: value for name in HELD_OUT if (value := _value(metrics, name)) is not None}
+        if scores and self._first_step is None:
+            self._first_step = step
+        if self._first_step is not None:
+            self._follow(metrics)
+        if not scores:
+            return None
+        falls = self._falls(scores)
+        rises = self._rises() if falls else []
+        return [f"{', '.join(rises)} since step {self._first_step}, while {', '.join(falls)}"] if rises else []
+
+    def _follow(self, metrics: Mapping[str, float]) -> None:
+        for name in metrics:
+            value = _value(metrics, name)
+            if name.startswith("reward/") and name not in NO_COMPONENTS and value is not None:
+                self._rewards.setdefault(name, _Course(self._config.first_steps)).add(value)
+
+    def _falls(self, scores: Mapping[str, float]) -> list[str]:
+        most, falls = self._config.max_fall, []
+        for name, now in scores.items():
+            first = self._first_scores.setdefault(name, now)
+            if first - now > most:
+                falls.append(f"{name} fell from {first:.4g} to {now:.4g}, by more than {most:g} (alarms.max_fall)")
+        return falls
+
+    def _rises(self) -> list[str]:
+        courses = {name: course.rise(self._config.noise_deviations) for name, course in self._rewards.items()}
+        return [
+            f"{name} rose from {before:.4g} to {now:.4g} (noise {noise:.2g})"
+            for name, (before, now, noise) in ((name, rise) for name, rise in courses.items() if rise)
+        ]
+
+
+def _value(metrics: Mapping[str, float], name: str) -> float | None:
+    """None where it was not measured."""
+    value = metrics.get(name)
+    return None if value is None or math.isnan(value) else value
+
+
+def _above(name: str, value: float, key: str, threshold: float) -> str:
+    return f"{name} is {value:.4g}, above {threshold:g} (alarms.{key})"

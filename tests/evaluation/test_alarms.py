@@ -1,0 +1,170 @@
+"""One test for each sickness: it sounds, once, and again after it had ended; and silence on a healthy run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from medtvt_rl.evaluation.alarms import Alarms
+from medtvt_rl.evaluation.config import AlarmConfig
+
+HEALTHY = {
+    "importance_ratio_p99": 1.05,
+    "ess_share": 0.99,
+    "entropy": 0.15,
+    "groups/zero_variance_share": 0.1,
+    "length/mean": 53.0,
+    "length/cut_share": 0.01,
+    "sync_gap_max": 2e-6,
+}
+FIRST = [HEALTHY] * 10
+
+
+def sounds(steps: Sequence[dict[str, float]], config: AlarmConfig | None = None) -> dict[int, list[str]]:
+    """The lines of each step that had any."""
+    alarms = Alarms(config or AlarmConfig())
+    lines = {step: alarms.check(step, metrics) for step, metrics in enumerate(steps)}
+    return {step: said for step, said in lines.items() if said}
+
+
+def sick(**values: float) -> dict[str, float]:
+    return {**HEALTHY, **{name.replace("__", "/"): value for name, value in values.items()}}
+
+
+@pytest.mark.parametrize(
+    ("values", "seen", "threshold", "mend"),
+    [
+        ({"importance_ratio_p99": 2.5}, "importance_ratio_p99 is 2.5", "above 2 (alarms.max_ratio_p99)", "staleness"),
+        ({"ess_share": 0.31}, "ess_share is 0.31", "below 0.5 (alarms.min_ess_share)", "grpo.max_staleness"),
+        ({"entropy": 0.04}, "entropy is 0.04", "below 0.3 (alarms.min_entropy_share) of 0.15", "kl.coefficient"),
+        ({"length__mean": 120.0}, "length/mean is 120", "2 times (alarms.max_length_factor) the 53", "journal/"),
+        ({"length__cut_share": 0.4}, "length/cut_share is 0.4", "above 0.3 (alarms.max_cut_share)", "max_new_tokens"),
+        ({"sync_gap_max": 3e-3}, "sync_gap_max is 0.003", "above 0.0001 (alarms.max_sync_gap)", "learner.dtype"),
+        ({"sync_gap_max": math.inf}, "sync_gap_max is inf", "above 0.0001 (alarms.max_sync_gap)", "learner.dtype"),
+    ],
+)
+def test_a_sickness_sounds_once_and_again_after_it_had_ended(
+    values: dict[str, float], seen: str, threshold: str, mend: str
+) -> None:
+    ill = sick(**values)
+    said = sounds([*FIRST, ill, ill, ill, HEALTHY, HEALTHY, ill, ill])
+    assert list(said) == [10, 15]
+    for step, lines in said.items():
+        (line,) = lines
+        assert line.startswith(f"step {step}: ") and "\n" not in line
+        assert seen in line and threshold in line and mend in line
+
+
+def test_equal_groups_sound_after_so_many_steps_in_a_row() -> None:
+    equal = sick(groups__zero_variance_share=0.9)
+    said = sounds([*[equal] * 4, HEALTHY, *[equal] * 8, HEALTHY, *[equal] * 5])
+    assert list(said) == [9, 18]
+    assert "groups/zero_variance_share is 0.9, above 0.8 (alarms.max_equal_share) for 5 steps" in said[9][0]
+    assert "grpo.group_size" in said[9][0]
+
+
+def test_two_signs_of_one_sickness_are_one_line_and_two_sicknesses_are_two() -> None:
+    said = sounds([*FIRST, sick(importance_ratio_p99=9.0, ess_share=0.2, entropy=0.01)])
+    assert [len(lines) for lines in said.values()] == [2]
+    assert "importance_ratio_p99 is 9" in said[10][0] and "ess_share is 0.2" in said[10][0]
+
+
+def test_an_absent_or_undefined_value_neither_begins_nor_ends_a_sickness() -> None:
+    ill, nothing = sick(sync_gap_max=1.0, entropy=0.01), {}
+    undefined = sick(sync_gap_max=math.nan, entropy=math.nan)
+    assert list(sounds([*FIRST, ill, nothing, undefined, ill, nothing, undefined])) == [10]
+    assert sounds([nothing, undefined] * 20) == {}
+
+
+def test_what_was_first_is_not_judged_by_itself() -> None:
+    """A value can be compared with the first steps only after them, however they were spread."""
+    assert sounds([sick(entropy=0.15 * 0.5**step) for step in range(10)]) == {}
+
+
+def test_thresholds_are_those_of_the_configuration() -> None:
+    config = AlarmConfig(first_steps=2, max_ratio_p99=math.inf, min_ess_share=0.0, max_sync_gap=0.1)
+    assert sounds([*FIRST, sick(importance_ratio_p99=1e8, ess_share=0.0, sync_gap_max=0.05)], config) == {}
+    assert list(sounds([HEALTHY, HEALTHY, sick(entropy=0.01)], config)) == [2]
+
+
+def course(
+    rewards: tuple[float, float],
+    held_out: dict[str, tuple[float, float]],
+    steps: int = 60,
+    every: int = 10,
+    seed: int = 0,
+    noise: float = 0.05,
+) -> Iterator[dict[str, float]]:
+    """A run whose reward and held-out scores go linearly from the first value to the second."""
+    rng = np.random.default_rng(seed)
+    for step in range(steps):
+        done = step / (steps - 1)
+        metrics = {"reward/jaccard": rewards[0] + done * (rewards[1] - rewards[0]) + noise * rng.standard_normal()}
+        metrics["reward/total"] = metrics["reward/deviation"] = metrics["reward/jaccard"]
+        if step % every == 0:
+            metrics |= {f"held_out/{name}": a + done * (b - a) for name, (a, b) in held_out.items()}
+        yield metrics
+
+
+@pytest.mark.parametrize("name", ["jaccard", "findings_f1_ecg", "findings_f1_cxr", "findings_f1_lab"])
+def test_a_reward_that_rises_while_held_out_quality_falls_sounds(name: str) -> None:
+    said = sounds(list(course((1.0, 1.5), {name: (0.9, 0.7)})))
+    # It falls by 0.034 to step 10 and by 0.068 to step 20, when it is first measured beyond 0.05.
+    assert list(said) == [20]
+    assert "reward/jaccard rose from" in said[20][0] and "since step 0" in said[20][0]
+    assert f"held_out/{name} fell from 0.9 to 0.8322, by more than 0.05 (alarms.max_fall)" in said[20][0]
+    assert "reward/total" not in said[20][0] and "reward/deviation" not in said[20][0]
+
+
+def test_held_out_quality_that_recovers_and_falls_again_sounds_again() -> None:
+    metrics = list(course((1.0, 1.5), {"jaccard": (0.7, 0.7)}, steps=71))
+    for step, value in ((20, 0.6), (30, 0.6), (40, 0.69), (50, 0.64), (60, 0.5)):
+        metrics[step]["held_out/jaccard"] = value
+    assert list(sounds(metrics)) == [20, 50]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "held_out"),
+    [
+        ((1.0, 1.5), {"jaccard": (0.6, 0.7), "findings_f1_ecg": (0.95, 0.92)}),
+        ((1.0, 1.0), {"jaccard": (0.7, 0.3)}),
+        ((1.5, 1.0), {"jaccard": (0.7, 0.3)}),
+        ((1.0, 1.5), {}),
+    ],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rise_or_a_fall_alone_is_silent(
+    rewards: tuple[float, float], held_out: dict[str, tuple[float, float]], seed: int
+) -> None:
+    # A flat reward crosses two standard errors now and then, so it is held to four here.
+    assert sounds(list(course(rewards, held_out, seed=seed)), AlarmConfig(noise_deviations=4.0)) == {}
+
+
+def test_a_reward_that_is_constant_has_not_risen() -> None:
+    assert sounds(list(course((0.1, 0.1), {"jaccard": (0.7, 0.3)}, noise=0.0))) == {}
+
+
+def test_held_out_scores_without_rewards_are_silent() -> None:
+    assert sounds([{"held_out/jaccard": 0.9 - 0.1 * step} for step in range(8)]) == {}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_healthy_run_is_silent(seed: int) -> None:
+    rng, steps = np.random.default_rng(seed), 200
+    metrics = list(course((1.5, 1.7), {"jaccard": (0.58, 0.6), "findings_f1_ecg": (0.95, 0.94)}, steps, 20, seed))
+    walk = np.cumsum(rng.standard_normal(steps)) * 0.0005
+    for step, values in enumerate(metrics):
+        values |= {
+            "importance_ratio_p99": 1.05 + 0.02 * abs(rng.standard_normal()),
+            "ess_share": 1 - 0.01 * abs(rng.standard_normal()),
+            "entropy": 0.15 - 0.02 * step / steps + walk[step],
+            "groups/zero_variance_share": rng.binomial(16, 0.1) / 16,
+            "length/mean": 53 + 3 * rng.standard_normal(),
+            "length/cut_share": rng.binomial(128, 0.005) / 128,
+            "sync_gap_max": 2e-6 * math.exp(0.7 * rng.standard_normal()),
+        }
+        values |= {k: v + 0.012 * rng.standard_normal() for k, v in values.items() if k.startswith("held_out/")}
+    assert sounds(metrics) == {}
