@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.deadline import DeadlineError, within
 from actors.failure import ActorError, cause_of, with_log
+from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.weights import WeightBufferError
@@ -78,6 +79,7 @@ class GeneratorRoster:
         report: told in one line when a generator is lost, serves again, or is given up.
         renew: makes a new actor for an index; None where none is ever replaced.
         kill: ends the process behind a handle.
+        timeline: where every call is recorded.
 
     Attributes:
         serving: by index.
@@ -92,8 +94,9 @@ class GeneratorRoster:
         report: Callable[[str], None],
         renew: Callable[[int], Any] | None = None,
         kill: Callable[[Any], None] = ray.kill,
+        timeline: Timeline | None = None,
     ) -> None:
-        self._config = config.rollout
+        self._config, self._timeline = config.rollout, timeline or Timeline()
         self._logs = config.folder / "logs"
         self._report, self._renew, self._kill = report, renew, kill
         self.serving = {index: Member(index=index, handle=handle) for index, handle in enumerate(handles)}
@@ -146,7 +149,8 @@ class GeneratorRoster:
         """
         who, asked_at = f"rollout {member.index}", time.monotonic()
         try:
-            found = await within(answer, timeout_s, f"{who} to {what}", setting)
+            with self._timeline.span(who, what):
+                found = await within(answer, timeout_s, f"{who} to {what}", setting)
         except DeadlineError as error:
             if member.answered_at > asked_at:
                 raise

@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError
 from actors.failure import cause_of, with_log
 from actors.learner_worker import LearnerShard, LearnerWorker, RankHealth, WeightHeader
 from actors.placement import Placement
+from actors.timeline import Timeline
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
@@ -58,11 +59,13 @@ class GroupWithAdvantages(Protocol):
 class LearnerGang:
     """Every method raises LearnerError, with all ranks killed, if one of them fails or is late."""
 
-    def __init__(self, config: Config, workers: list[Any]) -> None:
-        self._config, self._workers = config, workers
+    def __init__(self, config: Config, workers: list[Any], timeline: Timeline | None = None) -> None:
+        self._config, self._workers, self._timeline = config, workers, timeline or Timeline()
 
     @classmethod
-    async def start(cls, config: Config, placement: Placement, model_folder: Path) -> LearnerGang:
+    async def start(
+        cls, config: Config, placement: Placement, model_folder: Path, timeline: Timeline | None = None
+    ) -> LearnerGang:
         """Starts one worker in each learner bundle; returns when all have loaded `model_folder`."""
         count = config.learner.num_workers
         environment = {"env_vars": {"OMP_NUM_THREADS": str(config.learner.num_threads)}}
@@ -71,7 +74,7 @@ class LearnerGang:
             actor.options(**placement.options("learner", rank), runtime_env=environment).remote(rank, count, config)
             for rank in range(count)
         ]
-        gang = cls(config, workers)
+        gang = cls(config, workers, timeline)
         timeout_s, setting = config.learner.start_timeout_s, "learner.start_timeout_s"
         addresses = await gang._all("address", lambda worker, _: worker.address.remote(), timeout_s, setting)
         one_node = len({address for address, _ in addresses}) == 1
@@ -172,6 +175,12 @@ class LearnerGang:
         self, call: str, start: Callable[[Any, int], Awaitable[Any]], timeout_s: float, setting: str
     ) -> list[Any]:
         """Results of a call on every rank, in rank order."""
+        with self._timeline.span("learner", call):
+            return await self._results(call, start, timeout_s, setting)
+
+    async def _results(
+        self, call: str, start: Callable[[Any, int], Awaitable[Any]], timeout_s: float, setting: str
+    ) -> list[Any]:
         tasks = [asyncio.ensure_future(_wait(start(worker, rank))) for rank, worker in enumerate(self._workers)]
         try:
             done, missing = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)

@@ -121,13 +121,13 @@ class RolloutGenerator:
             group = await asyncio.wrap_future(future)
         finally:
             self._num_calls -= 1
-        return GroupHeader.of(group, time.perf_counter() - begin), group
+        return GroupHeader.of(group, time.perf_counter() - begin, engine.version), group
 
     @ray.method(num_returns=2)
     async def merge(self, generate_s: float, *parts: RolloutGroup) -> tuple[GroupHeader, RolloutGroup]:
         """One group of parts that were made here and elsewhere, like `generate`; `generate_s` is of the slowest."""
         group = join_group(parts)
-        return GroupHeader.of(group, generate_s), group
+        return GroupHeader.of(group, generate_s, self._running().version), group
 
     async def score(self, group: RolloutGroup, index: int) -> NDArray[np.float32]:
         """Log-probs [T], at temperature 1 under the weights of now, of one completion of a group."""

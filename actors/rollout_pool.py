@@ -32,6 +32,7 @@ from actors.generator_roster import (
 )
 from actors.placement import Placement
 from actors.rollout_generator import RolloutGenerator
+from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from medtvt_rl.rollout.parts import split_group
 from medtvt_rl.rollout.pending import Wave
@@ -59,6 +60,7 @@ class RolloutPool:
         report: told in one line what becomes of a generator that is lost.
         renew: makes a new actor in the bundle of an index; without it a lost generator is left out for good.
         kill: ends the process behind a handle.
+        timeline: where every call is recorded.
 
     Every method raises GeneratorLostError when no generator serves and none will, with the cause and the end of the log
     of each.
@@ -71,9 +73,10 @@ class RolloutPool:
         report: Callable[[str], None] = logger.warning,
         renew: Callable[[int], Any] | None = None,
         kill: Callable[[Any], None] = ray.kill,
+        timeline: Timeline | None = None,
     ) -> None:
         self._config = config.rollout
-        self._roster = GeneratorRoster(config, generators, report, renew, kill)
+        self._roster = GeneratorRoster(config, generators, report, renew, kill, timeline)
         self._seats: dict[int, list[Seat]] = {}
         self._waves = count(1)
 
@@ -84,6 +87,7 @@ class RolloutPool:
         placement: Placement,
         model_folder: Path,
         report: Callable[[str], None] = logger.warning,
+        timeline: Timeline | None = None,
     ) -> RolloutPool:
         """Starts every generator in its bundle and waits until its engine has loaded `model_folder`."""
         actor: Any = RolloutGenerator
@@ -93,7 +97,7 @@ class RolloutPool:
 
         generators = [make(index) for index in range(placement.count("rollout"))]
         await asyncio.gather(*(_started(config, index, generator) for index, generator in enumerate(generators)))
-        return cls(config, generators, report, make)
+        return cls(config, generators, report, make, timeline=timeline)
 
     @property
     def num_left(self) -> int:

@@ -20,6 +20,7 @@ from actors.failure import ActorError, cause_of, with_log
 from actors.placement import Placement
 from actors.reference_policy import ReferencePolicy
 from actors.reward_scorer import RewardScorer
+from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import ReferenceHeader
@@ -33,19 +34,29 @@ class ScorerPool:
         kill: ends the process behind a handle.
     """
 
-    def __init__(self, config: Config, start_scorer: Callable[[int], Any], kill: Callable[[Any], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        start_scorer: Callable[[int], Any],
+        kill: Callable[[Any], None],
+        timeline: Timeline | None = None,
+    ) -> None:
         self._config, self._start_scorer, self._kill = config, start_scorer, kill
+        self._timeline = timeline or Timeline()
         self._scorers = [start_scorer(index) for index in range(config.num_scorers)]
         self._turn = count()
 
     @classmethod
-    async def start(cls, config: Config, placement: Placement, model_folder: Path) -> ScorerPool:
+    async def start(
+        cls, config: Config, placement: Placement, model_folder: Path, timeline: Timeline | None = None
+    ) -> ScorerPool:
         """Starts every scorer in its bundle; returns when all have their tokenizer and reward functions."""
         actor: Any = RewardScorer
         pool = cls(
             config,
             lambda index: actor.options(**placement.options("reward", index)).remote(config, str(model_folder), index),
             ray.kill,
+            timeline,
         )
         await _ready(config, "reward", pool._scorers)
         return pool
@@ -60,7 +71,8 @@ class ScorerPool:
         while True:
             scorer = self._scorers[index]
             try:
-                return await _score(self._config, "reward", index, scorer.score.remote(group))
+                with self._timeline.span(f"reward {index}", "score a group"):
+                    return await _score(self._config, "reward", index, scorer.score.remote(group))
             except (DeadlineError, ActorError) as error:
                 if self._scorers[index] is not scorer:
                     continue
@@ -73,12 +85,15 @@ class ScorerPool:
 class ReferencePool:
     """The reference policies."""
 
-    def __init__(self, config: Config, references: list[Any]) -> None:
+    def __init__(self, config: Config, references: list[Any], timeline: Timeline | None = None) -> None:
         self._config, self._references = config, references
+        self._timeline = timeline or Timeline()
         self._turn = count()
 
     @classmethod
-    async def start(cls, config: Config, placement: Placement, model_folder: Path) -> ReferencePool:
+    async def start(
+        cls, config: Config, placement: Placement, model_folder: Path, timeline: Timeline | None = None
+    ) -> ReferencePool:
         """Starts every reference in its bundle; returns when all have loaded `model_folder`."""
         actor: Any = ReferencePolicy
         references = [
@@ -86,13 +101,14 @@ class ReferencePool:
             for index in range(config.num_references)
         ]
         await _ready(config, "reference", references)
-        return cls(config, references)
+        return cls(config, references, timeline)
 
     async def logprobs(self, group: ray.ObjectRef) -> tuple[ray.ObjectRef, ReferenceHeader]:
         """A reference to the log-probs of one group, and what the driver sees of them."""
         index = next(self._turn) % len(self._references)
         header, payload = self._references[index].logprobs.remote(group)
-        return payload, await _score(self._config, "reference", index, header)
+        with self._timeline.span(f"reference {index}", "score a group"):
+            return payload, await _score(self._config, "reference", index, header)
 
 
 async def _ready(config: Config, role: str, actors: list[Any]) -> None:

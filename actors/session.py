@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 import ray
 
-from medtvt_rl.config import Config, ConfigError
+from medtvt_rl.config import Config
+from medtvt_rl.config_checks import ConfigError
 
 CONNECT_TIMEOUT_S = 10.0
 

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medtvt_rl.config import Config, ConfigError, load_config
+from medtvt_rl.config import Config, load_config
+from medtvt_rl.config_checks import ConfigError
 
 if TYPE_CHECKING:
     from pipelines.reporter import Reporter

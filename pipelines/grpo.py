@@ -20,6 +20,7 @@ from actors.learner_gang import LearnerGang
 from actors.placement import Placement, grpo_roles, place, plan
 from actors.rollout_pool import RolloutPool
 from actors.scoring_pools import ReferencePool, ScorerPool
+from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.dotted import resolve
@@ -45,29 +46,35 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
     bundles = plan(config, grpo_roles(config))
     reporter.line(f"grpo: starting {len(bundles)} actors")
     placement = place(bundles, config.placement.timeout_s)
+    timeline = Timeline()
     try:
         rollouts, scoring, reference, gang = await asyncio.gather(
-            RolloutPool.start(config, placement, folder, lambda text: reporter.line(f"grpo: {text}")),
-            ScorerPool.start(config, placement, folder),
-            _start_reference(config, placement, folder),
-            LearnerGang.start(config, placement, folder),
+            RolloutPool.start(config, placement, folder, lambda text: reporter.line(f"grpo: {text}"), timeline),
+            ScorerPool.start(config, placement, folder, timeline),
+            _start_reference(config, placement, folder, timeline),
+            LearnerGang.start(config, placement, folder, timeline),
         )
         reporter.start("grpo", config.grpo.steps, "step")
         with Journal(config.folder / "journal", tokenizer) as journal:
             report = StepReport(reporter, journal, Alarms(config.alarms))
             held_out = _held_out(config, rollouts, tokenizer)
-            loop = GrpoLoop(config.grpo, sampler, rollouts, scoring, reference, gang, report, held_out)
+            limit = config.rollout.sampling.max_new_tokens
+            loop = GrpoLoop(config.grpo, limit, sampler, rollouts, scoring, reference, gang, report, held_out)
             result = await loop.run()
         await gang.save_model(config.stage_folder("grpo") / "model")
         rollouts.stop()
         gang.stop()
     finally:
         placement.release()
+        timeline.write(config.folder / "timeline.json")
     return {"summary": {"grpo": summarise(result)}}
 
 
-async def _start_reference(config: Config, placement: Placement, folder: Path) -> ReferencePool | None:
-    return await ReferencePool.start(config, placement, folder) if grpo_roles(config)["reference"] else None
+async def _start_reference(
+    config: Config, placement: Placement, folder: Path, timeline: Timeline
+) -> ReferencePool | None:
+    needed = grpo_roles(config)["reference"] > 0
+    return await ReferencePool.start(config, placement, folder, timeline) if needed else None
 
 
 def _held_out(config: Config, rollouts: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> HeldOutMeasurement | None:

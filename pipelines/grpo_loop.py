@@ -25,6 +25,7 @@ import numpy as np
 
 from medtvt_rl.algorithm.advantages import group_advantages, has_signal
 from medtvt_rl.algorithm.config import GrpoConfig
+from medtvt_rl.algorithm.shaping import overlong_penalty
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.rollout.buffer import AdmissionBuffer
 from medtvt_rl.types import LearnerStep, Prompt
@@ -52,11 +53,16 @@ class LoopError(RuntimeError):
 
 
 class GrpoLoop:
-    """Drives generators, scorers, reference and learner until `config.steps` steps are done."""
+    """Drives generators, scorers, reference and learner until `config.steps` steps are done.
+
+    Args:
+        max_new_tokens: length limit of a completion.
+    """
 
     def __init__(
         self,
         config: GrpoConfig,
+        max_new_tokens: int,
         sampler: PromptSampler,
         rollouts: Rollouts,
         scoring: Scoring,
@@ -66,6 +72,7 @@ class GrpoLoop:
         held_out: HeldOut | None = None,
     ) -> None:
         self._config = config
+        self._max_new_tokens = max_new_tokens
         self._sampler = sampler
         self._rollouts = rollouts
         self._scoring = scoring
@@ -96,9 +103,10 @@ class GrpoLoop:
             for task in done:
                 task.result()
         finally:
-            leftover = [producer, trainer, *self._tasks, *([self._measuring] if self._measuring else [])]
-            for task in leftover:
-                task.cancel()
+            leftover: list[asyncio.Task[Any]] = [producer, trainer, *self._tasks]
+            leftover += [self._measuring] if self._measuring is not None else []
+            for each in leftover:
+                each.cancel()
             await asyncio.gather(*leftover, return_exceptions=True)
         return self.result
 
@@ -235,8 +243,11 @@ class GrpoLoop:
         return [self._with_advantages(group) for group in taken]
 
     def _with_advantages(self, group: FinishedGroup) -> TrainingGroup:
-        kl = self._config.loss.kl
+        kl, overlong = self._config.loss.kl, self._config.overlong
         rewards = group.rewards.total
+        if overlong.weight:
+            penalty = overlong_penalty(group.header.lengths, self._max_new_tokens, overlong.buffer_tokens)
+            rewards = rewards + overlong.weight * penalty
         if group.reference_header is not None and kl.placement == "reward":
             rewards = rewards - kl.coefficient * group.reference_header.kl
         return TrainingGroup(group=group, advantages=group_advantages(rewards, self._config.advantage))

@@ -17,7 +17,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from medtvt_rl.config import Config, ConfigError, to_yaml
+from medtvt_rl.config import Config, to_yaml
+from medtvt_rl.config_checks import ConfigError
 from pipelines.memory import PeakMemory
 from pipelines.reporter import Reporter
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from medtvt_rl.config import ConfigError, load_config, to_yaml
+from medtvt_rl.config import load_config, to_yaml
+from medtvt_rl.config_checks import ConfigError
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 

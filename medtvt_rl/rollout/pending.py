@@ -5,6 +5,9 @@ Owns: these records, and the error of those whose engine broke. Does not own: wh
 
 from __future__ import annotations
 
+import queue
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -88,3 +91,36 @@ class WeightUpdate:
     buffer: WeightBuffer
     on_update: OnUpdate
     future: Future[int]
+
+
+def startable_groups(
+    waiting: Sequence[PendingGroup], excused: Counter[Wave]
+) -> tuple[list[PendingGroup], list[PendingGroup]]:
+    """The groups that may start, those of complete waves last and in id order; and those that wait for their wave.
+
+    Args:
+        excused: members of a wave that will not come; a wave that is complete is taken out.
+    """
+    here = excused + Counter(group.wave for group in waiting if group.wave is not None)
+    complete = {wave for wave, count in here.items() if count >= wave.size}
+    for wave in complete:
+        del excused[wave]
+    free = [group for group in waiting if group.wave is None]
+    members = [group for group in waiting if group.wave in complete]
+    members.sort(key=lambda group: (group.group_id, group.first_index))
+    return free + members, [group for group in waiting if group.wave is not None and group.wave not in complete]
+
+
+def uncancellable() -> Future[Any]:
+    """A future that a caller who stops waiting cannot cancel: the engine's thread will still set it."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def drained(commands: queue.SimpleQueue[Any]) -> list[Any]:
+    """What a queue holds now; nobody else may take from it."""
+    taken = []
+    while not commands.empty():
+        taken.append(commands.get())
+    return taken

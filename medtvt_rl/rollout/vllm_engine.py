@@ -25,7 +25,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
-from medtvt_rl.rollout.pending import EngineBrokenError, OnUpdate, PendingGroup, Request, Wave, WeightUpdate
+from medtvt_rl.rollout.pending import (
+    EngineBrokenError,
+    OnUpdate,
+    PendingGroup,
+    Request,
+    Wave,
+    WeightUpdate,
+    drained,
+    startable_groups,
+    uncancellable,
+)
 from medtvt_rl.rollout.sampling import completion_seed
 from medtvt_rl.rollout.vllm_core import SampledTokens, VllmCore
 from medtvt_rl.types import Completion, Prompt, RolloutGroup
@@ -124,7 +134,7 @@ class VllmEngine:
             sampling=sampling,
             greedy=greedy,
             max_tokens=min(sampling.max_new_tokens, room),
-            future=_uncancellable(),
+            future=uncancellable(),
             first_index=first_index,
             wave=wave,
         )
@@ -155,7 +165,7 @@ class VllmEngine:
             sampling=SamplingConfig(),
             greedy=True,
             max_tokens=1,
-            future=_uncancellable(),
+            future=uncancellable(),
             num_scored=num_scored,
         )
         self._send(group)
@@ -178,7 +188,7 @@ class VllmEngine:
         """
         if on_update not in ("continue", "finish", "restart"):
             raise ValueError(f"rollout.on_update: {on_update!r}, expected 'continue', 'finish' or 'restart'")
-        update = WeightUpdate(buffer=buffer, on_update=on_update, future=_uncancellable())
+        update = WeightUpdate(buffer=buffer, on_update=on_update, future=uncancellable())
         self._send(update)
         return update.future.result()
 
@@ -277,7 +287,8 @@ class VllmEngine:
                 command()
 
     def _admit(self) -> None:
-        for group in self._take_startable():
+        startable, self._waiting = startable_groups(self._waiting, self._excused)
+        for group in startable:
             try:
                 group.rendered = self._core.render(group.prompt, group.item)
                 group.item = None
@@ -286,17 +297,6 @@ class VllmEngine:
             except Exception as error:  # what vLLM refuses is this group's fault alone
                 self._withdraw(group)
                 group.future.set_exception(error)
-
-    def _take_startable(self) -> list[PendingGroup]:
-        """The groups that wait for nothing; those of a wave once it is complete, in id order."""
-        here = self._excused + Counter(group.wave for group in self._waiting if group.wave is not None)
-        complete = {wave for wave, count in here.items() if count >= wave.size}
-        startable = [group for group in self._waiting if group.wave is None]
-        members = [group for group in self._waiting if group.wave in complete]
-        self._waiting = [group for group in self._waiting if group.wave is not None and group.wave not in complete]
-        for wave in complete:
-            del self._excused[wave]
-        return startable + sorted(members, key=lambda group: (group.group_id, group.first_index))
 
     def _start(self, request: Request) -> None:
         group = request.group
@@ -375,7 +375,7 @@ class VllmEngine:
         """Serves no more: everything at hand and everything to come raises EngineBrokenError."""
         with self._lock:
             self.broken = self.broken or reason
-        for command in _drain(self._commands):
+        for command in drained(self._commands):
             if isinstance(command, PendingGroup):
                 self._waiting.append(command)
             elif isinstance(command, WeightUpdate):
@@ -388,17 +388,3 @@ class VllmEngine:
         for future in futures:
             if not future.done():
                 future.set_exception(EngineBrokenError(self.broken))
-
-
-def _uncancellable() -> Future[Any]:
-    """A future that a caller who stops waiting cannot cancel: the engine's thread will still set it."""
-    future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()
-    return future
-
-
-def _drain(commands: queue.SimpleQueue[Any]) -> list[Any]:
-    drained = []
-    while not commands.empty():
-        drained.append(commands.get())
-    return drained

@@ -51,6 +51,7 @@ class FakeGenerator:
             gate.set()
         self.dead = asyncio.Event()
         self.groups: list[int] = []
+        self.waves: list[Any] = []
         self.parts: list[tuple[int, int, int]] = []
         self.versions: list[int] = []
         self.start = Method(lambda: self._answer("start", {}))
@@ -61,9 +62,10 @@ class FakeGenerator:
         self.stats = Method(lambda: self._answer("score", {"tokens_generated": 1.0}))
 
     def _generate(
-        self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool, first_index: int
+        self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool, first_index: int, wave: Any
     ) -> tuple[Awaitable[Any], str]:
         self.groups.append(group_id)
+        self.waves.append(wave)
         self.parts.append((group_id, first_index, num_completions))
         end = first_index + num_completions
         return self._answer("generate", header(group_id, num_completions)), f"{first_index}..{end} of {self.name}"

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from actors.session import probe_address
-from medtvt_rl.config import ConfigError
+from medtvt_rl.config_checks import ConfigError
 
 
 def test_a_listening_address_passes() -> None:

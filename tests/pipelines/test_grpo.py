@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_journal import training_group
+from test_journal import trained_step, training_group
 
 from medtvt_rl.config import Config, TaskConfig
+from medtvt_rl.evaluation.alarms import Alarms
+from medtvt_rl.evaluation.config import AlarmConfig
 from medtvt_rl.rollout.config import EngineConfig, RolloutConfig, SamplingConfig
 from medtvt_rl.types import Prompt
 from pipelines.grpo import StepReport, load_prompts
@@ -50,12 +52,20 @@ class Notes:
 
 def test_failed_completions_skipped_steps_and_discarded_groups_are_named() -> None:
     notes = Notes()
-    report = StepReport(notes, notes)  # type: ignore[arg-type]
+    report = StepReport(notes, notes, Alarms(AlarmConfig()))  # type: ignore[arg-type]
     metrics = {"reward/total": 0.0, "staleness/max": 0.0, "kl": 0.0, "entropy": 0.0}
-    report.step(0, metrics, [training_group(3)])
+    report.step(trained_step(0, training_group(3), **metrics))
     assert not notes.lines
-    report.step(1, {**metrics, "skipped": 1.0}, [training_group(4), training_group(5, (None, "jaccard: boom", None))])
+    sick = training_group(5, (None, "jaccard: boom", None))
+    report.step(trained_step(1, training_group(4), sick, **metrics, skipped=1.0))
     assert "e.g. 5/1: jaccard: boom" in notes.lines[0]
     assert "step 1 changed nothing" in notes.lines[1] and notes.lines[1].endswith("groups 4, 5")
     report.discarded(17, "p", "ActorError: it died\nend of log")
     assert notes.lines[2] == "grpo: group 17 discarded: ActorError: it died" and notes.given_up == [17]
+    report.replaced(training_group(18).group)
+    assert len(notes.lines) == 3 and notes.given_up == [17, 18]
+    report.nonfinite(2, [training_group(19), training_group(20)], "the loss of group 19 is not finite")
+    assert notes.lines[3].startswith("grpo: step 2 goes on without groups 19, 20: the loss of group 19")
+    assert notes.given_up == [17, 18, 19, 20]
+    report.step(trained_step(2, training_group(21), **metrics, sync_gap_max=0.5))
+    assert "step 2: ALARM: " in notes.lines[4]

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from medtvt_rl.algorithm.config import DynamicSamplingConfig, GrpoConfig, HeldOutConfig
+from medtvt_rl.algorithm.config import DynamicSamplingConfig, GrpoConfig, HeldOutConfig, OverlongConfig
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import GroupHeader, LearnerStep, Prompt, ReferenceHeader
@@ -86,6 +86,7 @@ class FakeCluster:
         self.sick = sick
         self.waves: list[list[int]] = []
         self.checkpoints: list[int] = []
+        self.last_batch: list[TrainingGroup] = []
         self.gap = gap
         self.version = 0
         self.random = random.Random(seed)
@@ -100,6 +101,7 @@ class FakeCluster:
 
     async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> LearnerStep:
         assert version == self.version
+        self.last_batch = groups
         await asyncio.sleep(self.train_s)
         culprits = tuple(sorted({group.group_id for group in groups} & self.sick))
         if culprits:
@@ -174,7 +176,7 @@ def run_loop(
 
     async def run() -> GrpoLoop:
         sampler, engines, scorers = PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(equal)
-        loop = GrpoLoop(config, sampler, engines, scorers, cluster, cluster, told or Told(), held_out)
+        loop = GrpoLoop(config, 3, sampler, engines, scorers, cluster, cluster, told or Told(), held_out)
         await asyncio.wait_for(loop.run(), 20)
         return loop
 
@@ -316,3 +318,12 @@ def test_checkpoints_are_written_when_due_and_each_step_says_where_its_time_went
         assert f"seconds/{name}" in told.metrics[0]
     assert sum(m["staleness/groups_at_0"] for m in told.metrics if "staleness/groups_at_0" in m) >= 4
     assert told.metrics[0]["reward_equal_groups/jaccard"] == 0
+
+
+def test_overlong_completions_are_punished_in_the_advantages_alone() -> None:
+    told, cluster = Told(), FakeCluster()
+    overlong = OverlongConfig(weight=2.0, buffer_tokens=1)
+    run_loop(cluster, told, frozenset(range(100)), overlong=overlong)
+    # All are three tokens long, the limit: each loses 2, so that no advantage changes, and the reward is as scored.
+    assert told.metrics[0]["reward/total"] == 1.0
+    assert all(not group.advantages.any() for group in cluster.last_batch)

@@ -1,0 +1,238 @@
+"""Checks of a configuration across fields: what no single field can know.
+
+Owns: the checks, and the form of their errors: the key, its value, what was expected, and the mend. Does not own: types
+and unknown keys, which loading refuses (config.py). Importable without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from medtvt_rl.config import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key, the value, what was expected, and the mend."""
+
+
+def check_config(config: Config) -> None:
+    """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
+    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_rewards, _check_stages)
+    for check in checks:
+        check(config)
+
+
+def _require(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} is {value!r}: {expected}")
+
+
+def _check_counts(config: Config) -> None:
+    grpo, rollout = config.grpo, config.rollout
+    _require(
+        grpo.group_size >= 2, "grpo.group_size", grpo.group_size, "a group of one has no advantage; set at least 2"
+    )
+    positive = {
+        "grpo.steps": grpo.steps,
+        "grpo.groups_per_step": grpo.groups_per_step,
+        "grpo.updates_per_batch": grpo.updates_per_batch,
+        "rollout.num_generators": rollout.num_generators,
+        "num_scorers": config.num_scorers,
+        "learner.num_workers": config.learner.num_workers,
+        "learner.token_budget": config.learner.token_budget,
+        "grpo.held_out.max_prompts": grpo.held_out.max_prompts,
+        "evaluation.num_samples": config.evaluation.num_samples,
+        "alarms.first_steps": config.alarms.first_steps,
+        "alarms.equal_steps": config.alarms.equal_steps,
+        "rollout.sampling.max_new_tokens": rollout.sampling.max_new_tokens,
+        "pretrain.epochs": config.pretrain.epochs,
+        "pretrain.batch_size": config.pretrain.batch_size,
+        "sft.epochs": config.sft.epochs,
+        "sft.batch_size": config.sft.batch_size,
+    }
+    for key, value in positive.items():
+        _require(value >= 1, key, value, "set at least 1")
+    not_negative = {
+        "grpo.dynamic_sampling.max_replaced": grpo.dynamic_sampling.max_replaced,
+        "grpo.held_out.every_steps": grpo.held_out.every_steps,
+        "grpo.max_nonfinite_groups": grpo.max_nonfinite_groups,
+        "grpo.checkpoint_every": grpo.checkpoint_every,
+    }
+    for key, value in not_negative.items():
+        _require(value >= 0, key, value, "set 0 (off) or more")
+    _require(grpo.max_staleness >= 0, "grpo.max_staleness", grpo.max_staleness, "0 is on-policy; it can't be negative")
+    _require(
+        config.learner.zero_stage in (0, 1, 2, 3),
+        "learner.zero_stage",
+        config.learner.zero_stage,
+        "ZeRO has stages 0 to 3",
+    )
+    _require(grpo.loss.kl.coefficient >= 0, "grpo.loss.kl.coefficient", grpo.loss.kl.coefficient, "set 0 or more")
+    weight, buffer, limit = grpo.overlong.weight, grpo.overlong.buffer_tokens, rollout.sampling.max_new_tokens
+    _require(weight >= 0, "grpo.overlong.weight", weight, "it weighs a penalty; set 0 (off) or more")
+    _require(
+        weight == 0 or 0 < buffer < limit,
+        "grpo.overlong.buffer_tokens",
+        buffer,
+        f"set 1 or more, and less than rollout.sampling.max_new_tokens = {limit}",
+    )
+    needs_reference = grpo.loss.kl.coefficient > 0
+    _require(
+        config.num_references >= 1 or not needs_reference,
+        "num_references",
+        config.num_references,
+        f"grpo.loss.kl.coefficient = {grpo.loss.kl.coefficient} needs a reference policy; set 1, or the coefficient 0",
+    )
+
+
+def _check_batches(config: Config) -> None:
+    completions = config.grpo.groups_per_step * config.grpo.group_size
+    workers = config.learner.num_workers
+    _require(
+        completions % workers == 0,
+        "grpo.groups_per_step * grpo.group_size",
+        completions,
+        f"it does not divide by learner.num_workers = {workers}; change one of the three",
+    )
+    for name, stage in (("pretrain", config.pretrain), ("sft", config.sft)):
+        _require(stage.num_workers >= 1, f"{name}.num_workers", stage.num_workers, "set at least 1")
+        _require(
+            stage.batch_size % stage.num_workers == 0,
+            f"{name}.batch_size",
+            stage.batch_size,
+            f"it does not divide by {name}.num_workers = {stage.num_workers}; change one of the two",
+        )
+
+
+def _check_sampling(config: Config) -> None:
+    sampling, engine = config.rollout.sampling, config.rollout.engine
+    _require(
+        sampling.temperature > 0,
+        "rollout.sampling.temperature",
+        sampling.temperature,
+        "training samples; set it above 0 (evaluation adds the greedy answer by itself)",
+    )
+    _require(
+        sampling.top_p == 1.0,
+        "rollout.sampling.top_p",
+        sampling.top_p,
+        "scoring does not truncate, so a truncated sample would bias the importance ratio; set 1.0",
+    )
+    _require(
+        sampling.top_k == -1,
+        "rollout.sampling.top_k",
+        sampling.top_k,
+        "scoring does not truncate, so a truncated sample would bias the importance ratio; set -1",
+    )
+    _require(
+        sampling.max_new_tokens < engine.max_model_len,
+        "rollout.sampling.max_new_tokens",
+        sampling.max_new_tokens,
+        f"no room for a prompt in rollout.engine.max_model_len = {engine.max_model_len}; lower it, or raise that",
+    )
+    _require(engine.block_size % 32 == 0, "rollout.engine.block_size", engine.block_size, "set a multiple of 32")
+    longest = engine.max_model_len
+    _require(
+        config.learner.token_budget >= longest,
+        "learner.token_budget",
+        config.learner.token_budget,
+        f"one sequence can have rollout.engine.max_model_len = {longest} tokens; set at least that",
+    )
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    _require(
+        model.lora.dropout == 0,
+        "model.lora.dropout",
+        model.lora.dropout,
+        "the learner would score another policy than the engine samples; set 0",
+    )
+    if config.task.items is None:
+        return
+    width, heads = model.backbone.hidden_size, model.backbone.num_heads
+    if model.init is None:
+        _require(
+            config.rollout.engine.max_model_len <= model.backbone.max_positions,
+            "rollout.engine.max_model_len",
+            config.rollout.engine.max_model_len,
+            f"the model has model.backbone.max_positions = {model.backbone.max_positions}; lower it, or raise that",
+        )
+        for name in ("ecg_steps", "cxr_steps", "lab_steps"):
+            steps = getattr(config.encoders, name)
+            _require(
+                steps <= 0 or config.data.findings_csv is not None,
+                f"encoders.{name}",
+                steps,
+                "the encoders learn findings, and data.findings_csv is null; name their table, or set 0",
+            )
+        _require(width % heads == 0, "model.backbone.hidden_size", width, f"it does not divide by num_heads = {heads}")
+        _require(
+            width % model.perception.num_heads == 0,
+            "model.perception.num_heads",
+            model.perception.num_heads,
+            f"model.backbone.hidden_size = {width} does not divide by it",
+        )
+    _require(
+        model.perception.tokens_per_modality >= 1,
+        "model.perception.tokens_per_modality",
+        model.perception.tokens_per_modality,
+        "set at least 1",
+    )
+    _require(
+        config.data.film.size == model.cxr.image_size,
+        "data.film.size",
+        config.data.film.size,
+        f"the film encoder takes model.cxr.image_size = {model.cxr.image_size}; set both alike",
+    )
+
+
+def _check_sync(config: Config) -> None:
+    rollout = config.rollout
+    for name in ("max_restarts", "max_completions_per_engine"):
+        value = getattr(rollout, name)
+        _require(value is None or value >= 0, f"rollout.{name}", value, "set 0 or more")
+    _require(rollout.restart_window_s > 0, "rollout.restart_window_s", rollout.restart_window_s, "set more than 0")
+    try:
+        config.weights.resolved(config.model.lora)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_rewards(config: Config) -> None:
+    judged = config.task.evaluate is None and "evaluate" in config.run.stages
+    if "grpo" in config.run.stages or judged:
+        _require(
+            bool(config.rewards),
+            "rewards",
+            {},
+            "name at least one, e.g. rewards.jaccard.function=medtvt_rl.rewards.jaccard:jaccard_reward",
+        )
+    for name, reward in config.rewards.items():
+        _require(
+            ":" in reward.function,
+            f"rewards.{name}.function",
+            reward.function,
+            "give a dotted path 'package.module:function'",
+        )
+        _require(reward.low < reward.high, f"rewards.{name}.low", reward.low, f"it must be below high = {reward.high}")
+
+
+def _check_stages(config: Config) -> None:
+    known = ["cohort", "pretrain", "sft", "grpo", "evaluate"]
+    for stage in config.run.stages:
+        _require(stage in known, "run.stages", stage, f"known stages are {', '.join(known)}")
+    _require(
+        config.run.stages == [stage for stage in known if stage in config.run.stages],
+        "run.stages",
+        config.run.stages,
+        f"each stage stands once, in the order {', '.join(known)}",
+    )
+    splits = list(config.data.labs_csv)
+    _require(
+        config.task.items is None or config.evaluation.split in splits,
+        "evaluation.split",
+        config.evaluation.split,
+        f"data.labs_csv has the splits {', '.join(splits)}",
+    )
