@@ -12,7 +12,7 @@ class KlConfig:
 
     Attributes:
         coefficient: 0 needs no reference policy, and none is started.
-        placement: in the loss, or subtracted from the reward.
+        placement: in the loss (arXiv 2402.03300), or subtracted from the reward (2203.02155).
     """
 
     coefficient: float = 0.1
@@ -27,7 +27,7 @@ class ImportanceConfig:
     Attributes:
         mode: "truncated" caps the ratio at `cap` (Ionides 2008); "masked" drops what exceeds it (arXiv 2510.18855);
             "none" trusts the samples.
-        level: ratio per token, or of the whole sequence.
+        level: ratio per token (2505.24298), or of the whole sequence.
     """
 
     mode: Literal["none", "truncated", "masked"] = "truncated"
@@ -41,7 +41,8 @@ class LossConfig:
 
     Attributes:
         kind: grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo (2506.13585).
-        clip_low, clip_high: the ratio policy/proximal is clipped to [1 - clip_low, 1 + clip_high].
+        clip_low, clip_high: the ratio policy/proximal is clipped to [1 - clip_low, 1 + clip_high]; equal bounds after
+            PPO (1707.06347), a higher upper one after DAPO (2503.14476).
     """
 
     kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"

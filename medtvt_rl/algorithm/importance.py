@@ -25,6 +25,9 @@ def importance_weights(
 ) -> tuple[Tensor, Tensor]:
     """Weight of each token, and which tokens were truncated or masked.
 
+    truncated: min(ratio, cap) (Ionides, "Truncated Importance Sampling", 2008).
+    masked: the ratio, or 0 above the cap (https://arxiv.org/abs/2510.18855).
+    none: 1.
     At level "sequence" every token carries the ratio of its whole completion, exp(sum of the differences).
 
     Args:

@@ -2,6 +2,8 @@
 
 Owns: k1, k2, k3 per token, and the KL of a whole completion for the reward. Does not own: the weight of the term, or
 where it is added. All three are from Schulman, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
+k3 as a term of the loss is GRPO's (https://arxiv.org/abs/2402.03300); the KL as a part of the reward is that of
+https://arxiv.org/abs/2203.02155.
 """
 
 from __future__ import annotations

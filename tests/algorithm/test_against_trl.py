@@ -30,9 +30,6 @@ from medtvt_rl.algorithm.config import ImportanceConfig, KlConfig, LossConfig
 from medtvt_rl.algorithm.importance import importance_weights
 from medtvt_rl.algorithm.losses import Denominators, LossInputs, policy_loss
 
-# TRL warns of a vLLM newer than those it was tried with; nothing of vLLM is used here.
-pytestmark = pytest.mark.filterwarnings("ignore:TRL currently supports vLLM")
-
 GROUP_SIZE, MAX_NEW_TOKENS, CAP = 4, 9, 1.25
 LENGTHS = (7, 1, 5, 3, 6, 7, 2, 4)
 # The last group is equal but for one completion; its deviation is small against the epsilon that is added to it.
@@ -79,8 +76,12 @@ def batch() -> Batch:
 @pytest.fixture(scope="module")
 def trl() -> SimpleNamespace:
     """TRL's trainers with a batch in the place of the model."""
-    pytest.importorskip("trl")
-    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+    with pytest.MonkeyPatch.context() as patch:
+        # TRL would import vLLM, whose environment must be set before its first import in a process, and not by TRL.
+        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+        import_utils = pytest.importorskip("trl.import_utils")
+        patch.setattr(import_utils, "is_vllm_available", lambda *args, **kwargs: False)
+        from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     class OfBatch:
         batch: Batch
