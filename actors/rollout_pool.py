@@ -127,9 +127,9 @@ class RolloutPool:
         is left, with the same seeds. Once only: it may be the group that breaks engines.
         """
         seats = self._seats.pop(group_id, None) or self._free_seats(num_completions)
+        if len(seats) == 1:
+            return await self._part(prompt, group_id, seats[0], greedy)
         made = await asyncio.gather(*(self._part(prompt, group_id, seat, greedy) for seat in seats))
-        if len(made) == 1:
-            return made[0]
         seconds, payloads = max(header.generate_s for header, _ in made), [payload for _, payload in made]
         return await self._with_payload(
             lambda handle: handle.merge.remote(seconds, *payloads), f"merge the parts of group {group_id}"

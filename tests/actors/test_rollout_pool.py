@@ -171,3 +171,33 @@ def test_every_engine_scores(tmp_path: Path) -> None:
         assert all(np.array_equal(scored, np.zeros(2)) for scored in await pool.score("group", 0))
 
     asyncio.run(run())
+
+
+def test_groups_of_a_wave_have_their_generators_before_they_are_asked_for(tmp_path: Path) -> None:
+    async def run(order: list[int]) -> tuple[list[list[tuple[int, int, int]]], list[list[Any]]]:
+        cast = Cast(tmp_path, 2, max_completions_per_engine=6)
+        cast.pool.together([4, 5, 6], 8)
+        answers = await asyncio.gather(*(cast.pool.generate(PROMPT, group_id, 8) for group_id in order))
+        assert len(answers) == 3
+        await cast.pool.generate(PROMPT, 7, 2)
+        return [sorted(g.parts) for g in cast.first], [g.waves for g in cast.first]
+
+    parts, waves = asyncio.run(run([4, 5, 6]))
+    assert (parts, waves) == asyncio.run(run([6, 5, 4]))
+    assert parts[0][:3] == [(4, 0, 4), (5, 0, 4), (6, 0, 4)] and parts[1] == [(4, 4, 4), (5, 4, 4), (6, 4, 4)]
+    first, second = waves
+    assert {wave.size for wave in (*first[:3], *second)} == {3}
+    assert len({wave.number for wave in first[:3]}) == 1 and first[0].number != second[0].number
+    assert first[3] is None, "group 7 belongs to no wave"
+
+
+def test_a_seat_whose_generator_is_lost_is_taken_by_another_at_once(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, replace=False)
+        cast.pool.together([0, 1], 4)
+        cast.first[0].fault = ActorDiedError()
+        answers = await asyncio.gather(*(cast.pool.generate(PROMPT, group_id, 4) for group_id in (0, 1)))
+        assert {payload for _, payload in answers} == {"0..4 of g1"}
+        assert sorted(wave is None for wave in cast.first[1].waves) == [False, True]
+
+    asyncio.run(run())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
@@ -24,3 +27,17 @@ SMALL = [
     "evaluation.num_samples=2",
     "evaluation.bootstrap_resamples=200",
 ]
+
+
+def medtvt_rl(root: Path, *arguments: str, timeout_s: float = 420) -> subprocess.CompletedProcess[str]:
+    """Runs a stage in a process of its own, as a user does."""
+    command = [sys.executable, "-m", f"pipelines.{arguments[0]}", "-c", "configs/quickstart.yaml", f"run.root={root}"]
+    return subprocess.run(
+        [*command, *arguments[1:]],
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )

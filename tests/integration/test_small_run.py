@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from small_run import PROJECT, SMALL
+from small_run import SMALL, medtvt_rl
 
 METRICS = [
     "jaccard",
@@ -21,29 +18,6 @@ METRICS = [
     "findings_f1_cxr",
     "findings_f1_lab",
 ]
-
-
-def medtvt_rl(root: Path, *arguments: str, timeout_s: float = 420) -> subprocess.CompletedProcess[str]:
-    """Runs a stage in a process of its own, as a user does."""
-    command = [sys.executable, "-m", f"pipelines.{arguments[0]}", "-c", "configs/quickstart.yaml", f"run.root={root}"]
-    return subprocess.run(
-        [*command, *arguments[1:]],
-        cwd=PROJECT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    done = medtvt_rl(folder, "run", *SMALL)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (folder / "first_output.txt").write_text(done.stdout)
-    return folder
 
 
 @pytest.mark.cluster

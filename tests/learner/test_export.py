@@ -40,7 +40,7 @@ def _policy() -> TextPolicy:
     return TextPolicy(LlamaForCausalLM(settings))
 
 
-def _packed(policy: Any, send: Sent = "merged") -> WeightBuffer:
+def packed(policy: Any, send: Sent = "merged") -> WeightBuffer:
     weights = export_weights(PlainEngine(policy), version=5, send=send)
     assert weights is not None and weights.version == 5
     weights.verify()
@@ -48,10 +48,10 @@ def _packed(policy: Any, send: Sent = "merged") -> WeightBuffer:
 
 
 def _exported(policy: TextPolicy) -> dict[str, torch.Tensor]:
-    return dict(_packed(policy).tensors())
+    return dict(packed(policy).tensors())
 
 
-def _tri_modal(train_embeddings: bool, tie: bool = True) -> Any:
+def tri_modal(train_embeddings: bool, tie: bool = True) -> Any:
     """Adapters that do something; of the tower the perception layer and the film encoder learn."""
     policy = small_model(small_config(tie=tie), small_tokenizer())
     set_encoders_trainable(policy, False)
@@ -100,16 +100,16 @@ def test_a_sharded_engine_gathers_the_frozen_weights_beneath_adapters() -> None:
 
 
 def test_each_way_sends_less_than_the_next() -> None:
-    adapter = _packed(_tri_modal(train_embeddings=False), "adapter")
-    policy = _tri_modal(train_embeddings=True)
-    sizes = [adapter.data.nbytes] + [_packed(policy, send).data.nbytes for send in ("trainable", "merged", "full")]
+    adapter = packed(tri_modal(train_embeddings=False), "adapter")
+    policy = tri_modal(train_embeddings=True)
+    sizes = [adapter.data.nbytes] + [packed(policy, send).data.nbytes for send in ("trainable", "merged", "full")]
     assert sizes == sorted(sizes) and len(set(sizes)) == 4
 
 
 @pytest.mark.parametrize("send", ["adapter", "trainable"])
 def test_adapters_travel_apart_and_what_is_beneath_them_stays(send: Sent) -> None:
-    policy = _tri_modal(train_embeddings=send == "trainable")
-    weights = _packed(policy, send)
+    policy = tri_modal(train_embeddings=send == "trainable")
+    weights = packed(policy, send)
     low_ranks, whole = dict(weights.low_ranks()), dict(weights.tensors())
     assert len(low_ranks) == 2 * ADAPTED_PER_LAYER and not set(low_ranks) & set(whole)
     layer = policy.language_model.model.layers[1].mlp.down_proj
@@ -126,12 +126,12 @@ def test_adapters_travel_apart_and_what_is_beneath_them_stays(send: Sent) -> Non
 @pytest.mark.parametrize("tie", [True, False])
 def test_every_way_sends_the_weights_that_the_policy_has_now(send: Sent, tie: bool) -> None:
     """Whole or to be merged: each weight that learns, once; the statistics of those that learn, and of no other."""
-    policy = _tri_modal(train_embeddings=send != "adapter", tie=tie)
+    policy = tri_modal(train_embeddings=send != "adapter", tie=tie)
     start = {name: tensor.clone() for name, tensor in named_weights(policy)}
     beneath = {
         name.replace(".base_layer.", "."): p.detach() for name, p in policy.named_parameters() if ".base_layer." in name
     }
-    weights = _packed(policy, send)
+    weights = packed(policy, send)
     merged = {name: low_rank.added_to(beneath[name]) for name, low_rank in weights.low_ranks()}
     found = dict(weights.tensors()) | merged
     assert len(found) == len(weights.index) + len(weights.adapters), "each once"
@@ -145,5 +145,5 @@ def test_every_way_sends_the_weights_that_the_policy_has_now(send: Sent, tie: bo
 
 def test_without_adapters_all_that_learns_is_the_same_sent_either_way() -> None:
     policy = _policy()
-    merged, trainable = _packed(policy, "merged"), _packed(policy, "trainable")
+    merged, trainable = packed(policy, "merged"), packed(policy, "trainable")
     assert merged.index == trainable.index and merged.checksum == trainable.checksum and not trainable.adapters

@@ -11,7 +11,7 @@ import torch
 
 from medtvt_rl.rollout import vllm_engine
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
-from medtvt_rl.rollout.pending import EngineBrokenError
+from medtvt_rl.rollout.pending import EngineBrokenError, Wave
 from medtvt_rl.rollout.vllm_core import SampledTokens
 from medtvt_rl.rollout.vllm_engine import VllmEngine
 from medtvt_rl.types import Prompt
@@ -117,3 +117,34 @@ def test_a_later_part_of_a_group_has_the_ids_and_seeds_of_its_place(monkeypatch:
         assert [completion.completion_id for completion in group.completions] == ["7/5", "7/6", "7/7"]
         with pytest.raises(ValueError, match="from index -1 on"):
             engine.submit(prompt("good"), None, 7, 3, 0, SamplingConfig(), first_index=-1)
+
+
+def test_a_wave_starts_when_it_is_complete_and_in_id_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "VllmCore", NotingCore)
+    NotingCore.rendered = []
+    wave, other = Wave(number=1, size=4), Wave(number=2, size=1)
+    with VllmEngine("folder", EngineConfig()) as engine:
+
+        def submit(group_id: int, wave: Wave | None) -> Any:
+            return engine.submit(prompt(str(group_id)), None, group_id, 2, 0, SamplingConfig(), wave=wave)
+
+        members = [submit(group_id, wave) for group_id in (7, 5)]
+        submit(9, None).result(10)
+        submit(8, other).result(10)
+        assert not any(member.done() for member in members), "two of four are missing"
+        members.append(submit(6, wave))
+        engine.excuse(wave)
+        for member in members:
+            member.result(10)
+        assert NotingCore.rendered == ["9", "8", "5", "6", "7"]
+        assert not engine._excused
+
+
+class NotingCore(FakeCore):
+    """Notes the prompts in the order in which they start."""
+
+    rendered: list[str]
+
+    def render(self, prompt: Prompt, item: object) -> str:
+        self.rendered.append(prompt.prompt_id)
+        return prompt.prompt_id

@@ -1,0 +1,59 @@
+"""Bit for bit: two on-policy runs of one seed, and steps that are repeated from their records."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import PROJECT, SMALL, medtvt_rl
+
+
+def on_policy_run(root: Path, name: str) -> list[dict[str, Any]]:
+    """GRPO alone, from the model that SFT left in the small run: the journal's lines of its steps."""
+    settings = [
+        *(f"run.name={name}", "run.stages=[grpo]", f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"),
+        *("grpo.max_staleness=0", "grpo.steps=4", "grpo.checkpoint_every=2", "rollout.num_generators=2"),
+        *("grpo.held_out.every_steps=2", "grpo.held_out.max_prompts=4", "grpo.dynamic_sampling.max_replaced=1"),
+    ]
+    done = medtvt_rl(root, "grpo", *SMALL, *settings)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads(line) for line in (root / name / "journal" / "steps.jsonl").read_text().splitlines()]
+
+
+def replay(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines.cli", "replay", str(run), *arguments]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.cluster
+def test_two_on_policy_runs_of_one_seed_end_in_equal_weights(root: Path) -> None:
+    first, second = on_policy_run(root, "exact_a"), on_policy_run(root, "exact_b")
+    assert [step["checksum"] for step in first] == [step["checksum"] for step in second]
+    assert len({step["checksum"] for step in first}) == 4, "every step changed the weights"
+    for name in ("groups.jsonl", "samples.jsonl"):
+        assert (root / "exact_a" / "journal" / name).read_text() == (root / "exact_b" / "journal" / name).read_text()
+    weights = [(root / name / "stages" / "grpo" / "model" / "model.safetensors") for name in ("exact_a", "exact_b")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    done = replay(root / "exact_a", "--from-step", "2", "--to-step", "4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "versions 3 to 4 equal the run's weights bit for bit" in done.stdout
+
+
+@pytest.mark.cluster
+def test_the_steps_of_an_asynchronous_run_are_repeated_bit_for_bit(root: Path) -> None:
+    run = root / "small"
+    done = replay(run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "versions 1 to 3 equal the run's weights bit for bit" in done.stdout
+    late = replay(run, "--from-step", "1")
+    assert late.returncode == 2 and "there are checkpoints of [0]" in late.stderr
+    steps = run / "journal" / "steps.jsonl"
+    lines = [json.loads(line) for line in steps.read_text().splitlines()]
+    lines[1]["checksum"] ^= 1
+    steps.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    wrong = replay(run)
+    assert wrong.returncode == 1 and "step 1: weights of version 2 have checksum" in wrong.stderr
