@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-# The window of 5 is shorter than prompts and completions; 33 positions are just those of the longest sequence.
+# The window of 5 is shorter than prompts and completions.
 MODELS = {
     "llama": LlamaConfig(**SIZES),
     "mistral": MistralConfig(**SIZES, sliding_window=5),
@@ -159,6 +159,18 @@ def test_text_models_score_as_if_each_sequence_ran_alone(model: str, attention: 
 @pytest.mark.parametrize("sizes", [[1], [2], [33], [1, 1, 1], [33, 1, 8]])
 def test_any_size_of_group(sizes: list[int]) -> None:
     check(text_policy(MODELS["llama"]), text_groups(sizes))
+
+
+def test_padding_beside_a_long_prompt_stays_within_the_positions_of_the_model() -> None:
+    rng = np.random.default_rng(0)
+    lengths = [(32, 1), (30, 3), (2, 31), (33, 0)]
+    check(
+        text_policy(MODELS["gpt2"]),
+        [
+            ScoredSequence(prompt_ids=rng.integers(0, VOCABULARY, p), completion_ids=rng.integers(0, VOCABULARY, c))
+            for p, c in lengths
+        ],
+    )
 
 
 def test_groups_cut_by_the_token_budget() -> None:
