@@ -88,7 +88,7 @@ class LearnerGang:
     async def train_step(
         self, groups: Sequence[GroupWithAdvantages], learning_rate: float, version: int
     ) -> LearnerStep:
-        """One step on whole groups, their completions spread over the ranks by length; its answer is over all ranks."""
+        """One step on whole groups, spread over the ranks with nearly equal tokens; its answer is over all ranks."""
         lengths = [length for g in groups for length in g.group.header.lengths]
         denominators = Denominators(
             num_sequences=len(lengths),
@@ -224,23 +224,23 @@ async def _wait(reference: Awaitable[Any]) -> Any:
 
 
 def shard_groups(groups: Sequence[GroupWithAdvantages], num_ranks: int) -> list[list[LearnerShard]]:
-    """The completions of a batch as one list of shards a rank, with nearly equal tokens.
+    """The completions of a batch as one list of shards a rank, see balanced_shards.
 
     Raises:
         ValueError: fewer completions than ranks.
     """
-    places = [(g, index) for g, group in enumerate(groups) for index in range(len(group.group.header.lengths))]
-    if len(places) < num_ranks:
+    lengths = [[max(1, length) for length in group.group.header.lengths] for group in groups]
+    num_completions = sum(map(len, lengths))
+    if num_completions < num_ranks:
         raise ValueError(
-            f"learner.num_workers: {num_ranks} ranks for {len(places)} completions; "
+            f"learner.num_workers: {num_ranks} ranks for {num_completions} completions; "
             "raise grpo.groups_per_step or grpo.group_size, or lower learner.num_workers"
         )
-    lengths = [max(1, groups[g].group.header.lengths[index]) for g, index in places]
     shards = []
-    for members in balanced_shards(lengths, num_ranks):
+    for places in balanced_shards(lengths, num_ranks):
         by_group: dict[int, list[int]] = {}
-        for member in members:
-            by_group.setdefault(places[member][0], []).append(places[member][1])
+        for g, index in places:
+            by_group.setdefault(g, []).append(index)
         shards.append([_shard(groups[g], indices) for g, indices in by_group.items()])
     return shards
 

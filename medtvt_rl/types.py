@@ -116,6 +116,11 @@ class RolloutGroup:
     completions: tuple[Completion, ...]
 
     @property
+    def oldest_version(self) -> int:
+        """The smallest policy version of any token, 0 without one; staleness = learner version - this."""
+        return min((int(c.policy_versions.min()) for c in self.completions if len(c.policy_versions)), default=0)
+
+    @property
     def num_tokens(self) -> int:
         """Completion tokens of the whole group."""
         return sum(len(c.token_ids) for c in self.completions)
@@ -166,14 +171,16 @@ class GroupHeader:
     @classmethod
     def of(cls, group: RolloutGroup, generate_s: float, version: int = 0) -> GroupHeader:
         """The header of a finished group; one without a single token is of `version`."""
-        made = [c.policy_versions for c in group.completions if len(c.policy_versions)] or [np.array([version])]
+        newest = max(
+            (int(c.policy_versions.max()) for c in group.completions if len(c.policy_versions)), default=version
+        )
         return cls(
             group_id=group.group_id,
             prompt_id=group.prompt.prompt_id,
             lengths=tuple(len(c.token_ids) for c in group.completions),
             num_cut=sum(c.finish_reason == "length" for c in group.completions),
-            oldest_version=min(int(versions.min()) for versions in made),
-            newest_version=max(int(versions.max()) for versions in made),
+            oldest_version=group.oldest_version if group.num_tokens else version,
+            newest_version=newest,
             generate_s=generate_s,
         )
 

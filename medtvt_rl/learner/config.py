@@ -13,7 +13,8 @@ class LearnerConfig:
     Attributes:
         num_workers: ranks; each is one Ray actor.
         zero_stage: DeepSpeed ZeRO stage (arXiv 1910.02054).
-        token_budget: padded tokens of one micro-batch of one rank; memory follows it, whatever the group size.
+        token_budget: padded tokens of one micro-batch of one rank, a prompt counted once for all its completions in it;
+            memory follows it, whatever the group size.
         num_threads: torch threads per rank.
         step_timeout_s: deadline of one training step; also that of every collective in it.
     """

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from medtvt_rl.algorithm.config import LossConfig
 from medtvt_rl.algorithm.losses import Denominators, LossInputs, policy_loss
-from medtvt_rl.algorithm.packing import micro_batches
+from medtvt_rl.algorithm.packing import Extent, micro_batches
 from medtvt_rl.config import Config
 from medtvt_rl.learner.culprits import Fault, agree, describe, groups_of, has_finite_gradient, row_faults
 from medtvt_rl.learner.engine import StepOutcome, TrainingEngine
@@ -83,7 +83,7 @@ class GrpoLearner:
         started = time.perf_counter()
         if not sequences:
             raise ValueError("sequences: got none on this rank, expected at least one a rank; train on a larger batch")
-        plan = self._plan([len(s.prompt.token_ids) + len(s.completion.token_ids) for s in sequences])
+        plan = self._plan([_scored(s.prompt, s.completion).extent for s in sequences])
         batches = [_MicroBatch(self._context, [sequences[i] for i in members], counted) for members, counted in plan]
         if self._num_updates > 1:
             for batch in batches:
@@ -112,15 +112,15 @@ class GrpoLearner:
         }
         return LearnerStep(metrics=metrics, skipped=skipped, culprits=culprits)
 
-    def _plan(self, lengths: list[int]) -> list[tuple[list[int], bool]]:
+    def _plan(self, extents: list[Extent]) -> list[tuple[list[int], bool]]:
         """Micro-batches of this rank, each with whether it counts; padded with the shortest sequence to the same
         number on all.
 
         A rank that ran fewer would leave the others waiting in a collective.
         """
-        members = micro_batches(lengths, self._token_budget)
+        members = micro_batches(extents, self._token_budget)
         count = int(self.engine.all_reduce(torch.tensor([len(members)], dtype=torch.int64), "max").item())
-        padding = [min(range(len(lengths)), key=lengths.__getitem__)]
+        padding = [min(range(len(extents)), key=lambda i: extents[i].prompt_tokens + extents[i].completion_tokens)]
         return [(m, True) for m in members] + [(padding, False)] * (count - len(members))
 
     def _update(
@@ -164,9 +164,7 @@ class GrpoLearner:
 
     def score(self, prompt: Prompt, completion: Completion) -> NDArray[np.float32]:
         """Log-probs [T] of a completion at temperature 1, under the weights of now; the same on every rank."""
-        scored = ScoredSequence(
-            prompt_ids=prompt.token_ids, completion_ids=completion.token_ids, item_id=prompt.item_id
-        )
+        scored = _scored(prompt, completion)
         batch = build_batch([scored], self._context.items, self.engine.dtype, self.engine.device)
         with torch.no_grad():
             logprobs, _ = self.engine.forward(batch, temperature=1.0)
@@ -216,12 +214,7 @@ class _MicroBatch:
         return part
 
     def _tokens(self) -> TokenBatch:
-        scored = [
-            ScoredSequence(
-                prompt_ids=s.prompt.token_ids, completion_ids=s.completion.token_ids, item_id=s.prompt.item_id
-            )
-            for s in self._sequences
-        ]
+        scored = [_scored(s.prompt, s.completion) for s in self._sequences]
         engine = self._context.engine
         return build_batch(scored, self._context.items, engine.dtype, engine.device)
 
@@ -293,3 +286,7 @@ class _MicroBatch:
     def _spread(batch: TokenBatch, values: Sequence[np.ndarray[Any, Any]]) -> Tensor:
         flat = torch.from_numpy(np.concatenate(values).astype(np.float32))
         return batch.spread(flat.to(batch.targets.device))
+
+
+def _scored(prompt: Prompt, completion: Completion) -> ScoredSequence:
+    return ScoredSequence(prompt_ids=prompt.token_ids, completion_ids=completion.token_ids, item_id=prompt.item_id)

@@ -1,9 +1,9 @@
 """Log-probs of given tokens under a policy: the one place where the learner and the reference policy compute them.
 
-Owns: the chunked log-prob function, the padded batch it is computed over, and `score_sequences`.
-Does not own: what becomes of the log-probs (algorithm/losses.py), or which sequences share a batch
-(algorithm/packing.py). The temperature divides the logits here as it does in the rollout engine, so that both
-describe one distribution.
+Owns: the chunked log-prob function, the batch it is computed over, and `score_sequences`.
+Does not own: what becomes of the log-probs (algorithm/losses.py), which sequences share a batch
+(algorithm/packing.py), or how completions share a prompt (model/token_tree.py). The temperature divides the logits
+here as it does in the rollout engine, so that both describe one distribution.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medtvt_rl.algorithm.packing import micro_batches
+from medtvt_rl.algorithm.packing import Extent, micro_batches
+from medtvt_rl.model.token_tree import TokenTree
 
 CHUNK_ROWS = 128
 
@@ -48,28 +49,35 @@ class ScoredSequence:
         """Tokens of prompt and completion together."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    @property
+    def extent(self) -> Extent:
+        """What packing needs to know; sequences of one prompt, with its item, share it."""
+        return Extent(
+            prompt=(self.item_id, self.prompt_ids.astype(np.int64).tobytes()),
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.completion_ids),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
-    """A right-padded micro-batch of B sequences, L columns, with N completion tokens to score.
+    """A micro-batch of B completions with N tokens to score.
 
     Attributes:
-        input_ids: [B, L] int64; padding holds 0 and is hidden by the mask, whatever token 0 means.
-        attention_mask: [B, L] int64, 1 = token, 0 = padding.
-        items: tensors of the U unique items, [U, ...] each; None for plain text.
-        item_index: [B] int64, the item of each sequence; None for plain text.
-        rows, columns: [N] int64, the hidden state that predicts each scored token.
-        slots: [N] int64, the token's place in its completion.
+        tree: prompts and completions; the last token of a completion predicts nothing, and is left out.
+        items: tensors of the unique items, each once; None for plain text.
+        item_index: [U] int64, the item of each stem; None for plain text.
+        states: [N] int64, which of the tree's hidden states predicts each scored token.
+        rows, slots: [N] int64, completion and place in it of each scored token.
         targets: [N] int64, the scored tokens.
-        lengths: completion tokens of each sequence.
+        lengths: tokens of each completion.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    tree: TokenTree
     items: dict[str, Tensor] | None
     item_index: Tensor | None
+    states: Tensor
     rows: Tensor
-    columns: Tensor
     slots: Tensor
     targets: Tensor
     lengths: tuple[int, ...]
@@ -163,19 +171,19 @@ class ScoringModule(nn.Module):
     def forward(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs [N] and entropies [N] of the batch's scored tokens."""
         policy: Any = self.policy
-        hidden = policy.hidden_states(batch.input_ids, batch.attention_mask, batch.items, batch.item_index)
-        return token_logprobs(hidden[batch.rows, batch.columns], policy.output_weight, batch.targets, temperature)
+        hidden = policy.hidden_states(batch.tree, batch.items, batch.item_index)
+        return token_logprobs(hidden[batch.states], policy.output_weight, batch.targets, temperature)
 
 
 def load_items(
     item_ids: Sequence[str | None], items: ItemSource | None, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor] | None, Tensor | None]:
-    """The unique items of a micro-batch, stacked, and the row that each sequence uses.
+    """The unique items among those of some prompts, stacked, and the row that each prompt uses.
 
     Floating tensors are cast to `dtype`, the policy's.
 
     Raises:
-        ValueError: some sequences have an item and others have none, or there is no source for them.
+        ValueError: some prompts have an item and others have none, or there is no source for them.
     """
     named = [item_id for item_id in item_ids if item_id is not None]
     if not named:
@@ -198,40 +206,52 @@ def build_batch(
     items: ItemSource | None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    share_prompts: bool = True,
 ) -> TokenBatch:
-    """Pads sequences on the right and loads each of their items once.
+    """Pads sequences and loads each of their items once.
 
-    The token in slot t of a completion is predicted by the hidden state at column P - 1 + t.
+    Args:
+        share_prompts: each prompt is a stem and its completions are branches. Otherwise a whole sequence is a stem, and
+            there are no branches: one forward pass in the place of two, for completions that share nothing. Ranks that
+            shard parameters must choose alike.
     """
-    width = max(sequence.length for sequence in sequences)
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    rows, columns, slots, targets = [], [], [], []
-    for row, sequence in enumerate(sequences):
-        tokens = np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(np.int64)
-        input_ids[row, : len(tokens)] = torch.from_numpy(tokens)
-        attention_mask[row, : len(tokens)] = 1
-        place = np.arange(len(sequence.completion_ids))
-        rows.append(np.full(len(place), row))
-        slots.append(place)
-        columns.append(place + len(sequence.prompt_ids) - 1)
-        targets.append(tokens[len(sequence.prompt_ids) :])
-    stacked, item_index = load_items([sequence.item_id for sequence in sequences], items, dtype)
+    keys = [sequence.extent.prompt if share_prompts else row for row, sequence in enumerate(sequences)]
+    owners = dict(zip(keys, sequences))
+    places = {key: place for place, key in enumerate(owners)}
+    stem_of = [places[key] for key in keys]
+    if share_prompts:
+        stems, branches = [s.prompt_ids for s in owners.values()], [s.completion_ids[:-1] for s in sequences]
+        tree = TokenTree.of(stems, branches, stem_of, device)
+    else:
+        stems = [np.concatenate([s.prompt_ids, s.completion_ids[:-1]]) for s in sequences]
+        tree = TokenTree.of(stems, device=device)
+    lengths = [len(s.completion_ids) for s in sequences]
+    rows = np.repeat(np.arange(len(sequences)), lengths)
+    slots = np.concatenate([np.arange(length) for length in lengths])
+    start = np.array([len(s.prompt_ids) - len(stems[stem]) for s, stem in zip(sequences, stem_of)])
+    states = tree.state_index(np.array(stem_of)[rows], rows, start[rows] + slots - 1)
+    stacked, item_index = load_items([s.item_id for s in owners.values()], items, dtype)
 
-    def flat(parts: list[NDArray[Any]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+    def flat(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(device)
 
     return TokenBatch(
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
+        tree=tree,
         items=None if stacked is None else {name: value.to(device) for name, value in stacked.items()},
         item_index=None if item_index is None else item_index.to(device),
+        states=flat(states),
         rows=flat(rows),
-        columns=flat(columns),
         slots=flat(slots),
-        targets=flat(targets),
-        lengths=tuple(len(sequence.completion_ids) for sequence in sequences),
+        targets=flat(np.concatenate([s.completion_ids for s in sequences])),
+        lengths=tuple(lengths),
     )
+
+
+def whole_rows(sequences: Sequence[ScoredSequence]) -> list[Extent]:
+    """What packing needs to know where no prompt is shared: each sequence is a prompt of its own, whole."""
+    return [
+        Extent(prompt=row, prompt_tokens=sequence.length, completion_tokens=0) for row, sequence in enumerate(sequences)
+    ]
 
 
 def score_sequences(
@@ -246,13 +266,13 @@ def score_sequences(
 
     Args:
         policy: a PolicyModel; its mode (eval or train) is the caller's.
-        token_budget: padded tokens of one forward pass.
+        token_budget: of one micro-batch, see micro_batches.
         grad: keep the graph; off, memory is that of one micro-batch.
     """
     first = next(policy.parameters())
     module, scores = ScoringModule(policy), [torch.empty(0)] * len(sequences)
     with torch.set_grad_enabled(grad):
-        for members in micro_batches([sequence.length for sequence in sequences], token_budget):
+        for members in micro_batches([sequence.extent for sequence in sequences], token_budget):
             batch = build_batch([sequences[i] for i in members], items, first.dtype, first.device)
             logprobs, _ = module(batch, temperature)
             for index, part in zip(members, logprobs.split(batch.lengths)):

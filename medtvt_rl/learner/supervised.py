@@ -23,7 +23,7 @@ from medtvt_rl.learner.config import SupervisedConfig
 from medtvt_rl.learner.engine import TrainingEngine
 from medtvt_rl.learner.examples import ExampleSource
 from medtvt_rl.learner.schedule import warmup_cosine
-from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, build_batch
+from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, build_batch, whole_rows
 
 BUCKET_BATCHES = 8
 """Batches that are cut from one length-sorted stretch of the shuffled examples."""
@@ -173,7 +173,7 @@ class SupervisedTrainer:
         """One optimizer step: each rank takes every world_size-th example, so that their lengths are alike."""
         num_tokens = sum(len(example.completion_ids) for example in batch)
         ranks = [batch[rank :: self._engine.world_size] for rank in range(self._engine.world_size)]
-        plans = [micro_batches([e.length for e in own], self._token_budget) for own in ranks]
+        plans = [micro_batches(whole_rows(own), self._token_budget) for own in ranks]
         count, own, plan = max(map(len, plans)), ranks[self._engine.rank], plans[self._engine.rank]
         total = torch.zeros(1, dtype=torch.float64)
         for index in range(count):
@@ -194,7 +194,7 @@ class SupervisedTrainer:
 
     def _loss(self, examples: Sequence[ScoredSequence]) -> Tensor:
         """Summed negative log-prob of the answer tokens."""
-        batch = build_batch(examples, self._items, self._engine.dtype, self._engine.device)
+        batch = build_batch(examples, self._items, self._engine.dtype, self._engine.device, share_prompts=False)
         return -self._engine.forward(batch, 1.0)[0].sum()
 
 

@@ -15,7 +15,7 @@ import torch
 
 from medtvt_rl.algorithm.packing import micro_batches
 from medtvt_rl.learner.engine import TrainingEngine
-from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, build_batch, load_items
+from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, build_batch, load_items, whole_rows
 from medtvt_rl.rewards.config import RewardConfig
 from medtvt_rl.rewards.scorer import Scorer
 from medtvt_rl.rollout.config import SamplingConfig
@@ -33,7 +33,7 @@ class HeldOutLoss:
         self._engine, self._items = engine, items
         self._num_tokens = sum(len(example.completion_ids) for example in examples)
         ranks = [examples[rank :: engine.world_size] for rank in range(engine.world_size)]
-        plans = [micro_batches([e.length for e in own], token_budget) for own in ranks]
+        plans = [micro_batches(whole_rows(own), token_budget) for own in ranks]
         own, plan = ranks[engine.rank], plans[engine.rank]
         padding = [(list(examples[:1]), False)] * (max(map(len, plans)) - len(plan))
         self._batches = [([own[i] for i in members], True) for members in plan] + padding
@@ -44,7 +44,7 @@ class HeldOutLoss:
         self._engine.policy.eval()
         total = torch.zeros(1, dtype=torch.float64)
         for examples, counted in self._batches:
-            batch = build_batch(examples, self._items, self._engine.dtype, self._engine.device)
+            batch = build_batch(examples, self._items, self._engine.dtype, self._engine.device, share_prompts=False)
             logprobs, _ = self._engine.forward(batch, 1.0)
             total -= logprobs.double().sum().cpu() * float(counted)
         return float(self._engine.all_reduce(total, "sum").item()) / max(self._num_tokens, 1)

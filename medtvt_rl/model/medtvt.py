@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from medtvt_rl.model.config import CxrEncoderConfig, EcgEncoderConfig, LabEncoderConfig, PerceptionConfig
 from medtvt_rl.model.named_weights import named_weights
+from medtvt_rl.model.token_tree import TokenTree, tree_states
 from medtvt_rl.model.tower import StudyTower
 from medtvt_rl.types import MODALITIES
 
@@ -149,8 +150,17 @@ class MedTVTForCausalLM(PreTrainedModel, GenerationMixin):
         """Soft tokens [U, 3K, D] and gates [U, 3] of U studies, in the order ECG, film, labs; see StudyTower."""
         return self.study_tower(ecg, cxr, lab, present)
 
-    def embed(self, input_ids: Tensor, items: dict[str, Tensor] | None, item_index: Tensor | None) -> Tensor:
-        """Input embeddings [B, T, D]; the tower runs once per row of `items`, whatever the number of rows B."""
+    def embed(
+        self,
+        input_ids: Tensor,
+        items: dict[str, Tensor] | None,
+        item_index: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Input embeddings [B, T, D]; the tower runs once per row of `items`, whatever the number of rows B.
+
+        No padding (`mask` [B, T] is 0) is taken for a placeholder.
+        """
         embeddings = self.get_input_embeddings()(input_ids)
         if items is None:
             return embeddings
@@ -160,27 +170,21 @@ class MedTVTForCausalLM(PreTrainedModel, GenerationMixin):
                 f"items: {len(tokens)} studies for {len(input_ids)} rows; give item_index [B], the study of each row"
             )
         rows = tokens if item_index is None else tokens[item_index]
-        return place_study_tokens(input_ids, embeddings, rows, self.config.study_placeholders)
+        known = input_ids if mask is None else input_ids.masked_fill(mask == 0, -1)
+        return place_study_tokens(known, embeddings, rows, self.config.study_placeholders)
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        items: dict[str, Tensor] | None = None,
-        item_index: Tensor | None = None,
+        self, tree: TokenTree, items: dict[str, Tensor] | None = None, item_index: Tensor | None = None
     ) -> Tensor:
-        """Last hidden states [B, T, D], after the final norm.
+        """Last hidden states [U * P + B * C, D], after the final norm; see tree_states.
 
         Args:
-            input_ids: [B, T], padded on the right.
-            attention_mask: [B, T], 1 where there is a token.
-            items: tensors of U studies, see StudyTower.forward; None for plain text.
-            item_index: [B]: row b reads study item_index[b]; None means row b reads study b.
+            tree: stems hold the placeholders of their study; a branch is text, whatever it holds.
+            items: tensors of the studies, see StudyTower.forward; None for plain text.
+            item_index: [U]: stem u reads study item_index[u]; None means stem u reads study u.
         """
-        embeddings = self.embed(input_ids, items, item_index)
-        return self.language_model.model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        stems = self.embed(tree.stem_ids, items, item_index, tree.stem_mask)
+        return tree_states(self.language_model.model, tree, stems)
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from medtvt_rl.model.config import LoraSettings
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
 from medtvt_rl.model.named_weights import ADAPTER, named_weights
+from medtvt_rl.model.token_tree import TokenTree, tree_states
 from medtvt_rl.model.tower import set_encoders_trainable
 
 ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -26,13 +27,9 @@ class PolicyModel(Protocol):
     """What a policy must offer; also an nn.Module."""
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        items: dict[str, Tensor] | None = None,
-        item_index: Tensor | None = None,
+        self, tree: TokenTree, items: dict[str, Tensor] | None = None, item_index: Tensor | None = None
     ) -> Tensor:
-        """[B, T] ids (right-padded) -> [B, T, D]; row b reads item item_index[b] of U items."""
+        """[U * P + B * C, D], see tree_states; stem u reads item item_index[u]."""
         ...
 
     @property
@@ -59,18 +56,12 @@ class TextPolicy(nn.Module):
         self.model = model
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        items: dict[str, Tensor] | None = None,
-        item_index: Tensor | None = None,
+        self, tree: TokenTree, items: dict[str, Tensor] | None = None, item_index: Tensor | None = None
     ) -> Tensor:
-        """Last hidden states [B, T, D]. Raises ValueError if items are given."""
+        """Last hidden states [U * P + B * C, D], see tree_states. Raises ValueError if items are given."""
         if items is not None:
             raise ValueError(f"items: a {type(self.model).__name__} reads no multimodal items; set task.items to null")
-        return self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        return tree_states(self.model.base_model, tree)
 
     @property
     def output_weight(self) -> Tensor:

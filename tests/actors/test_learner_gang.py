@@ -1,10 +1,12 @@
-"""Which rank's failure is told when several fail at once."""
+"""How a batch is spread over ranks, and which rank's failure is told when several fail at once."""
 
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
@@ -13,6 +15,21 @@ from actors.learner_gang import LearnerError, LearnerGang
 from medtvt_rl.config import Config
 
 LOST_PEER = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4711")
+
+
+def test_groups_stay_on_one_rank_where_their_tokens_allow() -> None:
+    def group(place: int, *lengths: int) -> Any:
+        finished = SimpleNamespace(header=SimpleNamespace(lengths=lengths), payload=place, reference=None)
+        return SimpleNamespace(group=finished, advantages=np.arange(len(lengths)))
+
+    shards = learner_gang.shard_groups([group(0, 9, 0, 8), group(1, 4, 5), group(2, 4, 5)], 2)
+    assert [[(s.payload, s.indices) for s in rank] for rank in shards] == [
+        [(0, (0, 1, 2))],
+        [(1, (0, 1)), (2, (0, 1))],
+    ]
+    one, other = learner_gang.shard_groups([group(0, *[5] * 256)], 2)
+    assert one[0].indices == tuple(range(128)) and other[0].indices == tuple(range(128, 256))
+    assert other[0].advantages == tuple(map(float, range(128, 256)))
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_policy import STEEP, SteepPolicy, TinyItems, make_sequences
+from tiny_policy import STEEP, VOCABULARY, SteepPolicy, TinyItems, make_sequences
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
 from medtvt_rl.learner import process_group
+from medtvt_rl.model.policy import TextPolicy
 from medtvt_rl.types import LearnerStep, TrainingSequence
 
 NUM_SEQUENCES, TOKEN_BUDGET, LEARNING_RATE, VERSION = 11, 20, 1e-2, 3
@@ -45,13 +47,48 @@ def broken(sequence: TrainingSequence, cause: str) -> TrainingSequence:
     return dataclasses.replace(sequence, prompt=dataclasses.replace(sequence.prompt, token_ids=token_ids))
 
 
+def tiny_llama() -> TextPolicy:
+    """Two layers, tied embeddings."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
+    return TextPolicy(LlamaForCausalLM(settings)).eval()
+
+
+def text_sequences() -> list[TrainingSequence]:
+    """Plain text; completions of odd groups have one token, which the prompt alone predicts."""
+    sequences = []
+    for s in make_sequences(NUM_SEQUENCES):
+        assert s.reference_logprobs is not None
+        end = 1 if s.group_id % 2 else None
+        completion = dataclasses.replace(
+            s.completion,
+            token_ids=s.completion.token_ids[:end],
+            behaviour_logprobs=s.completion.behaviour_logprobs[:end],
+            policy_versions=s.completion.policy_versions[:end],
+        )
+        prompt = dataclasses.replace(s.prompt, item_id=None)
+        reference = s.reference_logprobs[:end]
+        sequences.append(dataclasses.replace(s, prompt=prompt, completion=completion, reference_logprobs=reference))
+    return sequences
+
+
 class Rank:
     """Makes learners and runs scenarios on this rank."""
 
     def __init__(self, rank: int, world_size: int, folder: Path, device: torch.device) -> None:
         self._rank, self._folder, self._device = rank, folder, device
         self._sequences = make_sequences(NUM_SEQUENCES)
-        self._shards = balanced_shards([len(s.completion.token_ids) for s in self._sequences], world_size)
+        lengths = [len(s.completion.token_ids) for s in self._sequences]
+        pairs = [lengths[i : i + 2] for i in range(0, NUM_SEQUENCES, 2)]
+        self._shards = [[2 * g + i for g, i in shard] for shard in balanced_shards(pairs, world_size)]
 
     def learner(self, stage: int, dtype: torch.dtype = torch.float32) -> Any:
         from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
@@ -59,6 +96,17 @@ class Rank:
 
         settings = EngineSettings(zero_stage=stage, dtype=dtype, weight_decay=0.1)
         return GrpoLearner(DeepSpeedEngine(SteepPolicy(), settings, self._device), TinyItems(), config())
+
+    def shared_prompts(self, stage: int) -> dict[str, Any]:
+        """A Llama; this rank's completions of even groups, or those of odd ones, which have one token each."""
+        from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
+        from medtvt_rl.learner.grpo_learner import GrpoLearner
+
+        engine = DeepSpeedEngine(tiny_llama(), EngineSettings(zero_stage=stage, weight_decay=0.1), self._device)
+        learner, sequences = GrpoLearner(engine, None, config()), text_sequences()
+        own = [s for s in sequences if s.group_id % 2 == self._rank]
+        metrics = [learner.train_step(own, denominators(sequences), LEARNING_RATE, VERSION).metrics for _ in range(2)]
+        return {"metrics": metrics, "weights": self.weights(learner)}
 
     def train(self, learner: Any, cause: str | None = None) -> LearnerStep:
         """A step; a cause breaks the first sequence of rank 1, and no other."""
@@ -118,6 +166,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for stage in (0, 1, 2, 3):
         results[f"float32-{stage}"] = this.agreement(stage, torch.float32)
+        results[f"shared-prompts-{stage}"] = this.shared_prompts(stage)
     results["bfloat16-2"] = this.agreement(2, torch.bfloat16)
     for name in ("float32-0", "float32-1", "float32-2", "float32-3", "bfloat16-2"):
         dtype, stage = getattr(torch, name[:-2]), int(name[-1])

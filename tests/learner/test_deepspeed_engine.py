@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_rank import LEARNING_RATE, NUM_SEQUENCES, VERSION, config, denominators
+from deepspeed_rank import LEARNING_RATE, NUM_SEQUENCES, VERSION, config, denominators, text_sequences, tiny_llama
 from tiny_policy import PlainEngine, TinyItems, TinyPolicy, make_sequences
 
 from medtvt_rl.learner.deepspeed_engine import EngineSettings, parameter_groups
@@ -78,6 +78,27 @@ def test_two_ranks_agree_with_one_process(ranks: list[dict[str, Any]], plain: di
             for name in AGREED:
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
             assert ours["importance_ratio_p99"] == pytest.approx(theirs["importance_ratio_p99"], rel=0.011)
+
+
+@pytest.fixture(scope="module")
+def plain_llama() -> dict[str, Any]:
+    """The Llama's two steps over the whole batch in this process."""
+    sequences = text_sequences()
+    learner = GrpoLearner(PlainEngine(tiny_llama(), weight_decay=0.1), None, config())
+    metrics = [learner.train_step(sequences, denominators(sequences), LEARNING_RATE, VERSION).metrics for _ in range(2)]
+    return {"metrics": metrics, "weights": dict(learner.engine.policy.named_parameters())}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_agree_when_one_has_no_second_token_to_predict(
+    ranks: list[dict[str, Any]], plain_llama: dict[str, Any], stage: int
+) -> None:
+    for rank in ranks:
+        found = rank[f"shared-prompts-{stage}"]
+        assert _largest_difference(found["weights"], plain_llama["weights"]) < 1e-5
+        for ours, theirs in zip(found["metrics"], plain_llama["metrics"]):
+            for name in ("loss", "entropy", "num_tokens", "gradient_norm"):
+                assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
 
 
 def test_bfloat16_stays_near(ranks: list[dict[str, Any]], plain: dict[str, Any]) -> None:

@@ -1,13 +1,23 @@
-"""Log-probs against log_softmax, their gradients, and the padded batch they are computed over."""
+"""Log-probs against log_softmax, their gradients, and the batch they are computed over."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from tiny_policy import VOCABULARY, TinyItems, TinyPolicy
 
-from medtvt_rl.learner.scoring import ScoredSequence, build_batch, load_items, score_sequences, token_logprobs
+from medtvt_rl.learner.scoring import (
+    ScoredSequence,
+    ScoringModule,
+    build_batch,
+    load_items,
+    score_sequences,
+    token_logprobs,
+)
+from medtvt_rl.model.token_tree import TokenTree
 
 torch.set_num_threads(1)
 
@@ -88,10 +98,10 @@ def test_micro_batches_and_padding_change_no_logprob() -> None:
 
 def test_scores_are_of_the_completion_tokens_in_place() -> None:
     policy, sequence = TinyPolicy(), _sequences(3)[2]
-    tokens = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.completion_ids]))[None]
+    tokens = np.concatenate([sequence.prompt_ids, sequence.completion_ids])
     items, index = load_items([sequence.item_id], TinyItems(), torch.float32)
-    logits = policy.hidden_states(tokens, torch.ones_like(tokens), items, index) @ policy.output_weight.T
-    logprobs = torch.log_softmax(logits[0], dim=-1)
+    logits = policy.hidden_states(TokenTree.of([tokens]), items, index) @ policy.output_weight.T
+    logprobs = torch.log_softmax(logits, dim=-1)
     start = len(sequence.prompt_ids)
     expected = [float(logprobs[start - 1 + t, token]) for t, token in enumerate(sequence.completion_ids)]
     found = score_sequences(policy, [sequence], TinyItems(), 1.0, 100)[0]
@@ -104,6 +114,38 @@ def test_an_item_is_loaded_once_per_micro_batch() -> None:
     batch = build_batch(_sequences(4), items)
     assert items.asked == ["item0", "item1"]
     assert batch.item_index is not None and batch.item_index.tolist() == [0, 0, 1, 1]
+
+
+def test_a_prompt_with_its_item_is_a_stem_once() -> None:
+    first, second = _sequences(2)
+    same = dataclasses.replace(second, prompt_ids=first.prompt_ids.astype(np.int32))
+    batch = build_batch([first, dataclasses.replace(first, item_id="item7"), same], TinyItems())
+    assert batch.tree.stem_of.tolist() == [0, 1, 0] and len(batch.tree.stem_ids) == 2
+    assert batch.item_index is not None and batch.item_index.tolist() == [0, 1]
+    assert len(build_batch([first, second], TinyItems()).tree.stem_ids) == 2
+
+
+@torch.no_grad()
+def test_whole_sequences_as_stems_score_the_same() -> None:
+    sequences, module = _with_empty(_sequences(6)), ScoringModule(TinyPolicy())
+    shared = module(build_batch(sequences, TinyItems()), 1.0)
+    whole = build_batch(sequences, TinyItems(), share_prompts=False)
+    assert len(whole.tree.stem_ids) == 6 and len(whole.tree.branch_ids) == 0
+    for a, b in zip(shared, module(whole, 1.0)):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def _with_empty(sequences: list[ScoredSequence]) -> list[ScoredSequence]:
+    return [dataclasses.replace(sequences[0], completion_ids=sequences[0].completion_ids[:0]), *sequences[1:]]
+
+
+def test_completions_without_tokens_score_nothing() -> None:
+    sequences = _with_empty(_sequences(3))
+    policy = TinyPolicy()
+    assert [len(s) for s in score_sequences(policy, sequences, TinyItems(), 1.0, 100)] == [0, 6, 4]
+    nothing = score_sequences(policy, sequences[:1], TinyItems(), 1.0, 100, grad=True)[0]
+    nothing.sum().backward()
+    assert len(nothing) == 0 and float(policy.embedding.weight.grad.abs().max()) == 0.0
 
 
 def test_items_without_a_source_are_refused() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from medtvt_rl.learner.deepspeed_engine import parameter_groups
 from medtvt_rl.learner.engine import StepOutcome
 from medtvt_rl.learner.scoring import ScoringModule, TokenBatch
+from medtvt_rl.model.token_tree import TokenTree
 from medtvt_rl.types import Completion, Prompt, TrainingSequence
 
 VOCABULARY, WIDTH, ITEM_WIDTH = 37, 8, 4
@@ -41,13 +42,19 @@ class TinyPolicy(nn.Module):
         return self.embedding.weight
 
     def hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor, items: dict[str, Tensor] | None, item_index: Tensor | None
+        self, tree: TokenTree, items: dict[str, Tensor] | None = None, item_index: Tensor | None = None
     ) -> Tensor:
-        hidden = self.embedding(input_ids)
+        stems, branches = self.embedding(tree.stem_ids), self.embedding(tree.branch_ids)
         if items is not None:
-            hidden = hidden + self.item(items["x"])[item_index][:, None]
-        count = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[None, :, None]
-        mean = (hidden.cumsum(dim=1) / count).to(hidden.dtype)
+            item = self.item(items["x"])[item_index][:, None]
+            stems, branches = stems + item, branches + item[tree.stem_of]
+        sums = (stems * tree.stem_mask[..., None]).cumsum(dim=1)
+        counts = tree.stem_mask.cumsum(dim=1)
+        branch_sums = sums[tree.stem_of, -1:] + branches.cumsum(dim=1)
+        branch_counts = counts[tree.stem_of, -1:] + torch.ones_like(tree.branch_mask).cumsum(dim=1)
+        total = torch.cat([sums.flatten(0, 1), branch_sums.flatten(0, 1)])
+        count = torch.cat([counts.flatten(), branch_counts.flatten()]).clamp(min=1)
+        mean = (total / count[:, None]).to(stems.dtype)
         return mean + self.mlp(mean) + 0.1 * self.frozen(mean)
 
     def save(self, folder: str | Path) -> None:
@@ -59,10 +66,17 @@ class SteepPolicy(TinyPolicy):
     """The same function, but its gradient is infinite wherever a sequence holds the token STEEP."""
 
     def hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor, items: dict[str, Tensor] | None, item_index: Tensor | None
+        self, tree: TokenTree, items: dict[str, Tensor] | None = None, item_index: Tensor | None = None
     ) -> Tensor:
-        hidden = super().hidden_states(input_ids, attention_mask, items, item_index)
-        steep = (input_ids == STEEP).any(dim=1)
+        hidden = super().hidden_states(tree, items, item_index)
+        stems = (tree.stem_ids == STEEP).any(dim=1)
+        branches = stems[tree.stem_of] | (tree.branch_ids == STEEP).any(dim=1)
+        steep = torch.cat(
+            [
+                stems[:, None].expand_as(tree.stem_ids).flatten(),
+                branches[:, None].expand_as(tree.branch_ids).flatten(),
+            ]
+        )
         if not bool(steep.any()):
             return hidden
         rows = hidden[steep]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, place_study_tokens
+from medtvt_rl.model.token_tree import TokenTree
 
 
 @pytest.fixture
@@ -41,27 +43,31 @@ def test_missing_disordered_or_doubled_placeholders_are_refused(row: list[int]) 
 def test_item_index_equals_repeating_the_studies(model: MedTVTForCausalLM) -> None:
     ids, index = ids_of(0, 1, 2, 3), torch.tensor([1, 0, 1, 1])
     two = [random_item(0), random_item(1, (True, False, True))]
-    shared = model.hidden_states(ids, torch.ones_like(ids), collate(two), index)
-    repeated = model.hidden_states(ids, torch.ones_like(ids), collate([two[i] for i in index.tolist()]))
+    tree = TokenTree.of(list(ids.numpy()))
+    shared = model.hidden_states(tree, collate(two), index)
+    repeated = model.hidden_states(tree, collate([two[i] for i in index.tolist()]))
     torch.testing.assert_close(shared, repeated, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="item_index"):
-        model.hidden_states(ids, torch.ones_like(ids), collate(two))
+        model.hidden_states(tree, collate(two))
 
 
 @torch.no_grad()
-def test_padding_on_the_right_changes_nothing(model: MedTVTForCausalLM) -> None:
-    ids, items = ids_of(0), collate([random_item(0)])
-    padded = torch.nn.functional.pad(ids, (0, 5))
-    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 5))
-    alone = model.hidden_states(ids, torch.ones_like(ids), items)
-    torch.testing.assert_close(model.hidden_states(padded, mask, items)[:, : ids.shape[1]], alone, atol=1e-5, rtol=1e-5)
+def test_padding_changes_nothing_even_if_its_id_is_a_placeholder(model: MedTVTForCausalLM) -> None:
+    ids, items = study_prompt(0, length=4).token_ids, collate([random_item(0), random_item(1)])
+    alone = model.hidden_states(TokenTree.of([ids]), {name: value[:1] for name, value in items.items()})
+    padded = TokenTree.of([ids, study_prompt(1, length=9).token_ids])
+    padded = dataclasses.replace(padded, stem_ids=padded.stem_ids.masked_fill(padded.stem_mask == 0, 3))
+    width = padded.stem_ids.shape[1]
+    torch.testing.assert_close(
+        model.hidden_states(padded, items)[width - len(ids) : width], alone, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_forward_gives_the_logits_of_hidden_states_and_a_loss(model: MedTVTForCausalLM) -> None:
     ids, items = ids_of(0, 1), collate([random_item(0), random_item(1)])
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, **items)
-    hidden = model.hidden_states(ids, torch.ones_like(ids), items)
-    torch.testing.assert_close(output.logits, hidden @ model.output_weight.T)
+    hidden = model.hidden_states(TokenTree.of(list(ids.numpy())), items)
+    torch.testing.assert_close(output.logits.flatten(0, 1), hidden @ model.output_weight.T)
     expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
 
@@ -74,8 +80,7 @@ def test_generate_reads_each_study_once_and_continues_greedily(model: MedTVTForC
     )
     for step in range(ids.shape[1], answer.shape[1]):
         prefix = answer[:, :step]
-        hidden = model.hidden_states(prefix, torch.ones_like(prefix), items)[:, -1]
-        logits = hidden @ model.output_weight.T
+        logits = model(input_ids=prefix, **items).logits[:, -1]
         logits[:, model.config.eos_token_id] = -torch.inf
         assert torch.equal(logits.argmax(-1), answer[:, step])
     several = model.generate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,9 +16,10 @@ from medtvt_rl.model.config import LoraSettings
 from medtvt_rl.model.medtvt import MedTVTForCausalLM
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import PolicyModel, TextPolicy, add_lora, load_policy
+from medtvt_rl.model.token_tree import TokenTree
 from medtvt_rl.model.tower import set_encoders_trainable
 
-IDS = torch.from_numpy(study_prompt(0).token_ids).long()[None]
+TREE = TokenTree.of([study_prompt(0).token_ids])
 ITEMS = collate([random_item(0)])
 
 
@@ -28,7 +30,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> MedTVTForCausalLM:
 
 def hidden(policy: PolicyModel) -> torch.Tensor:
     with torch.no_grad():
-        return policy.hidden_states(IDS, torch.ones_like(IDS), ITEMS)
+        return policy.hidden_states(TREE, ITEMS)
 
 
 def with_adapters(policy: MedTVTForCausalLM, settings: LoraSettings) -> MedTVTForCausalLM:
@@ -118,16 +120,17 @@ def test_text_policy_has_the_names_of_its_folder(tmp_path: Path) -> None:
     policy = load_policy(tmp_path)
     assert isinstance(policy, TextPolicy) and isinstance(policy, PolicyModel)
     assert {name for name, _ in named_weights(policy)} == set(load_file(tmp_path / "model.safetensors"))
-    ids = torch.tensor([[1, 5, 6]])
+    ids = np.array([1, 5, 6])
+    tree = TokenTree.of([ids])
     with torch.no_grad():
-        logits = policy.hidden_states(ids, torch.ones_like(ids)) @ policy.output_weight.T
-        torch.testing.assert_close(logits, policy.model(input_ids=ids).logits)
+        logits = policy.hidden_states(tree) @ policy.output_weight.T
+        torch.testing.assert_close(logits, policy.model(input_ids=torch.from_numpy(ids)[None]).logits[0])
     with pytest.raises(ValueError, match="no multimodal items"):
-        policy.hidden_states(ids, torch.ones_like(ids), ITEMS)
+        policy.hidden_states(tree, ITEMS)
     add_lora(policy, LoraSettings(rank=2))
     policy.save(tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     with torch.no_grad():
         torch.testing.assert_close(
-            load_policy(tmp_path / "merged").hidden_states(ids, torch.ones_like(ids)) @ policy.output_weight.T, logits
+            load_policy(tmp_path / "merged").hidden_states(tree) @ policy.output_weight.T, logits
         )

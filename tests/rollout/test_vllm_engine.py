@@ -21,6 +21,7 @@ from small_model import collate, random_item, small_config, small_model, small_t
 from medtvt_rl.model.medtvt import MedTVTForCausalLM
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import PolicyModel, load_policy
+from medtvt_rl.model.token_tree import TokenTree
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.rollout.vllm_core import prepare_environment
@@ -73,9 +74,9 @@ def policy_logprobs(
 ) -> torch.Tensor:
     """[T, V] of the Hugging Face model at temperature 1."""
     length = len(prompt.token_ids)
-    ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion.token_ids])[None]).long()
-    hidden = model.hidden_states(ids, torch.ones_like(ids), None if item is None else collate([item]))
-    return (hidden @ model.output_weight.T)[0, length - 1 : -1].log_softmax(-1)
+    tree = TokenTree.of([np.concatenate([prompt.token_ids, completion.token_ids])])
+    hidden = model.hidden_states(tree, None if item is None else collate([item]))
+    return (hidden @ model.output_weight.T)[length - 1 : -1].log_softmax(-1)
 
 
 def difference(model: PolicyModel, group: RolloutGroup, item: dict[str, np.ndarray] | None) -> float:
