@@ -1,10 +1,10 @@
 """The one training loop: synchronous training is the asynchronous one with `max_staleness: 0`.
 
-    sampler -> admit -> generate -> score + reference -> sift -> buffer -> train -> publish -> check
-                 ^                                                                     |
-                 +--------------- a slot comes back with the new version --------------+
+    sampler -> admit -> generate -> score + reference -> sift -> buffer -> train -> publish -> probe -> conclude
+                 ^                                                            |
+                 +------------ a slot comes back with the new version --------+
 
-Two tasks share one asyncio loop and one AdmissionBuffer:
+Two tasks share one asyncio loop and one AdmissionBuffer; what is measured of a step is concluded beside the next one:
     _produce  consumes admissions, produces finished groups; waits for free slots; a published version unblocks it.
     _train    consumes a step's finished groups, produces a version; waits for them; a finished group unblocks it.
 It moves headers and references, never tensors, and knows nothing of medicine, Ray, vLLM or DeepSpeed: its collaborators
@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medtvt_rl.algorithm.advantages import group_advantages, has_signal
 from medtvt_rl.algorithm.config import GrpoConfig
@@ -46,6 +48,9 @@ from pipelines.step_metrics import StepClock, role_metrics, rollout_metrics
 MAX_DISCARDED_IN_A_ROW = 8
 MAX_SKIPPED_IN_A_ROW = 5
 EQUAL_REWARDS = "all rewards equal"
+
+Probe = tuple[Any, int, NDArray[np.float32]]
+"""A group's handle, a completion of it, and the learner's log-probs of that."""
 
 
 class LoopError(RuntimeError):
@@ -87,6 +92,7 @@ class GrpoLoop:
         self._in_flight: set[int] = set()
         self._undecided: dict[int, FinishedGroup | None] = {}
         self._measuring: asyncio.Task[dict[str, float]] | None = None
+        self._conclusion: asyncio.Task[None] | None = None
         self._stats: list[dict[str, float]] = []
         self._discarded_in_a_row = 0
         self._counted_before_step = (0, 0)
@@ -104,7 +110,7 @@ class GrpoLoop:
                 task.result()
         finally:
             leftover: list[asyncio.Task[Any]] = [producer, trainer, *self._tasks]
-            leftover += [self._measuring] if self._measuring is not None else []
+            leftover += [task for task in (self._conclusion, self._measuring) if task is not None]
             for each in leftover:
                 each.cancel()
             await asyncio.gather(*leftover, return_exceptions=True)
@@ -210,28 +216,43 @@ class GrpoLoop:
 
     async def _train(self) -> None:
         self._stats = await self._rollouts.stats()
+        clock: StepClock | None = None
         for step in range(self._config.steps):
-            clock, version, rate = StepClock(), step + 1, learning_rate(self._config, step)
+            clock, version, rate = StepClock(clock), step + 1, learning_rate(self._config, step)
             groups = await self._take()
             clock.lap("wait_groups")
             groups, outcome = await self._learn(groups, rate, step)
             clock.lap("train")
+            await self._concluded()
             weights, checksum = await self._learner.export(version)
             await self._rollouts.update_weights(weights, version, checksum)
             clock.lap("publish")
+            clock.end()
             if not self._on_policy:
                 await self._release(version)
-            checks = await self._check(groups[0].group, version)
-            clock.lap("check")
+            probe = await self._probe(groups)
+            clock.lap("probe")
             if self._config.checkpoint_every and version % self._config.checkpoint_every == 0:
                 await self._learner.checkpoint(version)
                 clock.lap("checkpoint")
+            trained = TrainedStep(
+                step=step,
+                groups=tuple(groups),
+                learning_rate=rate,
+                checksum=checksum,
+                metrics={**outcome.metrics, **clock.seconds},
+            )
+            self._conclusion = asyncio.create_task(self._conclude(trained, outcome, probe), name=f"conclude {step}")
+            if self._on_policy or version == self._config.steps:
+                await self._concluded()
             if self._on_policy:
                 await self._release(version)
-            usage = await self._usage(groups, clock.total()["seconds/step"])
-            metrics = {**outcome.metrics, **checks, **usage, **clock.total()}
-            self._finish_step(step, groups, rate, checksum, metrics)
-            self._count_skipped(groups, outcome)
+
+    async def _concluded(self) -> None:
+        """Returns when the step before is wholly told of; what was wrong with it is raised here."""
+        if self._conclusion is not None:
+            task, self._conclusion = self._conclusion, None
+            await task
 
     async def _take(self) -> list[TrainingGroup]:
         """A step's groups with their advantages, once they are there."""
@@ -281,12 +302,33 @@ class GrpoLoop:
             self._buffer.published(version)
             self._changed.notify_all()
 
-    async def _check(self, group: FinishedGroup, version: int) -> dict[str, float]:
-        """Compares engines and learner, and measures held-out answers where that is due, beside training.
+    async def _probe(self, groups: list[TrainingGroup]) -> Probe | None:
+        """The learner's log-probs of a completion under the weights just published; None of an empty one."""
+        group = groups[0].group
+        index = int(np.argmax(group.header.lengths))
+        if group.header.lengths[index] == 0:
+            return None
+        return group.payload, index, await self._learner.score(group.payload, index)
 
-        On-policy nothing else may run on the engines meanwhile, so that it is waited for.
-        """
-        metrics = {"sync_gap_max": await self._compare(group)}
+    async def _conclude(self, trained: TrainedStep, outcome: LearnerStep, probe: Probe | None) -> None:
+        """What is measured of the weights of a step, beside the next one; on-policy before it, since nothing else may
+        then run on the engines."""
+        metrics = {"sync_gap_max": await self._gap(probe), **await self._measured(trained.step + 1)}
+        before, self._stats = self._stats, await self._rollouts.stats()
+        usage = role_metrics(before, self._stats, trained.groups, trained.metrics["seconds/step"])
+        self._tell(replace(trained, metrics={**trained.metrics, **metrics, **usage}))
+        self._count_skipped(trained, outcome)
+
+    async def _gap(self, probe: Probe | None) -> float:
+        """Largest difference between learner and engines in the log-probs of the probe."""
+        if probe is None:
+            return 0.0
+        payload, index, own = probe
+        gaps = [float(np.abs(own - other).max()) for other in await self._rollouts.score(payload, index)]
+        return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
+
+    async def _measured(self, version: int) -> dict[str, float]:
+        """Held-out metrics that are ready; starts their measurement where it is due."""
         settings, last = self._config.held_out, version == self._config.steps
         due = settings.every_steps > 0 and (version % settings.every_steps == 0 or last)
         if last and self._measuring is not None:
@@ -296,56 +338,39 @@ class GrpoLoop:
             self._measuring = asyncio.create_task(self._measure(self._held_out, version), name=f"held-out {version}")
         if self._measuring is not None and (self._on_policy or last or self._measuring.done()):
             task, self._measuring = self._measuring, None
-            metrics |= await task
-        return metrics
+            return await task
+        return {}
 
     @staticmethod
     async def _measure(held_out: HeldOut, version: int) -> dict[str, float]:
         found = await held_out.measure()
         return {f"held_out/{name}": value for name, value in found.items()} | {"held_out/version": float(version)}
 
-    async def _compare(self, group: FinishedGroup) -> float:
-        """Largest difference between learner and engines in the log-probs of one completion, right after a sync."""
-        index = int(np.argmax(group.header.lengths))
-        if group.header.lengths[index] == 0:
-            return 0.0
-        own, engines = await asyncio.gather(
-            self._learner.score(group.payload, index), self._rollouts.score(group.payload, index)
-        )
-        gaps = [float(np.abs(own - other).max()) for other in engines]
-        return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
-
-    async def _usage(self, groups: list[TrainingGroup], seconds: float) -> dict[str, float]:
-        before, self._stats = self._stats, await self._rollouts.stats()
-        return role_metrics(before, self._stats, groups, seconds)
-
-    def _finish_step(
-        self, step: int, groups: list[TrainingGroup], rate: float, checksum: int, metrics: dict[str, float]
-    ) -> None:
+    def _tell(self, trained: TrainedStep) -> None:
+        """Adds a step to the result, with what its groups say, and tells the observer."""
         result, before = self.result, self._counted_before_step
         self._counted_before_step = (result.discarded, result.replaced)
-        counts = {
+        metrics = {
+            **trained.metrics,
+            **rollout_metrics(trained.groups, trained.step),
             "groups/discarded": float(result.discarded - before[0]),
             "groups/replaced": float(result.replaced - before[1]),
         }
-        metrics = {**metrics, **rollout_metrics(groups, step), **counts}
-        result.steps = step + 1
-        result.completions += sum(len(g.group.header.lengths) for g in groups)
+        result.steps = trained.step + 1
+        result.completions += sum(len(g.group.header.lengths) for g in trained.groups)
         result.max_staleness_seen = max(result.max_staleness_seen, int(metrics["staleness/max"]))
         result.rewards.append(metrics["reward/total"])
         gaps = (result.logprob_max_abs_diff, metrics["sync_gap_max"], metrics.get("fresh_gap_max", 0.0))
         result.logprob_max_abs_diff = max(gaps)
-        self._observer.step(
-            TrainedStep(step=step, groups=tuple(groups), learning_rate=rate, checksum=checksum, metrics=metrics)
-        )
+        self._observer.step(replace(trained, metrics=metrics))
 
-    def _count_skipped(self, groups: list[TrainingGroup], outcome: LearnerStep) -> None:
+    def _count_skipped(self, trained: TrainedStep, outcome: LearnerStep) -> None:
         """Raises LoopError where too many steps in a row changed no weight."""
         skipped = outcome.skipped is not None
         self.result.skipped_steps += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            ids = ", ".join(str(group.group_id) for group in groups)
+            ids = ", ".join(str(group.group_id) for group in trained.groups)
             raise LoopError(
                 f"{MAX_SKIPPED_IN_A_ROW} learner steps in a row were skipped because a loss or gradient was not "
                 f"finite, the last on groups {ids}; lower grpo.learning_rate"

@@ -6,7 +6,7 @@ import threading
 
 import psutil
 
-SAMPLE_EVERY_S = 2.0
+SAMPLE_EVERY_S = 4.0
 
 
 class PeakMemory:

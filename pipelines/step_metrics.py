@@ -13,15 +13,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from medtvt_rl.algorithm.advantages import has_signal
-from pipelines.grpo_roles import FinishedGroup, TrainingGroup
+from pipelines.grpo_roles import TrainingGroup
+
+COUNTERS = ("tokens_generated", "busy_s", "idle_s", "num_updates", "update_s", "load_s")
 
 
 class StepClock:
-    """Seconds of the phases of one step, and the driver's own CPU seconds in it."""
+    """Seconds of the phases of one step, and the CPU seconds of the loop's own thread.
 
-    def __init__(self) -> None:
-        self._started = self._lap = time.monotonic()
-        self._cpu = time.process_time()
+    Args:
+        previous: of the step before; a step reaches from the end of that to its own.
+    """
+
+    def __init__(self, previous: StepClock | None = None) -> None:
+        self._lap = time.monotonic()
+        self._began: tuple[float, float] = (self._lap, time.thread_time()) if previous is None else previous.ended
+        self.ended: tuple[float, float] = self._began
         self.seconds: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
@@ -30,13 +37,11 @@ class StepClock:
         self.seconds[f"seconds/{phase}"] = self.seconds.get(f"seconds/{phase}", 0.0) + now - self._lap
         self._lap = now
 
-    def total(self) -> dict[str, float]:
-        """Every phase, `seconds/step`, and `seconds/driver_cpu`."""
-        step = {
-            "seconds/step": time.monotonic() - self._started,
-            "seconds/driver_cpu": time.process_time() - self._cpu,
-        }
-        return {**self.seconds, **step}
+    def end(self) -> None:
+        """Ends the step: its weights are published."""
+        self.ended = (time.monotonic(), time.thread_time())
+        wall_s, cpu_s = (end - start for start, end in zip(self._began, self.ended))
+        self.seconds |= {"seconds/step": wall_s, "seconds/driver_cpu": cpu_s}
 
 
 def rollout_metrics(groups: Sequence[TrainingGroup], version: int) -> dict[str, float]:
@@ -85,15 +90,18 @@ def role_metrics(
     """Busy seconds and tokens per second by role over `wall_s` seconds.
 
     Rollout figures are differences of the engines' counters, per engine; scorers and reference are summed over the
-    groups of the step. An engine started anew meanwhile counts from its start.
+    groups of the step. `sync_blocked` is what a weight update costs an engine beyond loading. An engine started anew
+    meanwhile counts from its start.
     """
     metrics = {}
     if after:
-        gained = {name: _gain(before, after, name) for name in ("tokens_generated", "busy_s", "idle_s")}
+        gained = {name: _gain(before, after, name) for name in COUNTERS}
         metrics["seconds/rollout_busy"] = gained["busy_s"] / len(after)
         metrics["seconds/rollout_idle"] = gained["idle_s"] / len(after)
+        metrics["seconds/sync_load"] = gained["load_s"] / max(gained["num_updates"], 1.0)
+        metrics["seconds/sync_blocked"] = (gained["update_s"] - gained["load_s"]) / max(gained["num_updates"], 1.0)
         metrics["tokens_per_s/rollout"] = gained["tokens_generated"] / max(wall_s, 1e-9)
-    finished: list[FinishedGroup] = [g.group for g in groups]
+    finished = [g.group for g in groups]
     metrics["seconds/reward_busy"] = sum(g.rewards.seconds for g in finished)
     headers = [g.reference_header for g in finished if g.reference_header is not None]
     if headers:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
+from medtvt_rl.rollout.counters import EngineCounters, Totals
 from medtvt_rl.rollout.pending import (
     EngineBrokenError,
     OnUpdate,
@@ -73,9 +74,7 @@ class VllmEngine:
         self._next_request = 0
         self._closing = False
         self._lock = threading.Lock()
-        self._tokens = 0
-        self._busy_s = 0.0
-        self._idle_s = 0.0
+        self._counters = EngineCounters()
         started: Future[None] = Future()
         arguments = (model_folder, config, item_modality, started)
         self._thread = threading.Thread(target=self._run, args=arguments, name="vllm-engine", daemon=True)
@@ -193,12 +192,10 @@ class VllmEngine:
         return update.future.result()
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start: tokens of finished completions, seconds stepping and waiting, work at hand."""
+        """The totals since the start (counters.py), and the work at hand."""
         with self._lock:
             return {
-                "tokens_generated": self._tokens,
-                "busy_s": self._busy_s,
-                "idle_s": self._idle_s,
+                **self._counters.read(),
                 "num_running": len(self._in_flight),
                 "num_waiting": sum(group.num_completions for group in self._waiting),
                 "version": self.version,
@@ -259,8 +256,7 @@ class VllmEngine:
             finished = self._core.step()
             for sampled in finished:
                 self._finish(sampled)
-            with self._lock:
-                self._busy_s += time.perf_counter() - start
+            self._counters.add(Totals(busy_s=time.perf_counter() - start))
 
     def _take_commands(self) -> None:
         """Empties the command queue; sleeps on it when there is nothing else to do."""
@@ -274,8 +270,7 @@ class VllmEngine:
             except queue.Empty:
                 return
             if not has_work:
-                with self._lock:
-                    self._idle_s += time.perf_counter() - start
+                self._counters.add(Totals(idle_s=time.perf_counter() - start))
                 has_work = True
             if command is None:
                 self._closing = True
@@ -326,8 +321,7 @@ class VllmEngine:
             policy_versions=versions,
             finish_reason=sampled.finish_reason,
         )
-        with self._lock:
-            self._tokens += len(sampled.token_ids)
+        self._counters.add(Totals(tokens_generated=len(sampled.token_ids)))
         if len(group.completions) == group.num_completions:
             ordered = tuple(group.completions[i] for i in group.indices)
             group.future.set_result(RolloutGroup(group_id=group.group_id, prompt=group.prompt, completions=ordered))
@@ -344,6 +338,7 @@ class VllmEngine:
 
     def _update(self, update: WeightUpdate) -> int:
         """Verifies, loads, drops caches. Nothing is paused: this thread steps again only when it is through."""
+        started = time.perf_counter()
         checksum = update.buffer.verify()
         restarted: list[Request] = []
         try:
@@ -351,7 +346,9 @@ class VllmEngine:
                 restarted = self._withdraw()
             for request in self._in_flight.values():
                 request.marks.append((self._core.num_generated(request.internal_id), self.version))
+            loading = time.perf_counter()
             self._core.load(update.buffer)
+            loaded_s = time.perf_counter() - loading
             self._core.drop_caches()
             self.version = update.buffer.version
             for request in restarted:
@@ -363,6 +360,7 @@ class VllmEngine:
                 also=restarted,
             )
             raise EngineBrokenError(self.broken) from error
+        self._counters.add(Totals(num_updates=1, update_s=time.perf_counter() - started, load_s=loaded_s))
         return checksum
 
     def _withdraw(self, group: PendingGroup | None = None) -> list[Request]:
