@@ -67,7 +67,7 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
     finally:
         placement.release()
         timeline.write(config.folder / "timeline.json")
-    return {"summary": {"grpo": summarise(result)}}
+    return {"summary": {"grpo": {**summarise(result), "alarms": report.sounded}}}
 
 
 async def _start_reference(
@@ -129,6 +129,7 @@ class StepReport:
 
     def __init__(self, reporter: Reporter, journal: Journal, alarms: Alarms) -> None:
         self._reporter, self._journal, self._alarms = reporter, journal, alarms
+        self.sounded: list[str] = []
 
     def step(self, trained: TrainedStep) -> None:
         """The step's metrics, its groups, and what was wrong with it."""
@@ -145,7 +146,8 @@ class StepReport:
                 f"grpo: step {step} changed nothing, loss or gradient not finite, on groups {_ids(trained.groups)}"
             )
         for alarm in self._alarms.check(step, metrics):
-            self._reporter.line(f"grpo: step {step}: ALARM: {alarm}")
+            self.sounded.append(alarm)
+            self._reporter.line(f"grpo: ALARM: {alarm}")
         self._reporter.update(
             step + 1,
             reward=metrics["reward/total"],

@@ -50,12 +50,29 @@ CHARTS = (
     (("grpo",), "Reward by component", ("reward/*",), "Mean over the completions of a step."),
     (("grpo",), "KL to the reference policy", ("kl",), "Nats a token. A rise says how far the policy has moved."),
     (("grpo",), "Entropy", ("entropy",), "Nats a token. A fall to 0 says that the policy no longer explores."),
-    (("grpo",), "Staleness", ("staleness/*",), "Steps between the oldest token's weights and those it trains."),
+    (
+        ("grpo",),
+        "Held-out, beside training",
+        ("held_out/jaccard*", "held_out/findings_f1_*", "held_out/parse_rate*", "held_out/reward*"),
+        "Of a few studies. A reward that rises while these fall is being hacked.",
+    ),
+    (
+        ("grpo",),
+        "Staleness",
+        ("staleness/mean", "staleness/max"),
+        "Steps between the oldest token's weights and those it trains.",
+    ),
     (
         ("grpo",),
         "Log-probs, engine against learner",
         ("sync_gap*", "fresh_gap*", "engine_gap*"),
         "Absolute difference; sync: right after new weights; fresh: of samples drawn with the weights that score them.",
+    ),
+    (
+        ("grpo",),
+        "Importance ratio, proximal over behaviour",
+        ("importance_ratio_mean", "importance_ratio_p99"),
+        "Before truncation. Far from 1: samples are stale, or engine and learner disagree.",
     ),
     (("grpo",), "Completion length", ("length/mean", "length/max"), "Tokens."),
     (("grpo",), "Gradient norm", ("gradient_norm", "grad_norm"), "Before clipping."),
@@ -255,7 +272,9 @@ def _grpo_facts(summary: Mapping[str, Any]) -> str:
         for label, key, form in facts
         if (found := estimate(grpo.get(key))) is not None
     ]
-    return f'<div class="cards">{"".join(cards)}</div><p></p>' if cards else ""
+    alarms = [f"<li>{escape(str(alarm))}</li>" for alarm in grpo.get("alarms") or []]
+    sounded = f"<p>Alarms that sounded:</p><ul>{''.join(alarms)}</ul>" if alarms else ""
+    return (f'<div class="cards">{"".join(cards)}</div><p></p>' if cards else "") + sounded
 
 
 def _charts(lines: Curves, stage: str, prefix: str = "") -> str:

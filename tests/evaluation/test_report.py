@@ -287,3 +287,9 @@ def test_thinning_keeps_the_mean_and_the_gaps() -> None:
     flat = moving_average([(float(i), 2.0) for i in range(50)])
     assert flat is not None and {y for _, y in flat} == {2.0}
     assert moving_average([(0.0, 1.0)] * 23) is None
+
+
+def test_alarms_that_sounded_are_told() -> None:
+    page = render_report(summary={"grpo": {"steps": 3, "alarms": ["step 2: entropy <collapses>"]}})
+    assert "Alarms that sounded" in page and "entropy &lt;collapses&gt;" in page
+    assert "Alarms" not in render_report(summary={"grpo": {"steps": 3, "alarms": []}})

@@ -68,4 +68,5 @@ def test_failed_completions_skipped_steps_and_discarded_groups_are_named() -> No
     assert notes.lines[3].startswith("grpo: step 2 goes on without groups 19, 20: the loss of group 19")
     assert notes.given_up == [17, 18, 19, 20]
     report.step(trained_step(2, training_group(21), **metrics, sync_gap_max=0.5))
-    assert "step 2: ALARM: " in notes.lines[4]
+    assert notes.lines[4].startswith("grpo: ALARM: step 2: engines and learner disagree")
+    assert report.sounded == [notes.lines[4].removeprefix("grpo: ALARM: ")]
