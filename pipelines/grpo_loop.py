@@ -315,7 +315,7 @@ class GrpoLoop:
         then run on the engines."""
         metrics = {"sync_gap_max": await self._gap(probe), **await self._measured(trained.step + 1)}
         before, self._stats = self._stats, await self._rollouts.stats()
-        usage = role_metrics(before, self._stats, trained.groups, trained.metrics["seconds/step"])
+        usage = role_metrics(before, self._stats, trained.groups, trained.metrics)
         self._tell(replace(trained, metrics={**trained.metrics, **metrics, **usage}))
         self._count_skipped(trained, outcome)
 

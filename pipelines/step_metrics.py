@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -85,22 +85,25 @@ def role_metrics(
     before: Sequence[dict[str, float]],
     after: Sequence[dict[str, float]],
     groups: Sequence[TrainingGroup],
-    wall_s: float,
+    step: Mapping[str, float],
 ) -> dict[str, float]:
-    """Busy seconds and tokens per second by role over `wall_s` seconds.
+    """Busy seconds and tokens per second by role over one step, whose own metrics so far are `step`.
 
-    Rollout figures are differences of the engines' counters, per engine; scorers and reference are summed over the
-    groups of the step. `sync_blocked` is what a weight update costs an engine beyond loading. An engine started anew
-    meanwhile counts from its start.
+    The learner's tokens are those of prompts and completions, the others' those of completions. Rollout figures are
+    differences of the engines' counters, per engine; scorers and reference are summed over the groups of the step.
+    `sync_blocked` is what a weight update costs an engine beyond loading. An engine started anew meanwhile counts from
+    its start.
     """
     metrics = {}
+    if "tokens" in step:
+        metrics["tokens_per_s/learner"] = step["tokens"] * step["updates"] / max(step["seconds/train"], 1e-9)
     if after:
         gained = {name: _gain(before, after, name) for name in COUNTERS}
         metrics["seconds/rollout_busy"] = gained["busy_s"] / len(after)
         metrics["seconds/rollout_idle"] = gained["idle_s"] / len(after)
         metrics["seconds/sync_load"] = gained["load_s"] / max(gained["num_updates"], 1.0)
         metrics["seconds/sync_blocked"] = (gained["update_s"] - gained["load_s"]) / max(gained["num_updates"], 1.0)
-        metrics["tokens_per_s/rollout"] = gained["tokens_generated"] / max(wall_s, 1e-9)
+        metrics["tokens_per_s/rollout"] = gained["tokens_generated"] / max(step["seconds/step"], 1e-9)
     finished = [g.group for g in groups]
     metrics["seconds/reward_busy"] = sum(g.rewards.seconds for g in finished)
     headers = [g.reference_header for g in finished if g.reference_header is not None]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from medtvt_rl.data.tokenizer import modality_token_ids
 from medtvt_rl.model.config import ModelConfig
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
 from medtvt_rl.types import MODALITIES
@@ -33,7 +34,7 @@ def build_model(config: ModelConfig, tokenizer: Any) -> MedTVTForCausalLM:
     Raises:
         ValueError: the tokenizer lacks a token, or the folder holds another kind of model or other sizes.
     """
-    placeholders = placeholder_ids(tokenizer)
+    placeholders = list(modality_token_ids(tokenizer).values())
     if config.init is None:
         return _fresh_model(config, tokenizer, placeholders)
     if not (Path(config.init) / "config.json").is_file():
@@ -50,15 +51,6 @@ def build_model(config: ModelConfig, tokenizer: Any) -> MedTVTForCausalLM:
         )
     _fit_vocabulary(model, tokenizer, placeholders)
     return model
-
-
-def placeholder_ids(tokenizer: Any) -> list[int]:
-    """Ids of <ecg>, <cxr>, <lab>. Raises ValueError if the tokenizer lacks one."""
-    vocabulary = tokenizer.get_vocab()
-    missing = [f"<{name}>" for name in MODALITIES if f"<{name}>" not in vocabulary]
-    if missing:
-        raise ValueError(f"tokenizer: no token {', '.join(missing)}; add them as special tokens")
-    return [vocabulary[f"<{name}>"] for name in MODALITIES]
 
 
 def _tower_fields(config: ModelConfig) -> dict[str, Any]:

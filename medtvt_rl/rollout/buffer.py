@@ -87,16 +87,6 @@ class AdmissionBuffer(Generic[T]):
         self._waiting: dict[int, _Slot[T]] = {}
         self._in_training: dict[int, dict[int, int]] = {}
 
-    @property
-    def num_admitted(self) -> int:
-        """Groups ever admitted."""
-        return self.counts.admitted
-
-    @property
-    def num_discarded(self) -> int:
-        """Groups ever discarded."""
-        return self.counts.discarded
-
     def can_admit(self) -> bool:
         """Whether another group may be started now."""
         limit = (self.version + self.max_staleness + 1) * self.groups_per_step - self.look_ahead

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from medtvt_rl.algorithm.config import DynamicSamplingConfig, GrpoConfig, HeldOutConfig, OverlongConfig
 from medtvt_rl.data.sampler import PromptSampler
@@ -328,3 +331,26 @@ def test_overlong_completions_are_punished_in_the_advantages_alone() -> None:
     # All are three tokens long, the limit: each loses 2, so that no advantage changes, and the reward is as scored.
     assert told.metrics[0]["reward/total"] == 1.0
     assert all(not group.advantages.any() for group in cluster.last_batch)
+
+
+GROUPS = st.frozensets(st.integers(0, 30), max_size=6)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32), st.integers(0, 3), st.integers(0, 2), GROUPS, GROUPS, GROUPS)
+def test_whatever_fails_or_is_slow_each_group_is_trained_once_within_the_bound(
+    seed: int, max_staleness: int, max_replaced: int, fail: frozenset[int], equal: frozenset[int], sick: frozenset[int]
+) -> None:
+    told, cluster = Told(), FakeCluster(seed, fail=fail, sick=sick, train_s=0.001)
+    settings = {"max_staleness": max_staleness, "dynamic_sampling": DynamicSamplingConfig(max_replaced=max_replaced)}
+    loop = run_loop(cluster, told, equal, held_out=FakeHeldOut(cluster), max_nonfinite_groups=100, **settings)
+    assert loop.result.steps == 6 == len(told.metrics)
+    trained = [group for step in cluster.trained for group in step]
+    given_up = [group_id for group_id, _, _ in told.given_up]
+    ends = Counter([*trained, *given_up, *told.made_way, *told.left_out])
+    assert set(ends.values()) == {1}, "each group has one end"
+    assert set(ends) == set(range(len(ends))), "and none is lost"
+    assert max(cluster.staleness, default=0) <= max_staleness
+    assert not set(trained) & (fail | sick)
+    assert set(given_up) == fail & set(ends)
+    assert len(told.made_way) == loop.result.replaced <= 6 * max_replaced

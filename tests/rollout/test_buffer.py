@@ -76,7 +76,7 @@ def test_discarded_groups_are_replaced_and_counted_by_reason():
     buffer.discard(1, "engine died")
     assert fill(buffer) == [2, 3]
     assert buffer.discard_reasons == {"reward failed": 1, "engine died": 1}
-    assert (buffer.num_admitted, buffer.num_discarded, buffer.counts.finished) == (4, 2, 1)
+    assert (buffer.counts.admitted, buffer.counts.discarded, buffer.counts.finished) == (4, 2, 1)
 
 
 def test_a_group_beyond_the_bound_is_an_error_and_nothing_is_taken():
@@ -234,20 +234,20 @@ class Simulation:
 
     def check(self) -> None:
         buffer = self.buffer
-        live = buffer.num_admitted - buffer.num_discarded
+        live = buffer.counts.admitted - buffer.counts.discarded
         assert live <= (buffer.version + self.bound + 1) * self.num_groups
         assert len(self.trained) == len(set(self.trained)) == buffer.steps_taken * self.num_groups
         assert not self.discarded & set(self.trained)
         assert max(buffer.staleness_histogram, default=0) <= self.bound
         assert sum(buffer.staleness_histogram.values()) == len(self.trained)
         assert buffer.counts.trained == buffer.version * self.num_groups
-        assert buffer.num_discarded == len(self.discarded)
+        assert buffer.counts.discarded == len(self.discarded)
         assert buffer.counts.finished == len(self.trained) + len(self.waiting) + self.discarded_finished
         waiting = {*buffer.state_dict(buffer.steps_taken)["pending"]}
         assert waiting == self.running.keys() | self.waiting
         everything = waiting | set(self.trained) | self.discarded
         assert everything == set(range(len(everything))), "a group was lost"
-        assert len(everything) == buffer.num_admitted
+        assert len(everything) == buffer.counts.admitted
 
 
 @settings(deadline=None, max_examples=150)
