@@ -119,5 +119,5 @@ def modality_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in MODALITY_TOKENS.values() if token not in vocabulary]
     if missing:
-        raise ValueError(f"tokenizer: tokens {missing} are missing; make it with medtvt_rl.data.tokenizer")
+        raise ValueError(f"tokenizer: no token {', '.join(missing)}; add them as special tokens")
     return {modality: vocabulary[token] for modality, token in MODALITY_TOKENS.items()}
