@@ -102,6 +102,10 @@ class GrpoLoop:
 
     async def run(self) -> LoopResult:
         """Runs to the last step; whatever ends it, no task of its own stays behind."""
+        if self._held_out is not None and self._config.held_out.every_steps > 0:
+            self._measuring = asyncio.create_task(self._measure(self._held_out, 0), name="held-out 0")
+            if self._on_policy:
+                await asyncio.wait({self._measuring})
         producer = asyncio.create_task(self._produce(), name="produce")
         trainer = asyncio.create_task(self._train(), name="train")
         try:

@@ -1,8 +1,8 @@
 """Whether a training run is sick, told from the metrics of its steps.
 
-Owns: the signs of six sicknesses and the line that each is told with. Does not own: how anything is measured, or who is
-told. A sickness is told when it begins, and again only after it had ended. What is not measured, or is NaN, is no sign
-of anything. The state is a function of the steps seen: after a resume, show them again.
+Owns: the signs of seven sicknesses and the line that each is told with. Does not own: how anything is measured, or who
+is told. A sickness is told when it begins, and again only after it had ended. What is not measured, or is NaN, is no
+sign of anything. The state is a function of the steps seen: after a resume, show them again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,8 @@ from statistics import fmean, variance
 
 from medtvt_rl.evaluation.config import AlarmConfig
 
-HELD_OUT = (
-    "held_out/jaccard",
-    "held_out/findings_f1_ecg",
-    "held_out/findings_f1_cxr",
-    "held_out/findings_f1_lab",
-)
+FINDINGS = ("held_out/findings_f1_ecg", "held_out/findings_f1_cxr", "held_out/findings_f1_lab")
+HELD_OUT = ("held_out/jaccard", *FINDINGS)
 NO_COMPONENTS = ("reward/total", "reward/deviation", "reward/failed")
 MIN_VALUES = 3
 """On either side of a comparison of rewards; fewer say nothing of their noise."""
@@ -67,6 +63,12 @@ class Alarms:
                 _RewardHacking(config),
                 "Go back to the last good model, read samples in journal/, and change that reward or raise "
                 "grpo.loss.kl.coefficient",
+            ),
+            _Sickness(
+                "the reasoning rots",
+                _Rot(config),
+                "Answers may still be right, for reasons that are not there: add rewards.evidence, or raise "
+                "grpo.loss.kl.coefficient or lower grpo.learning_rate",
             ),
         ]
 
@@ -252,6 +254,22 @@ class _RewardHacking:
             f"{name} rose from {before:.4g} to {now:.4g} (noise {noise:.2g})"
             for name, (before, now, noise) in ((name, rise) for name, rise in courses.items() if rise)
         ]
+
+
+class _Rot:
+    def __init__(self, config: AlarmConfig) -> None:
+        self._config = config
+        self._first: dict[str, float] = {}
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> Signs:
+        scores = {name: value for name in FINDINGS if (value := _value(metrics, name)) is not None}
+        most = self._config.max_findings_fall
+        signs = [
+            f"{name} fell from {first:.4g} to {now:.4g}, by more than {most:g} (alarms.max_findings_fall)"
+            for name, now in scores.items()
+            if (first := self._first.setdefault(name, now)) - now > most
+        ]
+        return signs if scores else None
 
 
 def _value(metrics: Mapping[str, float], name: str) -> float | None:

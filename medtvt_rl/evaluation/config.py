@@ -41,6 +41,7 @@ class AlarmConfig:
         max_sync_gap: largest log-prob difference of engine and learner after a sync; for float32, which differs by
             about 1e-5. With bfloat16 on either side about 0.1.
         max_fall: of held-out Jaccard or findings F1 since they were first measured, while a reward rose.
+        max_findings_fall: of the F1 of the findings named since it was first measured, whatever the reward did.
         noise_deviations: a reward has risen if its mean did by so many standard errors.
     """
 
@@ -54,4 +55,5 @@ class AlarmConfig:
     max_cut_share: float = 0.3
     max_sync_gap: float = 1e-4
     max_fall: float = 0.05
+    max_findings_fall: float = 0.1
     noise_deviations: float = 2.0

@@ -111,7 +111,7 @@ def course(
 
 @pytest.mark.parametrize("name", ["jaccard", "findings_f1_ecg", "findings_f1_cxr", "findings_f1_lab"])
 def test_a_reward_that_rises_while_held_out_quality_falls_sounds(name: str) -> None:
-    said = sounds(list(course((1.0, 1.5), {name: (0.9, 0.7)})))
+    said = sounds(list(course((1.0, 1.5), {name: (0.9, 0.7)})), AlarmConfig(max_findings_fall=math.inf))
     # It falls by 0.034 to step 10 and by 0.068 to step 20, when it is first measured beyond 0.05.
     assert list(said) == [20]
     assert "reward/jaccard rose from" in said[20][0] and "since step 0" in said[20][0]
@@ -145,6 +145,13 @@ def test_a_rise_or_a_fall_alone_is_silent(
 
 def test_a_reward_that_is_constant_has_not_risen() -> None:
     assert sounds(list(course((0.1, 0.1), {"jaccard": (0.7, 0.3)}, noise=0.0))) == {}
+
+
+def test_findings_that_are_no_longer_those_of_the_data_sound_whatever_the_reward_does() -> None:
+    said = sounds(list(course((1.0, 1.0), {"findings_f1_lab": (0.9, 0.7), "findings_f1_ecg": (0.95, 0.9)}, noise=0.0)))
+    assert list(said) == [30], "it falls by 0.068 to step 20 and by 0.102 to step 30"
+    assert "the reasoning rots: held_out/findings_f1_lab fell from 0.9 to 0.7983, by more than 0.1" in said[30][0]
+    assert "ecg" not in said[30][0]
 
 
 def test_held_out_scores_without_rewards_are_silent() -> None:
