@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from small_model import small_tokenizer
+from tiny_llama import tiny_llama
 
 from actors.placement import place, plan
 from actors.rollout_pool import RolloutPool
@@ -41,17 +41,7 @@ GROUP_SIZE, NEW_TOKENS, VERSION = 8, 240, 3
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=len(small_tokenizer()),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(settings).save_pretrained(folder)
+    tiny_llama(len(small_tokenizer()), 64, initializer_range=0.2, eos_token_id=2).save_pretrained(folder)
     small_tokenizer().save_pretrained(folder)
     config = Config()
     config.run.root = str(tmp_path_factory.mktemp("runs"))

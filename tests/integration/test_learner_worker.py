@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import tiny_llama
 
 from actors.learner_gang import LearnerError, LearnerGang, shard_groups
 from actors.placement import place, plan
@@ -49,17 +49,8 @@ class ToTrain:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of a few thousand parameters, with a file in the place of its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(settings).save_pretrained(folder)
+    settings = {"max_position_embeddings": 64, "tie_word_embeddings": True}
+    tiny_llama(VOCABULARY, hidden_size=32, **settings).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     return folder
 

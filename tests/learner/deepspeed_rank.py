@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_llama import tiny_llama
 from tiny_policy import STEEP, VOCABULARY, SteepPolicy, TinyItems, make_sequences
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
@@ -47,19 +47,9 @@ def broken(sequence: TrainingSequence, cause: str) -> TrainingSequence:
     return dataclasses.replace(sequence, prompt=dataclasses.replace(sequence.prompt, token_ids=token_ids))
 
 
-def tiny_llama() -> TextPolicy:
-    """Two layers, tied embeddings."""
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-    )
-    return TextPolicy(LlamaForCausalLM(settings)).eval()
+def shared_policy() -> TextPolicy:
+    """A Llama, whose prompts are run once."""
+    return TextPolicy(tiny_llama(VOCABULARY, max_position_embeddings=32, tie_word_embeddings=True)).eval()
 
 
 def text_sequences() -> list[TrainingSequence]:
@@ -102,7 +92,7 @@ class Rank:
         from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
         from medtvt_rl.learner.grpo_learner import GrpoLearner
 
-        engine = DeepSpeedEngine(tiny_llama(), EngineSettings(zero_stage=stage, weight_decay=0.1), self._device)
+        engine = DeepSpeedEngine(shared_policy(), EngineSettings(zero_stage=stage, weight_decay=0.1), self._device)
         learner, sequences = GrpoLearner(engine, None, config()), text_sequences()
         own = [s for s in sequences if s.group_id % 2 == self._rank]
         metrics = [learner.train_step(own, denominators(sequences), LEARNING_RATE, VERSION).metrics for _ in range(2)]

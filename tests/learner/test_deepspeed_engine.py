@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_rank import LEARNING_RATE, NUM_SEQUENCES, VERSION, config, denominators, text_sequences, tiny_llama
+from deepspeed_rank import LEARNING_RATE, NUM_SEQUENCES, VERSION, config, denominators, shared_policy, text_sequences
 from tiny_policy import PlainEngine, TinyItems, TinyPolicy, make_sequences
 
 from medtvt_rl.learner.deepspeed_engine import EngineSettings, parameter_groups
@@ -32,7 +32,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     script = str(HERE / "deepspeed_rank.py")
     processes = [
@@ -84,7 +84,7 @@ def test_two_ranks_agree_with_one_process(ranks: list[dict[str, Any]], plain: di
 def plain_llama() -> dict[str, Any]:
     """The Llama's two steps over the whole batch in this process."""
     sequences = text_sequences()
-    learner = GrpoLearner(PlainEngine(tiny_llama(), weight_decay=0.1), None, config())
+    learner = GrpoLearner(PlainEngine(shared_policy(), weight_decay=0.1), None, config())
     metrics = [learner.train_step(sequences, denominators(sequences), LEARNING_RATE, VERSION).metrics for _ in range(2)]
     return {"metrics": metrics, "weights": dict(learner.engine.policy.named_parameters())}
 

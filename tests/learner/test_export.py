@@ -9,10 +9,10 @@ from typing import Any, get_args
 import pytest
 import torch
 from tiny_policy import PlainEngine
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from small_model import small_config, small_model, small_tokenizer
+from tiny_llama import tiny_llama
 
 from medtvt_rl.learner.export import export_weights, exported_parameters
 from medtvt_rl.model.config import LoraSettings
@@ -28,16 +28,7 @@ torch.set_num_threads(1)
 
 
 def _policy() -> TextPolicy:
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
-    return TextPolicy(LlamaForCausalLM(settings))
+    return TextPolicy(tiny_llama(32, num_hidden_layers=1, tie_word_embeddings=True))
 
 
 def packed(policy: Any, send: Sent = "merged") -> WeightBuffer:

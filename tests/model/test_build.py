@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from small_model import small_config, small_model, small_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_llama import tiny_llama
+from transformers import PreTrainedTokenizerFast
 
 from medtvt_rl.model.build import build_model
 from medtvt_rl.model.config import ModelConfig
@@ -28,18 +29,9 @@ def test_fresh_model_follows_configuration_and_tokenizer(
 def test_a_plain_llama_becomes_the_backbone_and_learns_new_tokens(
     model_config: ModelConfig, tmp_path: Path, tie: bool
 ) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tie,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-    )
-    llama = LlamaForCausalLM(config).eval()
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    settings = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tie, "rope_parameters": rope}
+    llama = tiny_llama(20, hidden_size=32, **settings).eval()
     llama.save_pretrained(tmp_path / "llama")
     model_config.init = str(tmp_path / "llama")
     tokenizer = small_tokenizer()

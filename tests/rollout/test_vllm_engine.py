@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from small_model import collate, random_item, small_config, small_model, small_tokenizer, study_prompt
+from tiny_llama import tiny_llama
 
 from medtvt_rl.model.medtvt import MedTVTForCausalLM
 from medtvt_rl.model.named_weights import named_weights
@@ -299,19 +299,9 @@ def test_untied_model_then_a_failed_load_breaks_the_engine(tmp_path: Path) -> No
 def test_plain_text_model(tmp_path: Path) -> None:
     """The same engine without items, a tied Llama of `transformers`; the folder of version 1 is loaded into it."""
     tokenizer = small_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-    )
+    settings = {"initializer_range": 0.2, "tie_word_embeddings": True, "eos_token_id": 2}
     for version in (0, 1):
-        torch.manual_seed(version)
-        LlamaForCausalLM(config).save_pretrained(tmp_path / str(version))
+        tiny_llama(len(tokenizer), 64, seed=version, **settings).save_pretrained(tmp_path / str(version))
     tokenizer.save_pretrained(tmp_path / "0")
     prepare_environment(1, cpu=True)
     prompt = Prompt(prompt_id="p", token_ids=np.array([1, 8, 9, 10], np.int32), item_id=None, ground_truth="")

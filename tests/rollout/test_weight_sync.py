@@ -11,12 +11,12 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "learner"))
 from small_model import random_item, small_config, small_model, small_tokenizer, study_prompt
 from test_vllm_engine import ENGINE, SAMPLING, TOLERANCE, difference
+from tiny_llama import tiny_llama
 from tiny_policy import PlainEngine
 
 from medtvt_rl.learner.export import export_weights
@@ -44,19 +44,13 @@ class Served:
         self.prompt = TEXT if self.item is None else study_prompt(0)
         self.folder, tie, tokenizer = folder, kind.endswith(", tied"), small_tokenizer()
         if self.item is None:
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                initializer_range=0.2,
-                tie_word_embeddings=tie,
-                eos_token_id=2,
-            )
-            LlamaForCausalLM(config).save_pretrained(folder)
+            settings = {
+                "num_key_value_heads": 1,
+                "initializer_range": 0.2,
+                "tie_word_embeddings": tie,
+                "eos_token_id": 2,
+            }
+            tiny_llama(len(tokenizer), hidden_size=64, **settings).save_pretrained(folder)
         else:
             small_model(small_config(tie=tie), tokenizer).save(folder)
         tokenizer.save_pretrained(folder)
