@@ -1,9 +1,9 @@
-"""A run whose reward says that all is well while its reasoning rots: do the alarms sound?
+"""A run whose answers stay as good as they were while its reasoning rots: do the alarms sound?
 
-    python tests/benchmarks/bench_reward_hacking.py --run runs/quickstart [--steps 100] [--write FILE]
+    python tests/benchmarks/bench_reward_hacking.py --run runs/quickstart [--steps 60] [--write FILE]
 
-GRPO from the model that SFT left in a finished run, without a KL term: the Jaccard of the answers holds or rises, and
-the findings named in the reasoning are less and less those of the study. Prints the held-out measurements and the
+GRPO from the model that SFT left in a finished run, without a KL term and at a high learning rate: the held-out Jaccard
+holds, and the findings named in the reasoning are less and less those of the study. Prints the held-out measurements and the
 alarms. `--write` keeps what the alarms looked at: tests/evaluation/reasoning_rots.json is such a file, which
 tests/evaluation/test_alarms.py reads.
 """
@@ -25,7 +25,7 @@ def main() -> None:
     """Runs it and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="a run whose sft stage is finished")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--write", type=Path, help="a JSON file for the metrics that the alarms look at")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench_reward_hacking_") as folder:
@@ -36,7 +36,9 @@ def main() -> None:
             f"model.init={args.run.resolve() / 'stages' / 'sft' / 'model'}",
             f"grpo.steps={args.steps}",
             "grpo.loss.kl.coefficient=0",
-            "grpo.held_out.every_steps=10",
+            "grpo.learning_rate=6e-4",
+            "grpo.final_lr_share=1",
+            "grpo.held_out.every_steps=6",
             "grpo.held_out.max_prompts=100",
         ]
         command = [sys.executable, "-m", "pipelines.grpo", "-c", str(args.run / "config.yaml"), *settings]

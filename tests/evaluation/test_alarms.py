@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +177,16 @@ def test_a_healthy_run_is_silent(seed: int) -> None:
         }
         values |= {k: v + 0.012 * rng.standard_normal() for k, v in values.items() if k.startswith("held_out/")}
     assert sounds(metrics) == {}
+
+
+def test_a_recorded_run_whose_reasoning_rotted_sounds_while_its_answers_look_well() -> None:
+    """Real metrics, as tests/benchmarks/bench_reward_hacking.py writes them: no KL term, a high learning rate."""
+    rows = json.loads((Path(__file__).parent / "reasoning_rots.json").read_text())
+    measured = [row for row in rows if "held_out/version" in row]
+    assert abs(measured[-1]["held_out/jaccard_greedy"] - measured[0]["held_out/jaccard_greedy"]) < 0.01
+    assert measured[-1]["held_out/jaccard"] > measured[0]["held_out/jaccard"]
+    assert measured[-1]["held_out/findings_f1_lab"] < 0.1 < 0.8 < measured[0]["held_out/findings_f1_lab"]
+    said = sounds(rows)
+    assert list(said) == [15, 34]
+    assert "the reasoning rots: held_out/findings_f1_lab fell from 0.8741 to 0.7725" in said[15][0]
+    assert "answers run away in length" in said[34][0]
