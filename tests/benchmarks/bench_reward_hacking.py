@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_reward_hacking.py --run runs/quickstart [--steps 60] [--write FILE]
 
 GRPO from the model that SFT left in a finished run, without a KL term and at a high learning rate: the held-out Jaccard
-holds, and the findings named in the reasoning are less and less those of the study. Prints the held-out measurements and the
-alarms. `--write` keeps what the alarms looked at: tests/evaluation/reasoning_rots.json is such a file, which
+holds, and the findings named in the reasoning are less and less those of the study. Prints the held-out measurements
+and the alarms. `--write` keeps what the alarms looked at: tests/evaluation/reasoning_rots.json is such a file, which
 tests/evaluation/test_alarms.py reads.
 """
 
