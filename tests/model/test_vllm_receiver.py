@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_the_worker_is_ready_for_the_next_update_after_one_that_failed(worker: A
     assert load_in_place(worker, "folder", BUFFER.header()) == 2
 
 
-def test_vllm_has_what_the_broadcast_is_built_on() -> None:
+def test_vllm_has_what_the_broadcast_is_built_on(tmp_path: Path) -> None:
     """Fails where an upgrade of vLLM changes it: then read its sources, and mend both sides together."""
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
@@ -195,6 +196,6 @@ def test_vllm_has_what_the_broadcast_is_built_on() -> None:
     assert parameters(Worker.init_weight_transfer_engine) == ["self", "init_info"]
     assert parameters(Worker.update_weights) == ["self", "update_info"]
     assert "weight_transfer_engine" in inspect.getsource(Worker.load_model)
-    arguments = EngineArgs(model="m", weight_transfer_config={"backend": vllm_plugin.RECEIVER})  # type: ignore[arg-type]
+    arguments = EngineArgs(model=str(tmp_path), weight_transfer_config={"backend": vllm_plugin.RECEIVER})  # type: ignore[arg-type]
     assert isinstance(arguments.weight_transfer_config, WeightTransferConfig)
     assert arguments.weight_transfer_config.backend == vllm_plugin.RECEIVER
