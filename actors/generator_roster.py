@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,6 +162,19 @@ class GeneratorRoster:
             raise ActorError(f"{who}, asked to {what}: {cause_of(error)}") from error
         member.answered_at = time.monotonic()
         return found
+
+    async def everywhere(
+        self, ask: Callable[[Member], Awaitable[Any]], members: Iterable[Member] | None = None
+    ) -> list[Any]:
+        """What each member, of those that serve now or of those given, answers; a GeneratorLostError from one that was
+        lost at it.
+        """
+        asked = list(self.serving.values() if members is None else members)
+        answers = await asyncio.gather(*(ask(member) for member in asked), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, GeneratorLostError):
+                raise answer
+        return answers
 
     def lose(self, member: Member, error: Exception) -> GeneratorLostError:
         """Kills a member, once, and sends for its successor; the error to raise."""

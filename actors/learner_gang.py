@@ -21,6 +21,7 @@ from actors.failure import cause_of, with_log
 from actors.learner_worker import LearnerShard, LearnerWorker, RankHealth, WeightHeader
 from actors.placement import Placement
 from actors.timeline import Timeline
+from actors.weight_transfer import BroadcastWeights, LearnerSender
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
@@ -61,6 +62,7 @@ class LearnerGang:
 
     def __init__(self, config: Config, workers: list[Any], timeline: Timeline | None = None) -> None:
         self._config, self._workers, self._timeline = config, workers, timeline or Timeline()
+        self._sender = LearnerSender(workers[0], config.rollout)
 
     @classmethod
     async def start(
@@ -104,15 +106,20 @@ class LearnerGang:
         )
         return steps[0]
 
-    async def export(self, version: int) -> tuple[ray.ObjectRef, int]:
-        """A reference to the weights of `version` (a WeightBuffer in the object store), and their checksum."""
+    async def export(self, version: int) -> tuple[ray.ObjectRef | BroadcastWeights, int]:
+        """The weights of `version` and their checksum: a reference to a WeightBuffer in the object store, and with
+        `weights.transport: nccl` what their broadcast needs besides.
+        """
         calls = [worker.export.remote(version) for worker in self._workers]
         headers: list[WeightHeader | None] = await self._all(
             "export", lambda _, rank: calls[rank][0], self._config.learner.step_timeout_s, "learner.step_timeout_s"
         )
         if headers[0] is None:
             raise LearnerError(f"learner rank 0 exported nothing for version {version}")
-        return calls[0][1], headers[0].checksum
+        header, buffer = headers[0], calls[0][1]
+        if header.contents is None:
+            return buffer, header.checksum
+        return BroadcastWeights(buffer=buffer, header=header.contents, sender=self._sender), header.checksum
 
     async def score(self, group: ray.ObjectRef, index: int) -> NDArray[np.float32]:
         """Log-probs [T] of one completion of a group at temperature 1, under the weights of now."""

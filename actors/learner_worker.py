@@ -26,10 +26,12 @@ from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
 from medtvt_rl.types import LearnerStep, RolloutGroup, TrainingSequence
+from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
 if TYPE_CHECKING:
     from medtvt_rl.learner.grpo_learner import GrpoLearner
+    from medtvt_rl.learner.nccl_sender import WeightSender
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "chat_template", "added_tokens", "vocab", "merges")
 
@@ -53,12 +55,17 @@ class LearnerShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightHeader:
-    """What the driver sees of exported weights."""
+    """What the driver sees of exported weights.
+
+    Attributes:
+        contents: the buffer without its data, where that is to be broadcast; None where all travels in one piece.
+    """
 
     version: int
     checksum: int
     num_bytes: int
     seconds: float
+    contents: WeightBuffer | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +81,16 @@ class RankHealth:
 
 @ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
 class LearnerWorker:
-    """Rank `rank` of `world_size`. Apart from `address` and `health`, every method is called on all ranks at once."""
+    """Rank `rank` of `world_size`. Apart from `address`, `health` and the methods of rank 0 alone, every method is
+    called on all ranks at once.
+    """
 
     def __init__(self, rank: int, world_size: int, config: Config) -> None:
         redirect_output(config.folder / "logs" / f"learner_{rank}.log")
         self._rank, self._world_size, self._config = rank, world_size, config
         self._learner: GrpoLearner | None = None
+        self._sender: WeightSender | None = None
+        self._device: Any = None
         self._model_folder = ""
         self._busy: tuple[str, float] | None = None
 
@@ -102,9 +113,9 @@ class LearnerWorker:
             port=port,
             timeout_s=config.step_timeout_s,
         )
-        device = process_group.join(meeting)
+        self._device = process_group.join(meeting)
         self._model_folder = model_folder
-        self._learner = _build_learner(self._config, model_folder, device)
+        self._learner = _build_learner(self._config, model_folder, self._device)
         return sum(p.numel() for p in self._learner.engine.policy.parameters() if p.requires_grad)
 
     def train_step(
@@ -167,8 +178,30 @@ class LearnerWorker:
             checksum=weights.checksum,
             num_bytes=weights.data.nbytes,
             seconds=time.perf_counter() - started,
+            contents=weights.header() if self._config.weights.transport == "nccl" else None,
         )
         return header, weights
+
+    def open_weight_group(self, group: WeightGroup) -> None:
+        """Rank 0 alone: builds a group with the engines; raises what WeightSender.open raises."""
+        with self._working("open_weight_group"):
+            if self._sender is None:
+                from medtvt_rl.learner.nccl_sender import WeightSender
+
+                self._sender = WeightSender(self._device, self._config.rollout.update_timeout_s)
+            self._sender.open(group)
+
+    def broadcast_weights(self, weights: WeightBuffer) -> None:
+        """Rank 0 alone: sends the data of a buffer to the group; raises what WeightSender.send raises."""
+        with self._working("broadcast_weights"):
+            if self._sender is None:
+                raise RuntimeError("learner rank 0: broadcast_weights before open_weight_group")
+            self._sender.send(weights)
+
+    def close_weight_group(self) -> None:
+        """Rank 0 alone: leaves the group, if there is one."""
+        if self._sender is not None:
+            self._sender.close()
 
     def score(self, group: RolloutGroup, index: int) -> NDArray[np.float32]:
         """Log-probs [T] of one completion of a group at temperature 1, under the weights of now."""

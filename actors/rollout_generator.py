@@ -23,6 +23,7 @@ from medtvt_rl.rollout.config import SamplingConfig
 from medtvt_rl.rollout.parts import join_group
 from medtvt_rl.rollout.pending import Wave
 from medtvt_rl.types import GroupHeader, Prompt, RolloutGroup
+from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class RolloutGenerator:
             config.rollout.engine,
             version=self._first_version,
             item_modality=config.task.item_modality,
+            by_broadcast=config.weights.transport == "nccl",
         )
 
     @ray.method(num_returns=2)
@@ -137,8 +139,14 @@ class RolloutGenerator:
         scored = self._running().score(replace(group.prompt, token_ids=token_ids), item, len(completion.token_ids))
         return await asyncio.wrap_future(scored)
 
+    async def join_weight_group(self, group: WeightGroup, rank_offset: int) -> None:
+        """Joins the learner and the other engines; returns when all are there. The first worker has rank_offset."""
+        await asyncio.to_thread(self._running().join_weight_group, group, rank_offset)
+
     async def update_weights(self, buffer: WeightBuffer, version: int) -> int:
-        """Takes new weights; the checksum of what arrived. See VllmEngine.update_weights for what it raises."""
+        """Takes new weights, those of a header from the weight group; the checksum of what arrived. See
+        VllmEngine.update_weights for what it raises.
+        """
         if buffer.version != version:
             raise ValueError(
                 f"version: {version} announced, but the buffer holds version {buffer.version}; publish again"

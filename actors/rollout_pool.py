@@ -1,8 +1,8 @@
 """The rollout generators as the driver sees them: one object that generates groups and takes new weights.
 
-Owns: which generator gets the next group, the parts of a group that is too large for one, and that every engine holds
-the version it was sent. Does not own: admission (medtvt_rl/rollout/buffer.py), the engines
-(actors/rollout_generator.py), or who serves and what becomes of a lost one (actors/generator_roster.py).
+Owns: which generator gets the next group, and the parts of a group that is too large for one. Does not own: admission
+(medtvt_rl/rollout/buffer.py), the engines (actors/rollout_generator.py), how weights reach them
+(actors/weight_transfer.py), or who serves and what becomes of a lost one (actors/generator_roster.py).
 """
 
 from __future__ import annotations
@@ -21,18 +21,13 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayError
 
-from actors.deadline import DeadlineError, within
+from actors.deadline import within
 from actors.failure import cause_of, with_log
-from actors.generator_roster import (
-    GeneratorLostError,
-    GeneratorRoster,
-    Member,
-    Publication,
-    WeightSyncError,
-)
+from actors.generator_roster import GeneratorLostError, GeneratorRoster, Member
 from actors.placement import Placement
 from actors.rollout_generator import RolloutGenerator
 from actors.timeline import Timeline
+from actors.weight_transfer import BroadcastWeights, WeightTransfer
 from medtvt_rl.config import Config
 from medtvt_rl.rollout.parts import split_group
 from medtvt_rl.rollout.pending import Wave
@@ -77,6 +72,7 @@ class RolloutPool:
     ) -> None:
         self._config = config.rollout
         self._roster = GeneratorRoster(config, generators, report, renew, kill, timeline)
+        self._transfer = WeightTransfer(self._roster, config.rollout, report)
         self._seats: dict[int, list[Seat]] = {}
         self._waves = count(1)
 
@@ -177,27 +173,14 @@ class RolloutPool:
                 member.load -= load
         raise AssertionError("the second attempt returns or raises")
 
-    async def update_weights(self, weights: ray.ObjectRef, version: int, checksum: int) -> None:
+    async def update_weights(self, weights: ray.ObjectRef | BroadcastWeights, version: int, checksum: int) -> None:
         """Publishes one version; every engine that serves from now on holds it.
 
         One that reports another checksum, or is late, is not trusted: it is killed, and its successor loads the newest
         weights before it serves.
         """
-        # First of all, so that a successor that comes up meanwhile ends with this version.
-        publication = self._roster.publication = Publication(weights=weights, version=version, checksum=checksum)
-        await self._everywhere(lambda member: self._load(member, publication))
+        await self._transfer.publish(weights, version, checksum)
         self._roster.require_one()
-
-    async def _load(self, member: Member, publication: Publication) -> None:
-        what = f"load weights of version {publication.version}"
-        answer = member.handle.update_weights.remote(publication.weights, publication.version)
-        try:
-            found = await self._roster.ask(
-                member, answer, what, self._config.update_timeout_s, "rollout.update_timeout_s"
-            )
-            publication.check(member.index, found)
-        except (DeadlineError, WeightSyncError) as error:
-            raise self._roster.lose(member, error) from error
 
     async def score(self, group: ray.ObjectRef, index: int) -> list[NDArray[np.float32]]:
         """Log-probs [T] of one completion at temperature 1, of every engine."""
@@ -222,7 +205,7 @@ class RolloutPool:
         lost: list[Exception] = []
         for _ in range(2):
             await self._roster.wait_for_one(what)
-            answers = await self._everywhere(
+            answers = await self._roster.everywhere(
                 lambda member: self._roster.ask(member, call(member.handle), what, timeout_s, setting)
             )
             found = [answer for answer in answers if not isinstance(answer, GeneratorLostError)]
@@ -230,15 +213,6 @@ class RolloutPool:
                 return found
             lost = answers
         raise lost[-1]
-
-    async def _everywhere(self, ask: Callable[[Member], Awaitable[Any]]) -> list[Any]:
-        """What each generator that serves now answers; a GeneratorLostError from one that was lost at it."""
-        serving = list(self._roster.serving.values())
-        answers = await asyncio.gather(*(ask(member) for member in serving), return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, GeneratorLostError):
-                raise answer
-        return answers
 
 
 async def _started(config: Config, index: int, generator: Any) -> None:

@@ -198,6 +198,15 @@ def _check_sync(config: Config) -> None:
         config.weights.resolved(config.model.lora)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    for role in ("rollout", "learner"):
+        gpus = getattr(config.placement, role).gpus
+        _require(
+            config.weights.transport != "nccl" or gpus >= 1,
+            f"placement.{role}.gpus",
+            gpus,
+            "weights.transport=nccl needs a whole GPU in each of its processes; set 1 or more, or "
+            "weights.transport=object_store",
+        )
 
 
 def _check_rewards(config: Config) -> None:

@@ -1,7 +1,7 @@
 """The form in which weights travel from the learner to the engines: one flat buffer, an index, a checksum.
 
 Owns: packing and unpacking, and the one formula by which an adapter is merged, in the learner and in the engine. Does
-not own: which tensors are sent (the learner), or the transport (actors/).
+not own: which tensors are sent (the learner), or the transport (actors/weight_transfer.py).
 One flat uint8 array goes through the Ray object store at memory speed; a dictionary of tensors does not.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class WeightBuffer:
 
     Attributes:
         version: completed optimizer steps of the policy.
-        data: [N] uint8.
+        data: [N] uint8; none at all in a header, whose bytes travel another way.
         index: where each whole tensor lies.
         adapters: where the adapters lie that travel unmerged.
         checksum: CRC-32 of `data`; every engine returns what it computed over the buffer that reached it.
@@ -87,12 +87,40 @@ class WeightBuffer:
 
     def verify(self) -> int:
         """The checksum of the data at hand. Raises WeightBufferError if it isn't the one that was sent."""
-        found = zlib.crc32(self.data.data)
+        return self.check(zlib.crc32(self.data.data))
+
+    def check(self, found: int) -> int:
+        """The checksum that was found over the data, wherever it is. Raises WeightBufferError if it isn't the one that
+        was sent.
+        """
         if found != self.checksum:
             raise WeightBufferError(
                 f"weights of version {self.version}: checksum {found:#010x}, sent {self.checksum:#010x}; transfer again"
             )
         return found
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the data, by the index."""
+        entries = [*self.index, *(factor for entry in self.adapters for factor in (entry.down, entry.up))]
+        return max((_end(entry) for entry in entries), default=0)
+
+    @property
+    def is_header(self) -> bool:
+        """Whether the data is left out."""
+        return self.data.nbytes == 0 < self.num_bytes
+
+    def header(self) -> WeightBuffer:
+        """Everything but the data: a few kilobytes."""
+        return replace(self, data=np.empty(0, dtype=np.uint8))
+
+    def with_data(self, data: NDArray[np.uint8]) -> WeightBuffer:
+        """The buffer of which this is the header. Raises WeightBufferError if it has another number of bytes."""
+        if data.nbytes != self.num_bytes:
+            raise WeightBufferError(
+                f"weights of version {self.version}: {data.nbytes} bytes, indexed {self.num_bytes}; transfer again"
+            )
+        return replace(self, data=data)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each name with its whole tensor: a view on the buffer, so read-only where the buffer is."""
@@ -155,5 +183,10 @@ def _lay_out(tensors: dict[str, torch.Tensor], offset: int) -> tuple[list[Weight
         num_bytes = tensor.numel() * tensor.element_size()
         shape, dtype = tuple(tensor.shape), _name(tensor.dtype)
         entries.append(WeightEntry(name=name, dtype=dtype, shape=shape, offset_bytes=offset, num_bytes=num_bytes))
-        offset += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        offset = _end(entries[-1])
     return entries, offset
+
+
+def _end(entry: WeightEntry) -> int:
+    """The first byte that another tensor may have."""
+    return entry.offset_bytes + -(-entry.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

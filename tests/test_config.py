@@ -41,6 +41,8 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
         ("grpo.overlong.weight=-1", "grpo.overlong.weight is -1.0: it weighs a penalty"),
         ("weights.send=everything", "weights.send"),
         ("weights.send=adapter", "model.lora.rank is 0, so there are none; set a rank, or send 'trainable'"),
+        ("weights.transport=nccl", "placement.rollout.gpus is 0.0: weights.transport=nccl needs a whole GPU"),
+        ("weights.transport=gloo", "weights.transport"),
         ("rollout.max_restarts=-1", "rollout.max_restarts is -1"),
         ("rollout.restart_window_s=0", "rollout.restart_window_s is 0"),
         ("rollout.max_completions_per_engine=-1", "rollout.max_completions_per_engine is -1"),
@@ -88,6 +90,16 @@ def test_what_is_sent_follows_from_what_learns(send: str, rank: int, train_embed
 def test_adapters_alone_are_refused_where_the_embeddings_learn() -> None:
     with pytest.raises(ConfigError, match=r"train_embeddings is true .* set it false, or send 'trainable'"):
         load_config(QUICKSTART, ["weights.send=adapter", "model.lora.rank=4"])
+
+
+@pytest.mark.parametrize(("rollout", "learner", "refused"), [(0, 1, "rollout"), (1, 0, "learner"), (1, 0.5, "learner")])
+def test_a_broadcast_is_refused_without_a_gpu_on_either_side(rollout: float, learner: float, refused: str) -> None:
+    gpus = [f"placement.rollout.gpus={rollout}", f"placement.learner.gpus={learner}"]
+    with pytest.raises(ConfigError, match=rf"placement\.{refused}\.gpus is .* or weights\.transport=object_store"):
+        load_config(QUICKSTART, ["weights.transport=nccl", *gpus])
+    load_config(QUICKSTART, gpus)
+    both = ["placement.rollout.gpus=2", "placement.learner.gpus=1"]
+    assert load_config(QUICKSTART, ["weights.transport=nccl", *both]).weights.transport == "nccl"
 
 
 def test_a_missing_file_and_a_broken_one_are_named(tmp_path: Path) -> None:

@@ -23,7 +23,13 @@ FORBIDDEN_PACKAGES = {
 # Where a heavy library may be imported: beginnings of paths.
 ALLOWED = {
     "ray": ("actors/", "pipelines/"),
-    "vllm": ("medtvt_rl/model/vllm_", "medtvt_rl/rollout/vllm_", "actors/rollout_generator.py"),
+    # The learner's one file: a broadcast to vLLM's workers has to go through vLLM's own communicator.
+    "vllm": (
+        "medtvt_rl/model/vllm_",
+        "medtvt_rl/rollout/vllm_",
+        "actors/rollout_generator.py",
+        "medtvt_rl/learner/nccl_sender.py",
+    ),
     "deepspeed": ("medtvt_rl/learner/", "pipelines/pretrain.py", "pipelines/sft.py"),
 }
 CONFIG_MODULES = sorted(

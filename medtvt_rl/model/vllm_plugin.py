@@ -1,22 +1,27 @@
 """The vLLM plug-in (entry point group `vllm.general_plugins`): makes the tri-modal model known to vLLM.
 
 Owns: registration, and the patches of vLLM that weight updates in place need. Does not own: the model (vllm_model.py),
-or the engine (rollout/vllm_engine.py). Importing this module imports no vLLM: vLLM itself calls `register`.
+the receiver of broadcast weights (vllm_receiver.py), or the engine (rollout/vllm_engine.py). Importing this module
+imports no vLLM: vLLM itself calls `register`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
 ARCHITECTURE = "MedTVTForCausalLM"
+RECEIVER = "medtvt_nccl"
 PATCHED_VERSIONS = ("0.32.",)
 
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Registers model and configuration and patches vLLM. May be called any number of times, in any process."""
+    """Registers model, configuration and receiver of weights, and patches vLLM. May be called any number of times, in
+    any process.
+    """
     import vllm
     from vllm import ModelRegistry
 
@@ -25,6 +30,7 @@ def register() -> None:
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"medtvt_rl.model.vllm_model:{ARCHITECTURE}")
     if vllm.__version__.startswith(PATCHED_VERSIONS):
+        _register_receiver()
         _keep_weights_live()
         _keep_item_payloads()
         _withhold_generators_of_partial_prompts()
@@ -36,6 +42,14 @@ def register() -> None:
             ", ".join(f"{version}*" for version in PATCHED_VERSIONS),
             __name__,
         )
+
+
+def _register_receiver() -> None:
+    """Makes the receiver of broadcast weights known by name; its module is imported where an engine asks for it."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    with contextlib.suppress(ValueError):  # what the factory says to a name that it has
+        WeightTransferEngineFactory.register_engine(RECEIVER, "medtvt_rl.model.vllm_receiver", "FlatReceiver")
 
 
 def _keep_weights_live() -> None:

@@ -87,9 +87,13 @@ class WeightsConfig:
             `trainable`: everything that learns, adapters unmerged. `merged`: the same, adapters merged by the learner.
             `full`: every weight, frozen ones too, merged. `auto`: `adapter` where it is not refused, else `trainable`.
             An engine merges what comes unmerged into the weights of its model folder, with the learner's own formula.
+        transport: `object_store`: through Ray's object store, to engines anywhere. `nccl`: one broadcast from the
+            learner's GPU to those of all engines; each side needs room there for the whole buffer, and one engine that
+            fails in it costs the others a restart. The store keeps a copy, too, for engines that start later.
     """
 
     send: Literal["auto", "adapter", "trainable", "merged", "full"] = "auto"
+    transport: Literal["object_store", "nccl"] = "object_store"
 
     def resolved(self, lora: LoraSettings) -> Sent:
         """`send` with `auto` decided. Raises ValueError where `adapter` would leave out something that learns."""

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import queue
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from medtvt_rl.rollout.config import SamplingConfig
 from medtvt_rl.types import Completion, Prompt
 from medtvt_rl.weights import WeightBuffer
 
+T = TypeVar("T")
 OnUpdate = Literal["continue", "finish", "restart"]
 
 
@@ -116,6 +117,20 @@ def uncancellable() -> Future[Any]:
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()
     return future
+
+
+def answered(send: Callable[[Callable[[], None]], None], call: Callable[[], T]) -> T:
+    """What a call returns, or raises, that `send` hands to the thread that is to make it."""
+    answer: Future[T] = Future()
+
+    def make() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:
+            answer.set_exception(error)
+
+    send(make)
+    return answer.result()
 
 
 def drained(commands: queue.SimpleQueue[Any]) -> list[Any]:

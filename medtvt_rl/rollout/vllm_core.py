@@ -21,7 +21,8 @@ from medtvt_rl.model import vllm_plugin
 from medtvt_rl.rollout.base_weights import merged_weights
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
 from medtvt_rl.types import FinishReason, Prompt
-from medtvt_rl.weights import LowRank, WeightBuffer
+from medtvt_rl.weight_group import WeightGroup
+from medtvt_rl.weights import WeightBuffer
 
 
 def prepare_environment(threads: int, cpu: bool) -> None:
@@ -60,12 +61,21 @@ class SampledTokens:
     prompt_logprobs: np.ndarray | None = None
 
 
-def load_in_place(
-    worker: Any, folder: str, whole: list[tuple[str, torch.Tensor]], low_ranks: list[tuple[str, LowRank]]
-) -> int:
+def receive(worker: Any, header: WeightBuffer) -> int:
+    """Runs on each vLLM worker: takes part in the broadcast of a buffer and keeps it; the checksum of what arrived."""
+    worker.start_weight_update()
+    worker.update_weights({"num_bytes": header.num_bytes})
+    worker.finish_weight_update()
+    return worker.weight_transfer_engine.complete(header)
+
+
+def load_in_place(worker: Any, folder: str, buffer: WeightBuffer) -> int:
     """Runs on each vLLM worker: copies named weights into its live model, adapters merged there into the weights of
-    `folder`, one at a time; how many parameters took them.
+    `folder`, one at a time; how many parameters took them. Of a header, the worker has received the data.
     """
+    if buffer.is_header:
+        buffer = worker.weight_transfer_engine.take(buffer)
+    whole, low_ranks = buffer.tensors(), list(buffer.low_ranks())
     with torch.no_grad():
         merged = merged_weights(folder, low_ranks, worker.device) if low_ranks else ()
         return len(worker.model_runner.get_model().load_weights(chain(whole, merged)))
@@ -84,12 +94,17 @@ def count_encoded(worker: Any) -> int:
 class VllmCore:
     """An in-process vLLM engine that is stepped by hand. Not thread-safe.
 
+    Args:
+        by_broadcast: weights may come over NCCL, see `join_weight_group`.
+
     Raises:
         ValueError: the folder is not a model folder with its tokenizer.
         RuntimeError: this vLLM keeps packed copies of weights, which updates in place cannot reach.
     """
 
-    def __init__(self, model_folder: str | Path, config: EngineConfig, item_modality: str) -> None:
+    def __init__(
+        self, model_folder: str | Path, config: EngineConfig, item_modality: str, by_broadcast: bool = False
+    ) -> None:
         for name in ("config.json", "tokenizer_config.json"):
             if not (Path(model_folder) / name).is_file():
                 raise ValueError(
@@ -98,7 +113,7 @@ class VllmCore:
         self.item_modality = item_modality
         self._folder = str(model_folder)
         self.max_model_len = config.max_model_len
-        self._engine = _start_engine(model_folder, config)
+        self._engine = _start_engine(model_folder, config, by_broadcast)
         packed = self._engine.collective_rpc(count_packed)[0]
         if packed:
             raise RuntimeError(
@@ -161,12 +176,27 @@ class VllmCore:
         request = self._core.scheduler.requests.get(internal_id)
         return 0 if request is None else request.num_output_tokens
 
+    def join_weight_group(self, group: WeightGroup, rank_offset: int) -> None:
+        """Every worker joins a group; returns when all of its ranks, the learner's too, have come."""
+        self._engine.collective_rpc("init_weight_transfer_engine", args=(group.init_info(rank_offset),))
+
+    def verify(self, buffer: WeightBuffer) -> int:
+        """The checksum of a buffer; of a header, every worker receives the data from the weight group first.
+
+        Raises:
+            WeightBufferError: it is not the one that was sent.
+        """
+        if not buffer.is_header:
+            return buffer.verify()
+        for checksum in self._engine.collective_rpc(receive, args=(buffer,)):
+            buffer.check(checksum)
+        return buffer.checksum
+
     def load(self, buffer: WeightBuffer) -> None:
-        """Copies weights into the live model; raises whatever vLLM raises for a wrong name or shape."""
-        whole, low_ranks = list(buffer.tensors()), list(buffer.low_ranks())
+        """Copies weights, once verified, into the live model; raises whatever vLLM raises for a wrong name or shape."""
         # Tied names are stored once, so fewer may be loaded than sent; none at all is a fault.
-        loaded = self._engine.collective_rpc(load_in_place, args=(self._folder, whole, low_ranks))
-        names = [name for name, _ in (*whole, *low_ranks)]
+        loaded = self._engine.collective_rpc(load_in_place, args=(self._folder, buffer))
+        names = [*(entry.name for entry in buffer.index), *(entry.name for entry in buffer.adapters)]
         if names and not all(loaded):
             raise RuntimeError(f"vLLM took none of {len(names)} weights, beginning with {names[0]!r}")
 
@@ -194,17 +224,19 @@ class VllmCore:
         return self._engine.engine_core.engine_core
 
 
-def _start_engine(model_folder: str | Path, config: EngineConfig) -> Any:
+def _start_engine(model_folder: str | Path, config: EngineConfig, by_broadcast: bool) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
     # vLLM finds the plug-in by its entry point; this serves a checkout that is not installed, too.
     vllm_plugin.register()
-    memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    special: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
     if current_platform.is_cpu():
         torch.set_num_threads(config.num_threads)
-        memory = {"kv_cache_memory_bytes": config.kv_cache_bytes}
+        special = {"kv_cache_memory_bytes": config.kv_cache_bytes}
+    if by_broadcast:
+        special["weight_transfer_config"] = {"backend": vllm_plugin.RECEIVER}
     arguments = EngineArgs(
         model=str(model_folder),
         dtype=config.dtype,
@@ -219,7 +251,7 @@ def _start_engine(model_folder: str | Path, config: EngineConfig) -> Any:
         async_scheduling=False,
         mm_processor_cache_gb=0,
         disable_log_stats=True,
-        **memory,
+        **special,
     )
     set_num_threads = torch.set_num_threads
     try:

@@ -11,6 +11,7 @@ Owns: the loop, groups in flight, which version made which token, the state afte
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import queue
 import threading
@@ -33,6 +34,7 @@ from medtvt_rl.rollout.pending import (
     Request,
     Wave,
     WeightUpdate,
+    answered,
     drained,
     startable_groups,
     uncancellable,
@@ -40,6 +42,7 @@ from medtvt_rl.rollout.pending import (
 from medtvt_rl.rollout.sampling import completion_seed
 from medtvt_rl.rollout.vllm_core import SampledTokens, VllmCore
 from medtvt_rl.types import Completion, Prompt, RolloutGroup
+from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class VllmEngine:
         config: the engine's settings.
         version: policy version of the weights in the folder.
         item_modality: the name under which the model takes an item.
+        by_broadcast: weights may come over NCCL, see `join_weight_group`.
 
     Raises:
         ValueError, RuntimeError: what starting vLLM raises.
@@ -61,7 +65,12 @@ class VllmEngine:
     """
 
     def __init__(
-        self, model_folder: str | Path, config: EngineConfig, version: int = 0, item_modality: str = "study"
+        self,
+        model_folder: str | Path,
+        config: EngineConfig,
+        version: int = 0,
+        item_modality: str = "study",
+        by_broadcast: bool = False,
     ) -> None:
         self.config = config
         self.version = version
@@ -76,8 +85,8 @@ class VllmEngine:
         self._lock = threading.Lock()
         self._counters = EngineCounters()
         started: Future[None] = Future()
-        arguments = (model_folder, config, item_modality, started)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="vllm-engine", daemon=True)
+        core = functools.partial(VllmCore, model_folder, config, item_modality, by_broadcast)
+        self._thread = threading.Thread(target=self._run, args=(core, started), name="vllm-engine", daemon=True)
         self._thread.start()
         started.result()
         atexit.register(self.close)
@@ -174,7 +183,7 @@ class VllmEngine:
         """Takes new weights between two steps; every later token is theirs.
 
         Args:
-            buffer: the weights that change, whole or in part.
+            buffer: the weights that change, whole or in part; or a header, whose data the weight group brings.
             on_update: requests in flight "continue" with keys and values computed anew, are let to "finish" first,
                 or "restart" from their prompts.
 
@@ -191,6 +200,10 @@ class VllmEngine:
         self._send(update)
         return update.future.result()
 
+    def join_weight_group(self, group: WeightGroup, rank_offset: int) -> None:
+        """Joins a group for broadcasts, between two steps; returns when all of its ranks are there."""
+        answered(self._send, lambda: self._core.join_weight_group(group, rank_offset))
+
     def stats(self) -> dict[str, float]:
         """The totals since the start (counters.py), and the work at hand."""
         with self._lock:
@@ -203,9 +216,7 @@ class VllmEngine:
 
     def num_encoded(self) -> int:
         """Multimodal items that went through the encoders since the start."""
-        future: Future[int] = Future()
-        self._send(lambda: future.set_result(self._core.num_encoded()))
-        return future.result()
+        return answered(self._send, lambda: self._core.num_encoded())
 
     def close(self) -> None:
         """Ends the loop and vLLM; groups not finished raise EngineBrokenError. May be called twice."""
@@ -227,9 +238,9 @@ class VllmEngine:
 
     # The rest runs in the engine's thread.
 
-    def _run(self, model_folder: str | Path, config: EngineConfig, item_modality: str, started: Future[None]) -> None:
+    def _run(self, start: Callable[[], VllmCore], started: Future[None]) -> None:
         try:
-            self._core = VllmCore(model_folder, config, item_modality)
+            self._core = start()
         except BaseException as error:
             self.broken = f"the engine did not start: {error}"
             started.set_exception(error)
@@ -339,7 +350,7 @@ class VllmEngine:
     def _update(self, update: WeightUpdate) -> int:
         """Verifies, loads, drops caches. Nothing is paused: this thread steps again only when it is through."""
         started = time.perf_counter()
-        checksum = update.buffer.verify()
+        checksum = self._core.verify(update.buffer)
         restarted: list[Request] = []
         try:
             if update.on_update == "restart":

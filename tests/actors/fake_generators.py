@@ -14,6 +14,7 @@ from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config, RunConfig
 from medtvt_rl.rollout.config import RolloutConfig
 from medtvt_rl.types import GroupHeader, Prompt
+from medtvt_rl.weights import WeightBuffer
 
 PROMPT = Prompt(prompt_id="p", token_ids=np.arange(3, dtype=np.int32), item_id=None, ground_truth="")
 CHECKSUM = 11
@@ -39,14 +40,17 @@ def header(group_id: int, count: int, generate_s: float = 1.0) -> GroupHeader:
 
 
 class FakeGenerator:
-    """Answers with its name. `fault` is raised instead of every answer; each gate holds calls of a kind back; a call
-    that is under way when the generator is killed ends as Ray ends it.
+    """Answers with its name. `fault` is raised instead of every answer, `faults` instead of those of a kind; each gate
+    holds calls of a kind back; a call that is under way when the generator is killed ends as Ray ends it. Weights that
+    come as a header are of kind "receive".
     """
 
     def __init__(self, name: str) -> None:
         self.name, self.checksum = name, CHECKSUM
         self.fault: Exception | None = None
-        self.gates = {kind: asyncio.Event() for kind in ("start", "generate", "update", "score", "merge")}
+        self.faults: dict[str, Exception] = {}
+        kinds = ("start", "generate", "update", "score", "merge", "health", "join", "receive")
+        self.gates = {kind: asyncio.Event() for kind in kinds}
         for gate in self.gates.values():
             gate.set()
         self.dead = asyncio.Event()
@@ -54,10 +58,15 @@ class FakeGenerator:
         self.waves: list[Any] = []
         self.parts: list[tuple[int, int, int]] = []
         self.versions: list[int] = []
+        self.loaded: list[str] = []
+        self.joined: list[tuple[Any, int]] = []
+        self.broken: str | None = None
         self.start = Method(lambda: self._answer("start", {}))
         self.generate = Method(self._generate)
         self.merge = Method(self._merge)
         self.update_weights = Method(self._update)
+        self.join_weight_group = Method(self._join)
+        self.health = Method(lambda: self._answer("health", {"ok": self.broken is None, "broken": self.broken}))
         self.score = Method(lambda group, index: self._answer("score", np.zeros(2)))
         self.stats = Method(lambda: self._answer("score", {"tokens_generated": 1.0}))
 
@@ -75,7 +84,13 @@ class FakeGenerator:
 
     def _update(self, weights: object, version: int) -> Awaitable[int]:
         self.versions.append(version)
-        return self._answer("update", self.checksum)
+        kind = "receive" if isinstance(weights, WeightBuffer) else "update"
+        self.loaded.append(kind)
+        return self._answer(kind, self.checksum)
+
+    def _join(self, group: Any, rank_offset: int) -> Awaitable[None]:
+        self.joined.append((group, rank_offset))
+        return self._answer("join", None)
 
     async def _answer(self, kind: str, value: Any) -> Any:
         waits = [asyncio.ensure_future(event.wait()) for event in (self.gates[kind], self.dead)]
@@ -84,8 +99,8 @@ class FakeGenerator:
             wait.cancel()
         if self.dead.is_set():
             raise ActorDiedError
-        if self.fault is not None:
-            raise self.fault
+        if (fault := self.faults.get(kind, self.fault)) is not None:
+            raise fault
         return value
 
 
@@ -97,9 +112,8 @@ class Cast:
         told: what the pool reported.
     """
 
-    def __init__(self, tmp_path: Path, count: int, replace: bool = True, **settings: float) -> None:
-        rollout: Any = settings
-        config = Config(run=RunConfig(name="r", root=str(tmp_path)), rollout=RolloutConfig(**rollout))
+    def __init__(self, tmp_path: Path, count: int, replace: bool = True, **settings: Any) -> None:
+        config = Config(run=RunConfig(name="r", root=str(tmp_path)), rollout=RolloutConfig(**settings))
         self.first = [FakeGenerator(f"g{i}") for i in range(count)]
         self.successors: dict[int, list[FakeGenerator]] = {i: [] for i in range(count)}
         self.prepare: Callable[[FakeGenerator], None] = lambda generator: None

@@ -15,7 +15,7 @@ from medtvt_rl.rollout.pending import EngineBrokenError, Wave
 from medtvt_rl.rollout.vllm_core import SampledTokens
 from medtvt_rl.rollout.vllm_engine import VllmEngine
 from medtvt_rl.types import Prompt
-from medtvt_rl.weights import pack_weights
+from medtvt_rl.weights import WeightBuffer, pack_weights
 
 
 class FakeCore:
@@ -51,6 +51,9 @@ class FakeCore:
             )
             for name in finished
         ]
+
+    def verify(self, buffer: WeightBuffer) -> int:
+        return buffer.verify()
 
     def close(self) -> None: ...
 
