@@ -196,9 +196,9 @@ def test_the_reference_scores_at_the_sampling_temperature(
 ) -> None:
     actor: Any = ReferencePolicy
     reference = actor.options(num_cpus=0).remote(str(model_folder), config)
-    kl, logprobs = ray.get(list(reference.logprobs.remote(ray.put(groups[0]))), timeout=60)
+    header, logprobs = ray.get(list(reference.logprobs.remote(ray.put(groups[0]))), timeout=60)
     ray.kill(reference)
-    assert kl.shape == (GROUP_SIZE,) and np.allclose(kl, 0, atol=1e-5)
+    assert header.kl.shape == (GROUP_SIZE,) and np.allclose(header.kl, 0, atol=1e-5) and header.seconds > 0
     for completion, scored in zip(groups[0].completions, logprobs):
         assert np.allclose(scored, completion.behaviour_logprobs, atol=1e-5)
 
