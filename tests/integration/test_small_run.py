@@ -31,7 +31,7 @@ def test_the_summary_holds_what_a_reader_looks_for(root: Path) -> None:
     assert set(summary["evaluation"]["gain"]) >= {"value", "low", "high"}
     assert summary["grpo"]["steps"] == 3
     assert summary["grpo"]["completions"] == 48
-    assert summary["grpo"]["max_staleness_seen"] <= 1
+    assert summary["grpo"]["max_staleness_seen"] <= 2
     assert summary["grpo"]["logprob_max_abs_diff"] <= 1e-4
     assert {"reward_first", "reward_last"} <= set(summary["grpo"])
     assert summary["peak_rss_bytes"] > 0
