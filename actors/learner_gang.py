@@ -7,7 +7,6 @@ own: the training step (medtvt_rl/learner), or when a failed gang is started aga
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,15 +142,6 @@ class LearnerGang:
             self._config.learner.step_timeout_s,
             "learner.step_timeout_s",
         )
-
-    async def checkpoint(self, version: int) -> None:
-        """Writes the checkpoint of a version; its folder appears when it is complete."""
-        folder = self._config.checkpoint_folder(version)
-        temporary = folder.with_name(folder.name + ".writing")
-        shutil.rmtree(temporary, ignore_errors=True)
-        await self.save_checkpoint(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
 
     async def save_checkpoint(self, folder: Path) -> None:
         """Writes weights, optimizer and random state into a folder that every rank reaches."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -92,9 +92,14 @@ class ClusterConfig:
 
 @dataclass
 class Config:
-    """Everything a run needs. See the areas' dataclasses for each key."""
+    """Everything a run needs. See the areas' dataclasses for each key.
+
+    Attributes:
+        resume: "auto" goes on from the newest whole checkpoint of an interrupted GRPO stage, "never" starts it anew.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
+    resume: Literal["auto", "never"] = "auto"
     task: TaskConfig = field(default_factory=TaskConfig)
     cohort: CohortConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)

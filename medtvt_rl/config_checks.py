@@ -35,6 +35,7 @@ def _check_counts(config: Config) -> None:
     )
     positive = {
         "grpo.steps": grpo.steps,
+        "grpo.keep_checkpoints": grpo.keep_checkpoints,
         "grpo.groups_per_step": grpo.groups_per_step,
         "grpo.updates_per_batch": grpo.updates_per_batch,
         "rollout.num_generators": rollout.num_generators,

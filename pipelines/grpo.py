@@ -8,6 +8,7 @@ RolloutGenerator x N --group--> RewardScorer x M, ReferencePolicy x R --> Learne
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.types import Prompt
+from pipelines import checkpoints
 from pipelines.grpo_loop import EQUAL_REWARDS, GrpoLoop
 from pipelines.grpo_roles import FinishedGroup, LoopResult, TrainedStep, TrainingGroup
 from pipelines.held_out import HeldOutMeasurement
@@ -45,6 +47,9 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
     sampler = PromptSampler(load_prompts(config, tokenizer, "train"), config.run.seed)
     bundles = plan(config, grpo_roles(config))
     reporter.line(f"grpo: starting {len(bundles)} actors")
+    found = _found(config, reporter)
+    first = 0 if found is None else found.version
+    reporter.forget("grpo", first)
     placement = place(bundles, config.placement.timeout_s)
     timeline = Timeline()
     try:
@@ -54,12 +59,19 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
             _start_reference(config, placement, folder, timeline),
             LearnerGang.start(config, placement, folder, timeline),
         )
+        if found is not None:
+            await gang.load_checkpoint(found.learner)
+            weights, checksum = await gang.export(first)
+            await rollouts.update_weights(weights, first, checksum)
         reporter.start("grpo", config.grpo.steps, "step")
-        with Journal(config.folder / "journal", tokenizer) as journal:
+        with Journal(config.folder / "journal", tokenizer, first_step=first) as journal:
             report = StepReport(reporter, journal, Alarms(config.alarms))
             held_out = _held_out(config, rollouts, tokenizer)
             limit = config.rollout.sampling.max_new_tokens
-            loop = GrpoLoop(config.grpo, limit, sampler, rollouts, scoring, reference, gang, report, held_out)
+            keeper = Keeper(config, gang)
+            loop = GrpoLoop(config.grpo, limit, sampler, rollouts, scoring, reference, gang, report, held_out, keeper)
+            if found is not None:
+                loop.load_state_dict(found.loop)
             result = await loop.run()
         await gang.save_model(config.stage_folder("grpo") / "model")
         rollouts.stop()
@@ -75,6 +87,33 @@ async def _start_reference(
 ) -> ReferencePool | None:
     needed = grpo_roles(config)["reference"] > 0
     return await ReferencePool.start(config, placement, folder, timeline) if needed else None
+
+
+def _found(config: Config, reporter: Reporter) -> checkpoints.Checkpoint | None:
+    """Where an interrupted stage goes on, with a line for the reader."""
+    if config.resume == "never":
+        return None
+    found = checkpoints.newest(config, lambda text: reporter.line(f"grpo: {text}"))
+    if found is not None:
+        changed = checkpoints.check_settings(found, config)
+        settings = f", with {'; '.join(changed)}" if changed else ""
+        reporter.line(f"grpo: goes on from step {found.version} ({found.folder}){settings}")
+    return found
+
+
+class Keeper:
+    """Writes checkpoints: the learners their part, then the loop's state and the manifest."""
+
+    def __init__(self, config: Config, gang: LearnerGang) -> None:
+        self._config, self._gang = config, gang
+
+    async def save(self, version: int, state: dict[str, Any]) -> None:
+        """See Checkpoints."""
+        folder = checkpoints.unfinished(self._config, version)
+        shutil.rmtree(folder, ignore_errors=True)
+        await self._gang.save_checkpoint(folder / checkpoints.LEARNER)
+        keep = self._config.grpo.keep_checkpoints
+        await asyncio.to_thread(checkpoints.complete, self._config, version, state, keep)
 
 
 def _held_out(config: Config, rollouts: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> HeldOutMeasurement | None:

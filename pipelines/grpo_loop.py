@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,11 @@ from medtvt_rl.algorithm.advantages import group_advantages, has_signal
 from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.algorithm.shaping import overlong_penalty
 from medtvt_rl.data.sampler import PromptSampler
+from medtvt_rl.learner.schedule import linear_decay
 from medtvt_rl.rollout.buffer import AdmissionBuffer
 from medtvt_rl.types import LearnerStep, Prompt
 from pipelines.grpo_roles import (
+    Checkpoints,
     FinishedGroup,
     HeldOut,
     Learner,
@@ -43,6 +46,7 @@ from pipelines.grpo_roles import (
     TrainedStep,
     TrainingGroup,
 )
+from pipelines.measuring import Measuring
 from pipelines.step_metrics import StepClock, role_metrics, rollout_metrics
 
 MAX_DISCARDED_IN_A_ROW = 8
@@ -75,37 +79,32 @@ class GrpoLoop:
         learner: Learner,
         observer: Observer,
         held_out: HeldOut | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
-        self._config = config
-        self._max_new_tokens = max_new_tokens
-        self._sampler = sampler
-        self._rollouts = rollouts
-        self._scoring = scoring
-        self._reference = reference
-        self._learner = learner
-        self._observer = observer
-        self._held_out = held_out
+        self._config, self._max_new_tokens = config, max_new_tokens
+        self._sampler, self._observer = sampler, observer
+        self._rollouts, self._scoring = rollouts, scoring
+        self._reference, self._learner = reference, learner
+        self._checkpoints = checkpoints
         self._on_policy = config.max_staleness == 0
         self._buffer: AdmissionBuffer[FinishedGroup] = AdmissionBuffer(config.groups_per_step, config.max_staleness)
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight: set[int] = set()
         self._undecided: dict[int, FinishedGroup | None] = {}
-        self._measuring: asyncio.Task[dict[str, float]] | None = None
+        self._prompt_of: dict[int, int] = {}
+        self._again: list[tuple[int, Prompt]] = []
+        self._measuring = Measuring(held_out, config.held_out, config.steps, self._on_policy)
         self._conclusion: asyncio.Task[None] | None = None
         self._stats: list[dict[str, float]] = []
-        self._discarded_in_a_row = 0
+        self._discarded_in_a_row = self._skipped_in_a_row = 0
         self._counted_before_step = (0, 0)
-        self._skipped_in_a_row = 0
         self._last_failure = LoopError("no group has failed")
         self.result = LoopResult()
 
     async def run(self) -> LoopResult:
         """Runs to the last step; whatever ends it, no task of its own stays behind."""
-        if self._held_out is not None and self._config.held_out.every_steps > 0:
-            self._measuring = asyncio.create_task(self._measure(self._held_out, 0), name="held-out 0")
-            if self._on_policy:
-                await asyncio.wait({self._measuring})
+        await self._measuring.begin(self._buffer.version)
         producer = asyncio.create_task(self._produce(), name="produce")
         trainer = asyncio.create_task(self._train(), name="train")
         try:
@@ -114,25 +113,49 @@ class GrpoLoop:
                 task.result()
         finally:
             leftover: list[asyncio.Task[Any]] = [producer, trainer, *self._tasks]
-            leftover += [task for task in (self._conclusion, self._measuring) if task is not None]
+            leftover += [task for task in (self._conclusion, self._measuring.task) if task is not None]
             for each in leftover:
                 each.cancel()
             await asyncio.gather(*leftover, return_exceptions=True)
         return self.result
 
+    def state_dict(self, version: int) -> dict[str, Any]:
+        """What a checkpoint of the learners' `version` needs beside it; JSON-ready. Groups that those weights have not
+        seen are kept by id and prompt, and made again with the same seeds."""
+        buffer = self._buffer.state_dict(version)
+        return {
+            "buffer": buffer,
+            "sampler": self._sampler.state_dict(),
+            "prompts": {str(group_id): self._prompt_of[group_id] for group_id in buffer["pending"]},
+            "result": asdict(self.result),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` was taken; engines and learners hold the weights of its version."""
+        self._sampler.load_state_dict(state["sampler"])
+        self.result = LoopResult(**state["result"])
+        self._counted_before_step = (self.result.discarded, self.result.replaced)
+        for group_id in self._buffer.load_state_dict(state["buffer"]):
+            self._prompt_of[group_id] = state["prompts"][str(group_id)]
+            self._expect(group_id)
+            self._again.append((group_id, self._sampler.prompt(self._prompt_of[group_id])))
+
     # From prompt to buffer.
 
     async def _produce(self) -> None:
+        wave = self._again
         while True:
-            async with self._changed:
-                await self._changed.wait_for(self._may_start_wave)
-                wave = self._admit_wave()
+            if not wave:
+                async with self._changed:
+                    await self._changed.wait_for(self._may_start_wave)
+                    wave = self._admit_wave()
             if self._on_policy:
                 self._rollouts.together([group_id for group_id, _ in wave], self._config.group_size)
             for group_id, prompt in wave:
                 task = asyncio.create_task(self._roll(group_id, prompt), name=f"group {group_id}")
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+            wave = []
 
     def _may_start_wave(self) -> bool:
         return self._may_admit() and not (self._on_policy and self._in_flight)
@@ -149,10 +172,14 @@ class GrpoLoop:
         wave = []
         while self._may_admit():
             group_id = self._buffer.admit()
-            self._in_flight.add(group_id)
-            self._undecided[group_id] = None
-            wave.append((group_id, self._sampler.next()[2]))
+            _, self._prompt_of[group_id], prompt = self._sampler.next()
+            self._expect(group_id)
+            wave.append((group_id, prompt))
         return wave
+
+    def _expect(self, group_id: int) -> None:
+        self._in_flight.add(group_id)
+        self._undecided[group_id] = None
 
     async def _roll(self, group_id: int, prompt: Prompt) -> None:
         """One group from prompt to buffer; one that fails is discarded with its reason, and another takes its place."""
@@ -185,6 +212,7 @@ class GrpoLoop:
         reason = f"{type(error).__name__}: {error}"
         self._observer.discarded(group_id, prompt.prompt_id, reason)
         self._buffer.discard(group_id, reason.splitlines()[0])
+        del self._prompt_of[group_id]
         self.result.discarded += 1
         self._discarded_in_a_row += 1
         self._last_failure = LoopError(f"group {group_id}: {error}")
@@ -204,6 +232,7 @@ class GrpoLoop:
             del self._undecided[group_id]
             if self._is_replaceable(group):
                 self._buffer.discard(group_id, EQUAL_REWARDS)
+                del self._prompt_of[group_id]
                 self.result.replaced += 1
                 self._observer.replaced(group)
             else:
@@ -221,9 +250,9 @@ class GrpoLoop:
     async def _train(self) -> None:
         self._stats = await self._rollouts.stats()
         clock: StepClock | None = None
-        for step in range(self._config.steps):
-            clock, version, rate = StepClock(clock), step + 1, learning_rate(self._config, step)
-            groups = await self._take()
+        for step in range(self._buffer.version, self._config.steps):
+            clock, version, rate = StepClock(clock), step + 1, self._learning_rate(step)
+            taken = groups = await self._take()
             clock.lap("wait_groups")
             groups, outcome = await self._learn(groups, rate, step)
             clock.lap("train")
@@ -236,9 +265,6 @@ class GrpoLoop:
                 await self._release(version)
             probe = await self._probe(groups)
             clock.lap("probe")
-            if self._config.checkpoint_every and version % self._config.checkpoint_every == 0:
-                await self._learner.checkpoint(version)
-                clock.lap("checkpoint")
             trained = TrainedStep(
                 step=step,
                 groups=tuple(groups),
@@ -247,10 +273,23 @@ class GrpoLoop:
                 metrics={**outcome.metrics, **clock.seconds},
             )
             self._conclusion = asyncio.create_task(self._conclude(trained, outcome, probe), name=f"conclude {step}")
-            if self._on_policy or version == self._config.steps:
+            keeps = self._is_kept(version)
+            if self._on_policy or keeps or version == self._config.steps:
                 await self._concluded()
+            for group in taken:
+                del self._prompt_of[group.group_id]
+            if keeps and self._checkpoints is not None:
+                await self._checkpoints.save(version, self.state_dict(version))
             if self._on_policy:
                 await self._release(version)
+
+    def _is_kept(self, version: int) -> bool:
+        every = self._config.checkpoint_every
+        return self._checkpoints is not None and every > 0 and version % every == 0 and version < self._config.steps
+
+    def _learning_rate(self, step: int) -> float:
+        config = self._config
+        return linear_decay(step, config.steps, config.learning_rate, config.warmup_steps, config.final_lr_share)
 
     async def _concluded(self) -> None:
         """Returns when the step before is wholly told of; what was wrong with it is raised here."""
@@ -287,13 +326,12 @@ class GrpoLoop:
             if not culprits:
                 return groups, outcome
             self.result.nonfinite += len(culprits)
-            reason = outcome.skipped or "not finite"
-            self._observer.nonfinite(step, culprits, reason)
+            self._observer.nonfinite(step, culprits, str(outcome.skipped))
             if self.result.nonfinite > self._config.max_nonfinite_groups:
                 ids = ", ".join(str(group.group_id) for group in culprits)
                 raise LoopError(
                     f"{self.result.nonfinite} groups so far were not finite (grpo.max_nonfinite_groups = "
-                    f"{self._config.max_nonfinite_groups}), the last in step {step}: groups {ids}, {reason}; "
+                    f"{self._config.max_nonfinite_groups}), the last in step {step}: groups {ids}, {outcome.skipped}; "
                     "lower grpo.learning_rate, or look at the saved groups"
                 )
             left = [group for group in groups if group.group_id not in outcome.culprits]
@@ -307,7 +345,7 @@ class GrpoLoop:
             self._changed.notify_all()
 
     async def _probe(self, groups: list[TrainingGroup]) -> Probe | None:
-        """The learner's log-probs of a completion under the weights just published; None of an empty one."""
+        """The learner's log-probs of a completion under the weights just published."""
         group = groups[0].group
         index = int(np.argmax(group.header.lengths))
         if group.header.lengths[index] == 0:
@@ -317,7 +355,7 @@ class GrpoLoop:
     async def _conclude(self, trained: TrainedStep, outcome: LearnerStep, probe: Probe | None) -> None:
         """What is measured of the weights of a step, beside the next one; on-policy before it, since nothing else may
         then run on the engines."""
-        metrics = {"sync_gap_max": await self._gap(probe), **await self._measured(trained.step + 1)}
+        metrics = {"sync_gap_max": await self._gap(probe), **await self._measuring.ready(trained.step + 1)}
         before, self._stats = self._stats, await self._rollouts.stats()
         usage = role_metrics(before, self._stats, trained.groups, trained.metrics)
         self._tell(replace(trained, metrics={**trained.metrics, **metrics, **usage}))
@@ -330,25 +368,6 @@ class GrpoLoop:
         payload, index, own = probe
         gaps = [float(np.abs(own - other).max()) for other in await self._rollouts.score(payload, index)]
         return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
-
-    async def _measured(self, version: int) -> dict[str, float]:
-        """Held-out metrics that are ready; starts their measurement where it is due."""
-        settings, last = self._config.held_out, version == self._config.steps
-        due = settings.every_steps > 0 and (version % settings.every_steps == 0 or last)
-        if last and self._measuring is not None:
-            await self._measuring  # an earlier one that is late makes way for the last
-            self._measuring = None
-        if self._held_out is not None and due and self._measuring is None:
-            self._measuring = asyncio.create_task(self._measure(self._held_out, version), name=f"held-out {version}")
-        if self._measuring is not None and (self._on_policy or last or self._measuring.done()):
-            task, self._measuring = self._measuring, None
-            return await task
-        return {}
-
-    @staticmethod
-    async def _measure(held_out: HeldOut, version: int) -> dict[str, float]:
-        found = await held_out.measure()
-        return {f"held_out/{name}": value for name, value in found.items()} | {"held_out/version": float(version)}
 
     def _tell(self, trained: TrainedStep) -> None:
         """Adds a step to the result, with what its groups say, and tells the observer."""
@@ -379,10 +398,3 @@ class GrpoLoop:
                 f"{MAX_SKIPPED_IN_A_ROW} learner steps in a row were skipped because a loss or gradient was not "
                 f"finite, the last on groups {ids}; lower grpo.learning_rate"
             )
-
-
-def learning_rate(config: GrpoConfig, step: int) -> float:
-    """Linear warm-up, then linear decay to `final_lr_share` at the last step."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    done = step / max(1, config.steps - 1)
-    return config.learning_rate * warm * (1 - (1 - config.final_lr_share) * done)

@@ -119,8 +119,12 @@ class Learner(Protocol):
     async def score(self, group: Any, index: int) -> NDArray[np.float32]:
         """Log-probs [T] of one completion at temperature 1."""
 
-    async def checkpoint(self, version: int) -> None:
-        """Writes what training needs to go on from `version`."""
+
+class Checkpoints(Protocol):
+    """Where a run keeps what it goes on from."""
+
+    async def save(self, version: int, state: dict[str, Any]) -> None:
+        """Writes the learners' state of `version` and that of the loop, whole or not at all."""
 
 
 class HeldOut(Protocol):

@@ -35,6 +35,7 @@ class Journal:
 
     Args:
         fetch: from the payload of a finished group to the group; called for the few whose text is written.
+        first_step: where the run goes on; what the journal holds of this and later steps is forgotten.
     """
 
     def __init__(
@@ -42,15 +43,20 @@ class Journal:
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
         fetch: Callable[[Any], RolloutGroup] = fetch_group,
+        first_step: int = 0,
     ) -> None:
         self._folder = folder
         self._tokenizer = tokenizer
         self._fetch = fetch
+        self._first_step = first_step
         self._files: dict[str, IO[str]] = {}
 
     def __enter__(self) -> Journal:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._files = {name: (self._folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in FILES}
+        for name in FILES:
+            path = self._folder / f"{name}.jsonl"
+            keep_rows(path, lambda row: row.get("step", -1) < self._first_step and self._first_step > 0)
+            self._files[name] = path.open("a", encoding="utf-8")
         return self
 
     def __exit__(
@@ -99,6 +105,23 @@ class Journal:
         file = self._files[name]
         file.write(json.dumps(content) + "\n")
         file.flush()
+
+
+def keep_rows(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops lines of a JSON-lines file, and one that a crash cut short; the file appears whole or as it was."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if is_kept(row):
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from actors.learner_gang import LearnerGang
 from actors.placement import place, plan
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.learner.step_record import STEPS_FOLDER, step_file
+from pipelines.checkpoints import LEARNER
 from pipelines.journal import read_steps
 from pipelines.reporter import Reporter
 from pipelines.stages import start_model
@@ -65,7 +66,7 @@ async def _replay(config: Config, lines: list[dict[str, Any]], reporter: Reporte
     try:
         gang = await LearnerGang.start(config, placement, start_model(config))
         if first > 0:
-            await gang.load_checkpoint(config.checkpoint_folder(first))
+            await gang.load_checkpoint(config.checkpoint_folder(first) / LEARNER)
         reporter.start("replay", len(lines), "step")
         for done, line in enumerate(lines, start=1):
             if not line["skipped"]:

@@ -130,6 +130,16 @@ class Reporter:
         summary = Summary(value=[Summary.Value(tag=f"{stage}/{k}", simple_value=float(v)) for k, v in values.items()])
         self._events.add_event(Event(wall_time=now, step=step, summary=summary))
 
+    def forget(self, stage: str, from_step: int) -> None:
+        """Drops the stage's rows of `from_step` and later from metrics.jsonl: they are made again."""
+        self._metrics.close()
+        path = self.folder / METRICS_FILE
+        rows = [row for row in read_metrics(path) if row["stage"] != stage or int(str(row["step"])) < from_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(path)
+        self._metrics = _open_for_append(path)
+
     def finish(self, stage: str, seconds: float | None = None) -> float:
         """Ends what is under way and says how long `stage` took.
 

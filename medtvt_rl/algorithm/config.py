@@ -100,7 +100,8 @@ class GrpoConfig:
         final_lr_share: the learning rate falls linearly to this share of its start.
         max_nonfinite_groups: groups that may be left out of a run because their loss or gradient was not finite.
         record_steps: the learners' inputs are kept, so that `medtvt-rl replay` can repeat a step bit for bit.
-        checkpoint_every: steps between two checkpoints of the learners; 0 writes none.
+        checkpoint_every: steps between two checkpoints, from which an interrupted run goes on; 0 writes none.
+        keep_checkpoints: the newest so many are kept.
     """
 
     steps: int = 100
@@ -118,4 +119,5 @@ class GrpoConfig:
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     max_nonfinite_groups: int = 16
     record_steps: bool = True
-    checkpoint_every: int = 0
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2

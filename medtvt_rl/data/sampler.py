@@ -36,6 +36,10 @@ class PromptSampler:
         self._position += 1
         return self._epoch, index, self._prompts[index]
 
+    def prompt(self, index: int) -> Prompt:
+        """The prompt of an index that `next` gave."""
+        return self._prompts[index]
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs in order to go on with the very next prompt."""
         return {

@@ -13,6 +13,14 @@ def warmup_cosine(step: int, total_steps: int, peak: float, warmup_steps: int, f
     return peak * _rise(step, warmup_steps) * (final_share + (1 - final_share) * fall)
 
 
+def linear_decay(step: int, total_steps: int, peak: float, warmup_steps: int, final_share: float) -> float:
+    """The rate of step `step` (0-based): a line from `peak` down to `final_share * peak` at the last step, and a linear
+    rise over the first `warmup_steps` on top.
+    """
+    fall = (1 - final_share) * _progress(step, total_steps, 0)
+    return peak * _rise(step, warmup_steps) * (1 - fall)
+
+
 def _rise(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
 

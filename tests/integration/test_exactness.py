@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ import pytest
 from small_run import PROJECT, SMALL, medtvt_rl
 
 
-def on_policy_run(root: Path, name: str) -> list[dict[str, Any]]:
-    """GRPO alone, from the model that SFT left in the small run: the journal's lines of its steps."""
-    settings = [
+def on_policy_settings(root: Path, name: str) -> list[str]:
+    """GRPO alone, from the model that SFT left in the small run."""
+    return [
         *(f"run.name={name}", "run.stages=[grpo]", f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"),
         *("grpo.max_staleness=0", "grpo.steps=4", "grpo.checkpoint_every=2", "rollout.num_generators=2"),
         *("grpo.held_out.every_steps=2", "grpo.held_out.max_prompts=4", "grpo.dynamic_sampling.max_replaced=1"),
     ]
-    done = medtvt_rl(root, "grpo", *SMALL, *settings)
+
+
+def on_policy_run(root: Path, name: str) -> list[dict[str, Any]]:
+    """The journal's lines of its steps."""
+    done = medtvt_rl(root, "grpo", *SMALL, *on_policy_settings(root, name))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [json.loads(line) for line in (root / name / "journal" / "steps.jsonl").read_text().splitlines()]
 
@@ -57,3 +62,32 @@ def test_the_steps_of_an_asynchronous_run_are_repeated_bit_for_bit(root: Path) -
     steps.write_text("".join(json.dumps(line) + "\n" for line in lines))
     wrong = replay(run)
     assert wrong.returncode == 1 and "step 1: weights of version 2 have checksum" in wrong.stderr
+
+
+@pytest.mark.cluster
+def test_an_on_policy_run_that_was_killed_goes_on_and_ends_in_equal_weights(root: Path) -> None:
+    """Killed after its third step, it goes on from the checkpoint behind the second. The run before it is whole."""
+    whole = json.loads((root / "exact_a" / "journal" / "steps.jsonl").read_text().splitlines()[-1])
+    command = [sys.executable, "-m", "pipelines.grpo", "-c", "configs/quickstart.yaml", f"run.root={root}"]
+    command += [*SMALL, *on_policy_settings(root, "killed")]
+    metrics = root / "killed" / "metrics.jsonl"
+    with (root / "killed.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not metrics.is_file() or metrics.read_text().count('"grpo"') < 3:
+        assert process.poll() is None and time.monotonic() < deadline, (root / "killed.log").read_text()[-3000:]
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    damaged = root / "killed" / "checkpoints" / "step_000004"
+    damaged.mkdir()
+    (damaged / "manifest.json").write_text("{}")
+    done = medtvt_rl(root, "grpo", *SMALL, *on_policy_settings(root, "killed"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "step_000004 is damaged and passed over" in done.stdout
+    assert "grpo: goes on from step 2" in done.stdout
+    steps = [json.loads(line) for line in (root / "killed" / "journal" / "steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert steps[-1]["checksum"] == whole["checksum"]
+    other = medtvt_rl(root, "grpo", *SMALL, *on_policy_settings(root, "killed"), "grpo.steps=5", "grpo.group_size=2")
+    assert other.returncode == 1 and "grpo.group_size: 4 then, 2 now" in other.stderr

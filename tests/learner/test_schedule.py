@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from medtvt_rl.learner.schedule import warmup_cosine
+from medtvt_rl.learner.schedule import linear_decay, warmup_cosine
 
 
 def test_rises_linearly_then_falls_by_a_half_cosine() -> None:
@@ -19,3 +19,8 @@ def test_rises_linearly_then_falls_by_a_half_cosine() -> None:
 def test_no_warmup_and_one_step() -> None:
     assert warmup_cosine(0, 1, 3.0, 0, 0.5) == 3.0
     assert warmup_cosine(99, 10, 3.0, 0, 0.5) == pytest.approx(1.5)
+
+
+def test_linear_decay_warms_up_and_ends_at_its_share() -> None:
+    rates = [linear_decay(step, 101, 1.0, 5, 0.1) for step in (0, 4, 50, 100)]
+    assert rates == pytest.approx([0.2, 0.964, 0.55, 0.1])

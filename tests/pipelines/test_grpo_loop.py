@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter
 
@@ -15,7 +16,7 @@ from medtvt_rl.algorithm.config import DynamicSamplingConfig, GrpoConfig, HeldOu
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import GroupHeader, LearnerStep, Prompt, ReferenceHeader
-from pipelines.grpo_loop import GrpoLoop, LoopError, learning_rate
+from pipelines.grpo_loop import GrpoLoop, LoopError
 from pipelines.grpo_roles import FinishedGroup, TrainedStep, TrainingGroup
 
 
@@ -51,6 +52,7 @@ class FakeEngines:
     async def generate(self, prompt: Prompt, group_id: int, num_completions: int) -> tuple[GroupHeader, int]:
         cluster = self.cluster
         cluster.started_at[group_id] = version = cluster.version
+        cluster.asked[group_id] = prompt.prompt_id
         await asyncio.sleep(cluster.random.random() * 0.004)
         if group_id in cluster.fail:
             await asyncio.sleep(0.01)
@@ -90,6 +92,7 @@ class FakeCluster:
         self.sick = sick
         self.waves: list[list[int]] = []
         self.checkpoints: list[int] = []
+        self.states: dict[int, dict[str, object]] = {}
         self.last_batch: list[TrainingGroup] = []
         self.gap = gap
         self.version = 0
@@ -98,6 +101,7 @@ class FakeCluster:
         self.trained: list[list[int]] = []
         self.staleness: list[int] = []
         self.started_at: dict[int, int] = {}
+        self.asked: dict[int, str] = {}
 
     async def logprobs(self, group: int) -> tuple[int, ReferenceHeader]:
         await asyncio.sleep(self.random.random() * 0.002)
@@ -115,9 +119,10 @@ class FakeCluster:
         skipped = "the gradient norm, inf, is not finite" if version in self.skip else None
         return LearnerStep(metrics={"skipped": float(version in self.skip)}, skipped=skipped)
 
-    async def checkpoint(self, version: int) -> None:
+    async def save(self, version: int, state: dict[str, object]) -> None:
         assert version == self.version
         self.checkpoints.append(version)
+        self.states[version] = json.loads(json.dumps(state))
 
     async def export(self, version: int) -> tuple[int, int]:
         return version, 0
@@ -129,14 +134,15 @@ class FakeCluster:
 class Told:
     """An observer that keeps what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_step: int = 0) -> None:
+        self.first_step = first_step
         self.metrics: list[dict[str, float]] = []
         self.given_up: list[tuple[int, str, str]] = []
         self.made_way: list[int] = []
         self.left_out: list[int] = []
 
     def step(self, trained: TrainedStep) -> None:
-        assert trained.step == len(self.metrics)
+        assert trained.step == self.first_step + len(self.metrics)
         self.metrics.append(trained.metrics)
 
     def replaced(self, group: FinishedGroup) -> None:
@@ -169,6 +175,7 @@ def run_loop(
     told: Told | None = None,
     equal: frozenset[int] = frozenset(),
     held_out: FakeHeldOut | None = None,
+    state: dict[str, object] | None = None,
     **settings: object,
 ) -> GrpoLoop:
     every = HeldOutConfig(every_steps=2)
@@ -180,7 +187,9 @@ def run_loop(
 
     async def run() -> GrpoLoop:
         sampler, engines, scorers = PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(equal)
-        loop = GrpoLoop(config, 3, sampler, engines, scorers, cluster, cluster, told or Told(), held_out)
+        loop = GrpoLoop(config, 3, sampler, engines, scorers, cluster, cluster, told or Told(), held_out, cluster)
+        if state is not None:
+            loop.load_state_dict(state)
         await asyncio.wait_for(loop.run(), 20)
         return loop
 
@@ -241,13 +250,6 @@ def test_skipped_steps_are_counted_and_five_in_a_row_end_the_run() -> None:
 @pytest.mark.parametrize(("gap", "reported"), [(0.5, 0.5), (float("nan"), float("inf"))])
 def test_a_difference_between_engine_and_learner_after_a_sync_is_reported(gap: float, reported: float) -> None:
     assert run_loop(FakeCluster(gap=gap)).result.logprob_max_abs_diff == reported
-
-
-def test_learning_rate_warms_up_and_decays() -> None:
-    config = GrpoConfig(steps=101, warmup_steps=5, learning_rate=1.0, final_lr_share=0.1)
-    assert learning_rate(config, 0) == pytest.approx(0.2)
-    assert learning_rate(config, 50) == pytest.approx(0.55)
-    assert learning_rate(config, 100) == pytest.approx(0.1)
 
 
 def test_on_policy_groups_go_out_in_whole_waves_and_others_do_not() -> None:
@@ -354,3 +356,41 @@ def test_whatever_fails_or_is_slow_each_group_is_trained_once_within_the_bound(
     assert not set(trained) & (fail | sick)
     assert set(given_up) == fail & set(ends)
     assert len(told.made_way) == loop.result.replaced <= 6 * max_replaced
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32), st.integers(0, 3), st.integers(1, 5), GROUPS, GROUPS)
+def test_a_run_that_goes_on_from_a_checkpoint_loses_and_repeats_no_group(
+    seed: int, max_staleness: int, at: int, fail: frozenset[int], equal: frozenset[int]
+) -> None:
+    settings = {
+        "max_staleness": max_staleness,
+        "checkpoint_every": 1,
+        "dynamic_sampling": DynamicSamplingConfig(max_replaced=1),
+    }
+    first, told = FakeCluster(seed, fail=fail, train_s=0.001), Told()
+    run_loop(first, told, equal, **settings)
+    assert first.checkpoints == [1, 2, 3, 4, 5]
+    later, told_later = FakeCluster(seed + 1, fail=fail, train_s=0.001), Told(first_step=at)
+    later.version = at
+    loop = run_loop(later, told_later, equal, state=first.states[at], **settings)
+    assert loop.result.steps == 6 and len(loop.result.rewards) == 6 and loop.result.completions == 96
+    trained = [group for step in [*first.trained[:at], *later.trained] for group in step]
+    assert len(trained) == len(set(trained)) == 24
+    assert max(later.staleness, default=0) <= max_staleness
+    asked = {**first.asked, **later.asked}
+    assert all(later.asked[group] == prompt for group, prompt in first.asked.items() if group in later.asked), (
+        "the same id has the same prompt"
+    )
+    assert set(asked) == set(range(len(asked)))
+    if max_staleness == 0:
+        assert [*first.trained[:at], *later.trained] == first.trained
+
+
+def test_prompts_are_drawn_once_an_epoch_across_a_resume() -> None:
+    first, later = FakeCluster(), FakeCluster(1)
+    run_loop(first, checkpoint_every=2, max_staleness=2)
+    later.version = 2
+    run_loop(later, Told(first_step=2), state=first.states[2], checkpoint_every=2, max_staleness=2)
+    prompts = [{**first.asked, **later.asked}[group] for group in range(20)]
+    assert all(sorted(prompts[start : start + 5]) == [f"p{i}" for i in range(5)] for start in range(0, 20, 5))

@@ -1,0 +1,53 @@
+"""When held-out answers are measured: every so many versions, beside training, and at the last one.
+
+Owns: the one measurement under way. Does not own: how it is made (held_out.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from medtvt_rl.algorithm.config import HeldOutConfig
+from pipelines.grpo_roles import HeldOut
+
+
+class Measuring:
+    """Starts measurements and hands out their results.
+
+    Args:
+        held_out: None measures nothing.
+        last: the run's last version.
+        alone: nothing else may run on the engines meanwhile, so that each measurement is waited for.
+    """
+
+    def __init__(self, held_out: HeldOut | None, settings: HeldOutConfig, last: int, alone: bool) -> None:
+        self._held_out, self._settings, self._last, self._alone = held_out, settings, last, alone
+        self.task: asyncio.Task[dict[str, float]] | None = None
+
+    async def begin(self, version: int) -> None:
+        """Measures the policy that the run starts with."""
+        self._start(version)
+        if self._alone and self.task is not None:
+            await asyncio.wait({self.task})
+
+    async def ready(self, version: int) -> dict[str, float]:
+        """The metrics that are ready when a version was published; starts their measurement where it is due."""
+        last = version == self._last
+        if last and self.task is not None:
+            await self.task  # an earlier one that is late makes way for the last
+            self.task = None
+        if self._settings.every_steps > 0 and (version % self._settings.every_steps == 0 or last):
+            self._start(version)
+        if self.task is not None and (self._alone or last or self.task.done()):
+            task, self.task = self.task, None
+            return await task
+        return {}
+
+    def _start(self, version: int) -> None:
+        if self._held_out is not None and self._settings.every_steps > 0 and self.task is None:
+            self.task = asyncio.create_task(_measure(self._held_out, version), name=f"held-out {version}")
+
+
+async def _measure(held_out: HeldOut, version: int) -> dict[str, float]:
+    found = await held_out.measure()
+    return {f"held_out/{name}": value for name, value in found.items()} | {"held_out/version": float(version)}
