@@ -165,12 +165,10 @@ class LearnerWorker:
         """What `weights.send` names, as rank 0's return value, so that it lies in the object store; None, None on
         other ranks.
         """
-        from medtvt_rl.learner.export import export_weights
-
         started = time.perf_counter()
         with self._working("export") as learner:
             send = self._config.weights.resolved(self._config.model.lora)
-            weights = export_weights(learner.engine, version, send)
+            weights = learner.export(version, send)
         if weights is None:
             return None, None
         header = WeightHeader(

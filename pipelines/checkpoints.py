@@ -20,9 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from medtvt_rl.config import Config, to_yaml
+from medtvt_rl.config import Config
+from pipelines.stages import differences, resolved_settings, selected
 
 FORMAT = 1
 LEARNER, LOOP, MANIFEST = "learner", "loop.json", "manifest.json"
@@ -86,7 +85,7 @@ def complete(config: Config, version: int, loop: dict[str, Any], keep: int) -> N
         "format": FORMAT,
         "version": version,
         "files": files,
-        "settings": OmegaConf.to_container(OmegaConf.create(to_yaml(config))),
+        "settings": resolved_settings(config),
         "packages": _packages(),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -130,29 +129,14 @@ def check_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
     Raises:
         CheckpointError: a setting differs that its state depends on.
     """
-    now = OmegaConf.create(to_yaml(config))
-    before = OmegaConf.create(checkpoint.settings)
-    binding = [
-        text for key in BINDING for text in differences(OmegaConf.select(before, key), OmegaConf.select(now, key), key)
-    ]
+    before, now = checkpoint.settings, resolved_settings(config)
+    binding = differences(selected(before, BINDING), selected(now, BINDING))
     if binding:
         raise CheckpointError(
             f"checkpoint {checkpoint.folder} is of a run with other settings ({'; '.join(binding[:5])}); "
             "take those back, choose another run.name, or start anew with resume=never"
         )
     return differences(before, now)
-
-
-def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Each leaf that differs, as "key: A then, B now"."""
-    before, now = (OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (before, now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            text
-            for name in sorted({*before, *now})
-            for text in differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if before == now else [f"{key}: {before!r} then, {now!r} now"]
 
 
 def _folders(config: Config) -> list[Path]:

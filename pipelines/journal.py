@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medtvt_rl.types import Completion, RolloutGroup
 from pipelines.grpo_roles import TrainedStep, TrainingGroup
+from pipelines.json_lines import keep_rows
 
 FILES = ("groups", "steps", "discarded", "samples")
 SAMPLE_EVERY_STEPS = 10
@@ -105,23 +106,6 @@ class Journal:
         file = self._files[name]
         file.write(json.dumps(content) + "\n")
         file.flush()
-
-
-def keep_rows(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops lines of a JSON-lines file, and one that a crash cut short; the file appears whole or as it was."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if is_kept(row):
-            kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from pipelines.json_lines import keep_rows, read_rows
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -134,10 +136,7 @@ class Reporter:
         """Drops the stage's rows of `from_step` and later from metrics.jsonl: they are made again."""
         self._metrics.close()
         path = self.folder / METRICS_FILE
-        rows = [row for row in read_metrics(path) if row["stage"] != stage or int(str(row["step"])) < from_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(path)
+        keep_rows(path, lambda row: row.get("stage") != stage or int(row.get("step", -1)) < from_step)
         self._metrics = _open_for_append(path)
 
     def finish(self, stage: str, seconds: float | None = None) -> float:
@@ -247,11 +246,4 @@ def _open_for_append(path: Path) -> IO[str]:
 
 def read_metrics(path: str | Path) -> list[dict[str, object]]:
     """The rows of a metrics.jsonl; a row that a crash cut short is skipped, a missing file is no rows."""
-    rows = []
-    if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return [row for row in rows if isinstance(row, dict) and "stage" in row and "step" in row]
+    return [row for row in read_rows(Path(path)) if "stage" in row and "step" in row]

@@ -60,7 +60,7 @@ def run_stage(name: str, config: Config, reporter: Reporter) -> dict[str, Any]:
         earlier = json.loads(_marker(name, config).read_text())
         cost = {key: earlier[key] for key in cost}  # what was found ready cost what it cost then
     result = {**result, **cost}
-    write_json(_marker(name, config), {"settings": _settings(name, config), **result})
+    write_json(_marker(name, config), {"settings": selected(resolved_settings(config), SETTINGS_OF[name]), **result})
     write_summary(config)
     reporter.finish(name, seconds)
     return result
@@ -72,7 +72,7 @@ def finished(name: str, config: Config) -> dict[str, Any] | None:
     if not marker.is_file() or name == "cohort":
         return None
     found: dict[str, Any] = json.loads(marker.read_text())
-    changed = _differences(found["settings"], _settings(name, config))
+    changed = differences(found["settings"], selected(resolved_settings(config), SETTINGS_OF[name]))
     if changed:
         raise StageError(
             f"{name} of {config.folder} is finished with other settings ({'; '.join(changed[:5])}); "
@@ -164,20 +164,24 @@ def _forget_later_stages(name: str, config: Config) -> None:
             _marker(later, config).unlink(missing_ok=True)
 
 
-def _settings(name: str, config: Config) -> dict[str, Any]:
-    resolved = OmegaConf.create(to_yaml(config))
-    return {key: _plain(OmegaConf.select(resolved, key)) for key in SETTINGS_OF[name]}
+def resolved_settings(config: Config) -> dict[str, Any]:
+    """The whole configuration, JSON-ready."""
+    return OmegaConf.to_container(OmegaConf.create(to_yaml(config)))  # type: ignore[return-value]
 
 
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+def selected(settings: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The settings below each dotted key."""
+    tree = OmegaConf.create(settings)
+    found = {key: OmegaConf.select(tree, key) for key in keys}
+    return {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in found.items()}
 
 
-def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """Each leaf that differs, as "key: A then, B now"."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             text
             for name in sorted({*before, *now})
-            for text in _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+            for text in differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
         ]
     return [] if before == now else [f"{key}: {before!r} then, {now!r} now"]

@@ -29,6 +29,7 @@ from medtvt_rl.learner.engine import StepOutcome, TrainingEngine
 from medtvt_rl.learner.export import export_weights
 from medtvt_rl.learner.measures import Measures, measure, report
 from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, ScoringModule, TokenBatch, build_batch
+from medtvt_rl.rollout.config import Sent
 from medtvt_rl.types import Completion, LearnerStep, Prompt, TrainingSequence
 from medtvt_rl.weights import WeightBuffer
 
@@ -170,9 +171,9 @@ class GrpoLearner:
             logprobs, _ = self.engine.forward(batch, temperature=1.0)
         return logprobs.float().cpu().numpy()
 
-    def export(self, version: int) -> WeightBuffer | None:
-        """What trains, packed for the engines under their names; None on every rank but 0."""
-        return export_weights(self.engine, version)
+    def export(self, version: int, send: Sent = "merged") -> WeightBuffer | None:
+        """What is to be sent, packed for the engines under their names; None on every rank but 0."""
+        return export_weights(self.engine, version, send)
 
     def save(self, folder: Path) -> None:
         """Writes the policy as a Hugging Face folder, from rank 0."""

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deepspeed_rank import LEARNING_RATE, NUM_SEQUENCES, VERSION, config, denominators, shared_policy, text_sequences
 from tiny_policy import PlainEngine, TinyItems, TinyPolicy, make_sequences
+from two_ranks import run_two_ranks
 
 from medtvt_rl.learner.deepspeed_engine import EngineSettings, parameter_groups
 from medtvt_rl.learner.grpo_learner import GrpoLearner
 
 torch.set_num_threads(1)
-HERE = Path(__file__).parent
 AGREED = (
     *("loss", "kl", "entropy", "num_tokens", "tokens", "fresh_gap_mean", "fresh_gap_max", "gradient_norm"),
     *("importance_ratio_mean", "importance_ratio_max", "ess_share"),
@@ -29,29 +24,7 @@ AGREED = (
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Results of every scenario on both ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    script = str(HERE / "deepspeed_rank.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), "2", str(port), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, text in zip(processes, output):
-        assert process.returncode == 0, text[-3000:]
+    run_two_ranks("deepspeed_rank.py", folder)
     return [torch.load(folder / f"results_{rank}.pt", weights_only=False) for rank in range(2)]
 
 

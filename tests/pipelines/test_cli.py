@@ -66,10 +66,10 @@ def test_a_job_keeps_its_run_outside_the_copy_of_its_working_directory(
 def test_a_finished_stage_is_recognised_and_other_settings_are_named(tmp_path: Path) -> None:
     config = load_config(QUICKSTART, [f"run.root={tmp_path}"])
     assert finished("sft", config) is None
-    from pipelines.stages import _settings
+    from pipelines.stages import SETTINGS_OF, resolved_settings, selected
 
     left = {
-        "settings": _settings("sft", config),
+        "settings": selected(resolved_settings(config), SETTINGS_OF["sft"]),
         "seconds": 3.0,
         "peak_rss_bytes": 7,
         "summary": {"sft": {"epochs": 2}},
@@ -95,10 +95,10 @@ def test_a_refused_command_leaves_the_run_s_configuration_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config(QUICKSTART, [f"run.root={tmp_path}"])
-    from pipelines.stages import _settings
+    from pipelines.stages import SETTINGS_OF, resolved_settings, selected
 
     for name in ("pretrain", "sft"):
-        left = {"settings": _settings(name, config), "seconds": 1.0, "peak_rss_bytes": 1}
+        left = {"settings": selected(resolved_settings(config), SETTINGS_OF[name]), "seconds": 1.0, "peak_rss_bytes": 1}
         write_json(config.stage_folder(name) / "finished.json", left)
     (config.folder / "config.yaml").write_text("as it was")
     assert cli.main(["run", "-c", QUICKSTART, f"run.root={tmp_path}", "sft.epochs=3"]) == 1
