@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from medtvt_rl.data.config import FilmConfig
 from medtvt_rl.data.simulate.texts import QUESTIONS
 from medtvt_rl.types import MODALITIES, Study
+from pipelines.command import EXIT_USAGE, fail
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 DEFAULT_QUESTION = QUESTIONS["diagnosis"][0]
 PERCENTILES_FILE = "labs_percentiles.json"
 MAX_NEW_TOKENS = 256
-EXIT_USAGE = 2
 MODALITY_NAMES = {"ecg": "ECG", "cxr": "film", "lab": "labs"}
 
 
@@ -212,7 +212,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print json")
 
 
-def run(args: argparse.Namespace) -> int:
+def command(args: argparse.Namespace) -> int:
     """Carries out `medtvt-rl diagnose`; returns the exit code: 0, or 2 where the input cannot be used."""
     from medtvt_rl.logs import quiet_environment
 
@@ -233,8 +233,7 @@ def run(args: argparse.Namespace) -> int:
                 max_new_tokens=args.max_new_tokens,
             )
     except (ValueError, OSError) as error:
-        print(f"medtvt-rl diagnose: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE
+        return fail(f"diagnose: {' '.join(str(error).split())}", EXIT_USAGE)
     content: dict[str, Any] = asdict(diagnosis)
     print(json.dumps(content, indent=1) if args.json else render(diagnosis))
     return 0

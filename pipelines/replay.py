@@ -9,6 +9,7 @@ first step that differs is named; then code, packages, machine or number of thre
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from actors.placement import place, plan
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.learner.step_record import STEPS_FOLDER, step_file
 from pipelines.checkpoints import LEARNER
+from pipelines.command import EXIT_USAGE, check_named, fail, in_session
 from pipelines.journal import read_steps
 from pipelines.reporter import Reporter
 from pipelines.stages import start_model
@@ -25,6 +27,24 @@ from pipelines.stages import start_model
 
 class ReplayError(RuntimeError):
     """The steps cannot be repeated, or came out otherwise; the message says which and why."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `replay`."""
+    parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/quickstart")
+    parser.add_argument("--from-step", type=int, default=0, metavar="A", help="0, or a step with a checkpoint")
+    parser.add_argument("--to-step", type=int, metavar="B", help="default: the last step of the journal")
+
+
+def command(args: argparse.Namespace) -> int:
+    """`medtvt-rl replay`; returns the exit code."""
+    try:
+        config = load_run(args.run)
+        check_named(config)
+        lines = check(config, args.from_step, args.to_step)
+    except (ValueError, ReplayError) as error:
+        return fail(str(error), EXIT_USAGE)
+    return in_session(config, lambda reporter: run(config, lines, reporter), with_ray=True)
 
 
 def load_run(folder: Path) -> Config:

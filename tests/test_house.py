@@ -35,7 +35,14 @@ ALLOWED = {
 CONFIG_MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "medtvt_rl").rglob("config.py")
 )
-LIGHT_MODULES = [*CONFIG_MODULES, "medtvt_rl.logs", "medtvt_rl.data.labels", "pipelines.cli", "pipelines.reporter"]
+LIGHT_MODULES = [
+    *CONFIG_MODULES,
+    "medtvt_rl.logs",
+    "medtvt_rl.data.labels",
+    "pipelines.cli",
+    "pipelines.command",
+    "pipelines.reporter",
+]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from medtvt_rl.config import load_config
 from pipelines import cli
+from pipelines.command import load
 from pipelines.plan import batch_arithmetic
 from pipelines.stages import StageError, finished, start_model, write_json, write_summary
 
@@ -57,10 +58,10 @@ def test_a_job_keeps_its_run_outside_the_copy_of_its_working_directory(
     folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
-    config = cli._load(QUICKSTART, [])
+    config = load(QUICKSTART, [])
     assert Path(config.run.root) == Path.home() / "runs"
     assert Path(config.data.root) == Path.home() / "runs" / "cohort"
-    assert cli._load(QUICKSTART, ["run.root=/shared/runs"]).run.root == "/shared/runs"
+    assert load(QUICKSTART, ["run.root=/shared/runs"]).run.root == "/shared/runs"
 
 
 def test_a_finished_stage_is_recognised_and_other_settings_are_named(tmp_path: Path) -> None:

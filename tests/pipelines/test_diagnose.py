@@ -25,9 +25,9 @@ from pipelines.diagnose import (
     Diagnosis,
     _read_answer,
     add_arguments,
+    command,
     diagnose,
     render,
-    run,
 )
 
 REAL_ECG = Path(get_testdata_file("waveform_ecg.dcm", download=False))
@@ -137,9 +137,9 @@ def test_the_command(model_folder: Path, labs: Path, capsys: pytest.CaptureFixtu
     assert set(content) == {"reasoning", "diagnoses", "gates", "missing", "well_formed"} and content["missing"] == [
         "cxr"
     ]
-    assert run(parsed("--model", model_folder, "--cxr", labs)) == 2
+    assert command(parsed("--model", model_folder, "--cxr", labs)) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("medtvt-rl diagnose: ") and captured.err.count("\n") == 1
+    assert captured.out == "" and captured.err.startswith("medtvt-rl: diagnose: ") and captured.err.count("\n") == 1
 
 
 def test_a_file_that_cannot_be_read_is_one_line(
@@ -150,7 +150,7 @@ def test_a_file_that_cannot_be_read_is_one_line(
 
     monkeypatch.setattr("pipelines.diagnose.diagnose", refuse)
     assert cli.main(["diagnose", "--model", "m", "--cxr", "film.jpg"]) == 2
-    assert capsys.readouterr().err == "medtvt-rl diagnose: [Errno 13] Permission denied: 'film.jpg'\n"
+    assert capsys.readouterr().err == "medtvt-rl: diagnose: [Errno 13] Permission denied: 'film.jpg'\n"
 
 
 def test_the_model_is_asked_for_and_the_module_runs() -> None:

@@ -1,0 +1,106 @@
+"""What every command shares: reading its configuration, joining the cluster, errors as one line, exit codes.
+
+Owns: the form of errors on the terminal, and the run's error log. Does not own: arguments (cli.py), or what a command
+does.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medtvt_rl.config import Config, load_config
+from medtvt_rl.config_checks import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.reporter import Reporter
+
+JOB_FOLDER = "runtime_resources/working_dir_files"
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def load(path: str, overrides: Sequence[str]) -> Config:
+    """The configuration. A submitted job runs in a copy of the working directory that is thrown away after it: there a
+    relative `run.root` counts from the home folder, so that the run outlives the job."""
+    config = load_config(path, overrides)
+    root = Path(config.run.root)
+    if JOB_FOLDER in Path.cwd().as_posix() and not root.is_absolute():
+        return load_config(path, [*overrides, f"run.root={Path.home() / root}"])
+    return config
+
+
+def check_named(config: Config) -> None:
+    """Imports what the configuration names by dotted paths, so that a mistake ends the run before anything starts.
+
+    The current folder is searched, too, as Ray's workers do: a user's own rewards and tasks may lie there.
+
+    Raises:
+        ConfigError: a module or a name does not exist, or a reward function does not take its options.
+    """
+    from medtvt_rl.dotted import resolve
+    from medtvt_rl.logs import quiet_environment
+    from medtvt_rl.rewards.scorer import Scorer
+
+    quiet_environment()
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.insert(0, str(Path.cwd()))
+    key = "rewards"
+    try:
+        if config.rewards:
+            Scorer(config.rewards)
+        for name in ("prompts", "items", "evaluate"):
+            path, key = getattr(config.task, name), f"task.{name}"
+            if path is not None:
+                resolve(path, key)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except Exception as error:  # the modules are the user's code: importing one may raise anything
+        raise ConfigError(f"{key}: a module that it names cannot be imported: {_one_line(error)}") from error
+
+
+def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool) -> int:
+    """Joins or starts the cluster, works, and turns what is raised into one line and an exit code."""
+    from medtvt_rl.logs import quiet_third_parties
+
+    quiet_third_parties(config.folder / "logs")
+    from actors.placement import logical_cpus
+    from actors.session import ray_session
+    from pipelines.reporter import Reporter
+
+    try:
+        session = ray_session(config, logical_cpus(config)) if with_ray else nullcontext()
+        with Reporter(config.folder) as reporter, session:
+            quiet_third_parties(config.folder / "logs")
+            work(reporter)
+    except KeyboardInterrupt:
+        return fail("interrupted; finished stages are kept, and the same command goes on from there", EXIT_FAILED)
+    except Exception as error:
+        return fail(f"{_one_line(error)} (details: {_save_traceback(config)})", EXIT_FAILED)
+    return 0
+
+
+def fail(text: str, code: int) -> int:
+    print(f"medtvt-rl: {text}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    """The error's own words: of a Ray task's error, those of what it was caused by."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return _one_line(cause)
+    text = " ".join(str(error).split())
+    expected = isinstance(error, (ValueError, RuntimeError)) and not type(error).__module__.startswith("ray")
+    return text if expected and text else f"{type(error).__name__}: {text}"
+
+
+def _save_traceback(config: Config) -> str:
+    path = config.folder / "logs" / "error.log"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{datetime.now(UTC).isoformat()}\n{traceback.format_exc()}\n")
+    return str(path)
