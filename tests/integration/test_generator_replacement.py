@@ -50,7 +50,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     config.rollout.max_completions_per_engine = 5
     config.rollout.engine = EngineConfig(max_model_len=256, kv_cache_bytes=1 << 26, max_num_seqs=16)
     config.rollout.sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
     yield asyncio.run(_life(config, folder))
     ray.shutdown()
 

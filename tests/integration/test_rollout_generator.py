@@ -47,7 +47,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     config.rollout.engine = EngineConfig(max_model_len=64, kv_cache_bytes=1 << 25, max_num_seqs=16)
     config.rollout.sampling = SamplingConfig(max_new_tokens=12)
     environment = {"env_vars": {"PYTHONPATH": f"{HERE}:{MODEL_TESTS}"}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
     actor = RolloutGenerator.options(num_cpus=1, runtime_env=environment).remote(str(folder), config, 3)
     yield actor
     ray.get(actor.stop.remote(), timeout=60)
