@@ -193,10 +193,14 @@ def _run(
         thousands = characters / _CHARACTERS_PER_TOKEN / 1e3
         cost = (thousands * args.price_in + len(items) * args.max_tokens / 1e3 * args.price_out) / 1e3
         reporter.line(f"a model would be asked {len(items)} questions, about {thousands:.0f}k tokens of prompts")
-        reporter.line(f"one answer each of the greatest length would cost at most about {cost:.2f}") if cost else None
+        if cost:
+            reporter.line(f"one answer each of the greatest length would cost at most about {cost:.2f}")
         return
     if settings is None:
-        answers, source = answer_by_templates(items), {"answers": "templates"}
+        reporter.start("answers", len(items), "item")
+        answers = answer_by_templates(items, lambda done, total: reporter.update(done))
+        source = {"answers": "templates"}
+        reporter.finish("answers")
     else:
         answers, source = _ask(args, items, settings, folder, reporter)
     manifest = write_qa(config.data, labelled, kinds, items, answers, {**source, "seed": args.seed})

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "data" / "qa"), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "qa"))
 from chat_server import ChatServer, chat_server
 from tiny_llama import tiny_llama
 
@@ -29,7 +30,6 @@ from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.tokenizer import train_tokenizer
 from pipelines import cli
 
-QA = "qa_built/{kind}_{split}.json"
 COHORT = CohortConfig(num_train=16, num_validation=4, num_test=5, seed=3, film_size=48, missing_share=0.2)
 
 
@@ -85,8 +85,8 @@ def test_templates_give_a_set_that_the_study_store_reads(
             assert counted["entries"][kind] + sum(counted["without_labels"][kind].values()) == len(ids)
     assert not patients["train"] & patients["test"] and not patients["train"] & patients["validation"]
     # The same diseases as those of the questions that the cohort itself came with.
-    own = StudyStore.build(load_config(str(tmp_path / "my.yaml"), [
-        "data.qa=qa/{kind}_{split}.json", f"data.store={tmp_path}/own"]).data)  # fmt: skip
+    config.data.qa, config.data.store = "qa/{kind}_{split}.json", str(tmp_path / "own")
+    own = StudyStore.build(config.data)
     assert all(store.diagnoses(i) == own.diagnoses(i) for split in store.splits for i in store.study_ids(split))
     assert set(manifest["diseases"]) == set(DISEASES) and manifest["rejected_answers"] == 0
 
@@ -174,7 +174,7 @@ def test_a_dry_run_sends_and_writes_nothing(
         ),
         (["--kinds", "ecg,mri"], "--kinds: 'mri' is unknown"),
         (["--icd-table", "absent.csv"], "--icd-table: there is no file absent.csv"),
-        (["data.qa={kind}_{split}.json"], "names no folder of its own"),
+        (["data.qa='{kind}_{split}.json'"], "names no folder of its own"),
         (["data.qa=qa/{kind}_{split}.json"], "holds something that build-qa did not write"),
         (["data.qa=../x/{kind}_{split}.json"], "climbs with '..'"),
         (["data.qaa=x"], "did you mean"),
@@ -216,12 +216,12 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatServer
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = "--host 127.0.0.1 --dtype float32 --enforce-eager --max-model-len 4096 --max-num-seqs 8 --block-size 32"
+    settings = f"--served-model-name tiny --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager "
+    settings += "--max-model-len 4096 --max-num-seqs 8 --block-size 32"
     log = model.parent / "log.txt"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-            + ["--served-model-name", "tiny", "--port", str(port), *settings.split()],
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *settings.split()],
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,

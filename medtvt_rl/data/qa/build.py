@@ -20,6 +20,7 @@ from typing import Any
 from medtvt_rl.data.config import DataConfig
 from medtvt_rl.data.errors import DataError
 from medtvt_rl.data.medtvt_qa import QAKind, qa_entry
+from medtvt_rl.data.parallel import Progress
 from medtvt_rl.data.paths import inside_root
 from medtvt_rl.data.qa.concepts import mentions
 from medtvt_rl.data.qa.labels import Labelled, StudyLabels, gap_counts
@@ -70,8 +71,12 @@ def make_items(studies: Iterable[StudyLabels], kinds: Sequence[QAKind], seed: in
     return [make_item(study, kind, seed) for study in studies for kind in kinds if kind not in study.gaps]
 
 
-def answer_by_templates(items: Sequence[Item]) -> Answers:
-    """Every item answered from its labels; the answers are checked as those of a model are."""
+def answer_by_templates(items: Sequence[Item], progress: Progress | None = None) -> Answers:
+    """Every item answered from its labels; the answers are checked as those of a model are.
+
+    Args:
+        progress: called with (items answered, items in all).
+    """
     accepted, rejected = {}, []
     for place, item in enumerate(items):
         answer = template_answer(item)
@@ -80,6 +85,8 @@ def answer_by_templates(items: Sequence[Item]) -> Answers:
             accepted[place] = answer
         else:
             rejected.append(rejected_line(item, 1, answer, reason))
+        if progress is not None:
+            progress(place + 1, len(items))
     return Answers(accepted=accepted, rejected=rejected)
 
 

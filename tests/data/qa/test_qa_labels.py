@@ -176,7 +176,7 @@ def test_paths_of_the_published_layout_lead_to_their_rows(data_root: Path) -> No
 
 
 def test_a_patient_of_two_splits_stays_in_the_later(data_root: Path) -> None:
-    train, test = ([*csv.DictReader((data_root / f"{split}.csv").open())][0] for split in ("train", "test"))
+    train, test = (next(csv.DictReader((data_root / f"{split}.csv").open())) for split in ("train", "test"))
     edit(data_root / "train.csv", {"subject_id": test["subject_id"]}, {"study_id": train["study_id"]})
     labelled = labels_of(data_root)
     assert [problem.study_id for problem in labelled.problems] == [train["study_id"]]

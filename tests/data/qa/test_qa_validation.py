@@ -115,7 +115,7 @@ def test_a_good_answer_of_each_kind_is_taken() -> None:
         (chain().replace("ECG:", "<ecg> ECG:"), "holds a tag"),
         (
             chain(answer="<answer> Sepsis </answer>"),
-            "the diagnoses are Sepsis, the labels say Acute Renal Failure; Sepsis",
+            "Sepsis, the labels say Acute Renal Failure; Sepsis",
         ),
         (chain(answer="<answer> Sepsis; Gout </answer>"), "'Gout' is unknown"),
         (chain(ecg="Well. " + ECG), "does not begin with ECG"),
@@ -125,7 +125,7 @@ def test_a_good_answer_of_each_kind_is_taken() -> None:
         (chain(ecg="ECG: tachycardia, pleural effusion."), "under ECG: pleural effusion is named"),
         (
             chain(ecg="ECG: tachycardia, left ventricular hypertrophy."),
-            "hypertrophy is asserted, the labels hold it only",
+            "is asserted, the labels hold it only",
         ),
         (chain(ecg="ECG: unremarkable."), "all is called normal, the labels have tachycardia"),
         (chain(ecg="ECG: a regular tracing."), "no finding of the labels is named, such as tachycardia"),
