@@ -104,6 +104,16 @@ def parse_diagnoses(answer: str) -> tuple[str, ...]:
     return tuple(name for name in DISEASES if name in known)
 
 
+def qa_entry(question: str, answer: str, study_id: str, ecg_path: str, cxr_path: str) -> dict[str, Any]:
+    """One entry of the published form; a path is empty where that modality was not taken."""
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        "ECG": [ecg_path] if ecg_path else [],
+        "image": [cxr_path] if cxr_path else [],
+        "study_id": study_id,
+    }
+
+
 def read_qa(
     root: Path, file: str, kind: QAKind, studies: StudyIndex, refused: Mapping[str, str]
 ) -> tuple[list[QAExample], list[Problem]]:

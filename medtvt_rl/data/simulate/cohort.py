@@ -23,15 +23,17 @@ from medtvt_rl.data.config import CohortConfig
 from medtvt_rl.data.errors import DataError
 from medtvt_rl.data.labels import ALL_FINDINGS, DISEASES, FINDINGS
 from medtvt_rl.data.labs import LAB_IDS, PERCENTILE_SUFFIX, PercentileTable, read_json
+from medtvt_rl.data.medtvt_qa import qa_entry
 from medtvt_rl.data.parallel import Progress, ordered_map
 from medtvt_rl.data.simulate.diseases import draw_diseases
 from medtvt_rl.data.simulate.findings import lab_findings
+from medtvt_rl.data.simulate.label_tables import LABELS, SimulatedLabels, stay_id, write_label_tables
 from medtvt_rl.data.simulate.labs import draw_labs
 from medtvt_rl.data.simulate.render import RenderTask, render_study
 from medtvt_rl.data.simulate.texts import chain_of_evidence, question, section
 from medtvt_rl.types import MODALITIES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MARKER = "cohort.json"
 SPLITS = ("train", "validation", "test")
 _FIRST_STUDY_ID = 40_000_001
@@ -123,16 +125,19 @@ def _write_files(config: CohortConfig, root: Path, progress: Progress | None) ->
     table = PercentileTable.fit(plans[0].labs)
     means = dict(zip(LAB_IDS, table.mean_percentiles().astype(float).round(6).tolist()))
     (root / "labs_means.json").write_text(json.dumps(means, indent=1))
+    labels: list[SimulatedLabels] = []
     with (root / "findings.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["study_id", *ALL_FINDINGS])
         for plan in plans:
             findings = [_study_findings(plan, index, next(rendered)) for index in range(len(plan.ids))]
             writer.writerows(_finding_rows(plan, findings))
+            labels += _label_rows(plan, findings)
             _write_labs(root / f"{plan.split}.csv", plan, table)
             _write_questions(
                 root / "qa", plan, findings, np.random.default_rng([config.seed, SPLITS.index(plan.split), 0, 1])
             )
+    write_label_tables(root / LABELS, labels, config.seed)
 
 
 def _draw_plans(config: CohortConfig) -> list[_Plan]:
@@ -180,18 +185,25 @@ def _finding_rows(plan: _Plan, findings: list[dict[str, dict[str, bool] | None]]
     return rows
 
 
+def _label_rows(plan: _Plan, findings: list[dict[str, dict[str, bool] | None]]) -> list[SimulatedLabels]:
+    return [
+        SimulatedLabels(study_id=study_id, patient_id=patient_id, findings=found, diseases=plan.names(index))
+        for index, ((study_id, patient_id), found) in enumerate(zip(plan.ids, findings))
+    ]
+
+
 def _write_labs(path: Path, plan: _Plan, table: PercentileTable) -> None:
     percentiles = table.percentiles(plan.labs)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         columns = [name for item in LAB_IDS for name in (item, item + PERCENTILE_SUFFIX)]
-        writer.writerow(["study_id", "subject_id", "ecg_path", "cxr_path", *columns])
+        writer.writerow(["study_id", "subject_id", "hadm_id", "ecg_path", "cxr_path", *columns])
         for index, (study_id, patient_id) in enumerate(plan.ids):
             paths = plan.paths(index)
             cells = []
             for value, percentile in zip(plan.labs[index], percentiles[index]):
                 cells += ["", ""] if np.isnan(value) else [f"{value:g}", f"{percentile:.6f}"]
-            writer.writerow([study_id, patient_id, paths["ecg"], paths["cxr"], *cells])
+            writer.writerow([study_id, patient_id, stay_id(study_id), paths["ecg"], paths["cxr"], *cells])
 
 
 def _write_questions(
@@ -204,11 +216,6 @@ def _write_questions(
         answers["diagnosis"] = chain_of_evidence(rng, findings[index], plan.names(index))
         paths = plan.paths(index)
         for kind, answer in answers.items():
-            messages = [
-                {"role": "user", "content": question(rng, kind)},
-                {"role": "assistant", "content": answer},
-            ]
-            files = {"ECG": [paths["ecg"]] if paths["ecg"] else [], "image": [paths["cxr"]] if paths["cxr"] else []}
-            entries[kind].append({"messages": messages, **files, "study_id": study_id})
+            entries[kind].append(qa_entry(question(rng, kind), answer, study_id, paths["ecg"], paths["cxr"]))
     for kind, rows in entries.items():
         (folder / f"{kind}_{plan.split}.json").write_text(json.dumps(rows, indent=0))

@@ -6,7 +6,7 @@ modality that is missing is said to be so.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -31,9 +31,8 @@ def question(rng: np.random.Generator, kind: str) -> str:
 
 def section(rng: np.random.Generator, modality: str, findings: Mapping[str, bool] | None) -> str:
     """What one modality shows, "ECG: ... ." `findings` holds every finding of the modality; None: it was not taken."""
-    heading = SECTIONS[modality]
     if findings is None:
-        return f"{heading}: {NOT_AVAILABLE}."
+        return section_text(modality, None)
     keys = FINDINGS[modality]
     parts = []
     if keys[0] in NORMAL_PHRASES:
@@ -45,12 +44,21 @@ def section(rng: np.random.Generator, modality: str, findings: Mapping[str, bool
     else:
         parts = [_choose(rng, PHRASES[key]) for key in keys if findings[key]]
         parts = parts or [_choose(rng, NORMAL_PHRASES[modality])]
-    return f"{heading}: {', '.join(parts)}."
+    return section_text(modality, parts)
+
+
+def section_text(modality: str, parts: Sequence[str] | None) -> str:
+    """One section from its phrases, "ECG: A, B."; None: the modality was not taken."""
+    return f"{SECTIONS[modality]}: {NOT_AVAILABLE if parts is None else ', '.join(parts)}."
 
 
 def chain_of_evidence(
     rng: np.random.Generator, findings: Mapping[str, Mapping[str, bool] | None], diseases: Collection[str]
 ) -> str:
     """The whole answer: evidence by modality in <think>, diagnoses in <answer>."""
-    evidence = " ".join(section(rng, modality, findings[modality]) for modality in SECTIONS)
-    return f"<think> {evidence} </think><answer> {answer_text(diseases)} </answer>"
+    return chain_text((section(rng, modality, findings[modality]) for modality in SECTIONS), diseases)
+
+
+def chain_text(sections: Iterable[str], diseases: Collection[str]) -> str:
+    """The whole answer from its sections and the diagnoses."""
+    return f"<think> {' '.join(sections)} </think><answer> {answer_text(diseases)} </answer>"
