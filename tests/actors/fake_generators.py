@@ -11,8 +11,9 @@ import numpy as np
 from ray.exceptions import ActorDiedError
 
 from actors.rollout_pool import RolloutPool
+from actors.roster import Member
+from actors.supervision import Incidents
 from medtvt_rl.config import Config, RunConfig
-from medtvt_rl.rollout.config import RolloutConfig
 from medtvt_rl.types import GroupHeader, Prompt
 from medtvt_rl.weights import WeightBuffer
 
@@ -61,7 +62,7 @@ class FakeGenerator:
         self.loaded: list[str] = []
         self.joined: list[tuple[Any, int]] = []
         self.broken: str | None = None
-        self.start = Method(lambda: self._answer("start", {}))
+        self.start = Method(lambda: self._answer("start", None))
         self.generate = Method(self._generate)
         self.merge = Method(self._merge)
         self.update_weights = Method(self._update)
@@ -113,13 +114,17 @@ class Cast:
     """
 
     def __init__(self, tmp_path: Path, count: int, replace: bool = True, **settings: Any) -> None:
-        config = Config(run=RunConfig(name="r", root=str(tmp_path)), rollout=RolloutConfig(**settings))
+        config = Config(run=RunConfig(name="r", root=str(tmp_path)))
+        for name, value in settings.items():
+            setattr(config.rollout if hasattr(config.rollout, name) else config.supervision, name, value)
         self.first = [FakeGenerator(f"g{i}") for i in range(count)]
         self.successors: dict[int, list[FakeGenerator]] = {i: [] for i in range(count)}
         self.prepare: Callable[[FakeGenerator], None] = lambda generator: None
         self.told: list[str] = []
+        self.incidents = Incidents(self.told.append)
         renew = self._renew if replace else None
-        self.pool = RolloutPool(config, self.first, self.told.append, renew, lambda handle: handle.dead.set())
+        members = [Member(index=index, handle=handle) for index, handle in enumerate(self.first)]
+        self.pool = RolloutPool(config, members, self.incidents, renew, lambda handle: handle.dead.set())
 
     def _renew(self, index: int) -> FakeGenerator:
         successor = FakeGenerator(f"g{index}.{len(self.successors[index]) + 1}")
