@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
@@ -29,7 +29,7 @@ class FakeActor:
     """Scores a group by its name: "hang" hangs, "die" dies, "die once" dies the first time that anyone scores it,
     "refuse" raises, "poison" is finite nowhere. One that is `sick` finds nothing finite."""
 
-    died: set[str] = set()
+    died: ClassVar[set[str]] = set()
 
     def __init__(self, sick: bool = False) -> None:
         self.sick, self.dead, self.seen = sick, asyncio.Event(), list[str]()

@@ -1,10 +1,10 @@
 """A run in a process of its own, what is done to its actors while it goes, and what must hold of its folder afterwards.
 
     with FaultyRun(arguments) as run:
-        run.wait_for(lambda: len(run.steps()) >= 2)
+        run.wait_for(lambda: len(run.rows("steps")) >= 2)
         run.signal("learner", signal.SIGKILL, during="train_step")
         run.finish()
-    audit(run.folder, run)
+    audit(run, steps=8, groups_per_step=4, max_staleness=0)
 
 An actor's process is found by the title that Ray gives it, ray::CLASS.METHOD, among the descendants of the run; the
 oldest of a class is the one that serves, the others are spares.
@@ -112,13 +112,23 @@ class FaultyRun:
 
     def finish(self) -> str:
         """Waits for the end of the run; what it said. Raises AssertionError where it failed."""
+        said = self._wait()
+        assert self._process.returncode == 0, said[-4000:]
+        return said
+
+    def finish_badly(self) -> dict[str, Any]:
+        """Waits for the end of a run that must fail; its report."""
+        said = self._wait()
+        assert self._process.returncode == 1 and "report: " in said, said[-4000:]
+        report: dict[str, Any] = json.loads((self.folder / "failure.json").read_text())
+        return report
+
+    def _wait(self) -> str:
         while self._process.poll() is None:
             self._look()
             assert time.monotonic() < self._deadline, f"the run is late:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.2)
-        said = self.log.read_text()
-        assert self._process.returncode == 0, said[-4000:]
-        return said
+        return self.log.read_text()
 
     def leftovers(self) -> list[str]:
         """Processes of the run, and files in shared memory, that are still there some seconds after its end."""
