@@ -91,8 +91,10 @@ class RolloutPool:
         model_folder: Path,
         incidents: Incidents | None = None,
         timeline: Timeline | None = None,
+        with_spares: bool = False,
     ) -> RolloutPool:
-        """Starts every generator in its bundle and waits until its engine has loaded `model_folder`."""
+        """Starts every generator in its bundle and waits until its engine has loaded `model_folder`; `with_spares` as
+        `rollout.spares` says."""
         actor: Any = RolloutGenerator
         settings = config.rollout
 
@@ -102,7 +104,7 @@ class RolloutPool:
 
         spares = Spares(
             "rollout",
-            settings.spares,
+            settings.spares if with_spares else 0,
             lambda index: make(index, spare=True),
             settings.start_timeout_s,
             "rollout.start_timeout_s",

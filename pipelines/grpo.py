@@ -59,7 +59,7 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
     forget_failure(config)
     try:
         rollouts, scoring, reference, (learner, shelf) = await asyncio.gather(
-            RolloutPool.start(config, placement, folder, incidents, timeline),
+            RolloutPool.start(config, placement, folder, incidents, timeline, with_spares=True),
             ScorerPool.start(config, placement, folder, incidents, timeline),
             _start_reference(config, placement, folder, incidents, timeline),
             start_learner(config, placement, folder, timeline, incidents, found),

@@ -19,7 +19,7 @@ def settings(model: Path, *more: str) -> list[str]:
     return [
         *(*SMALL, "run.stages=[grpo]", f"model.init={model}", f"data.root={model.parents[3] / 'cohort'}"),
         *("grpo.max_staleness=0", f"grpo.steps={STEPS}", "grpo.checkpoint_every=3", "grpo.held_out.every_steps=0"),
-        *("supervision.silence_s=10", "supervision.max_restarts=10", *more),
+        *("supervision.silence_s=20", "supervision.max_restarts=10", *more),
     ]
 
 
