@@ -28,7 +28,7 @@ class Method:
         self.remote = call
 
 
-def header(group_id: int, count: int, generate_s: float = 1.0) -> GroupHeader:
+def header(group_id: int, count: int, generate_s: float = 1.0, finite: bool = True) -> GroupHeader:
     return GroupHeader(
         group_id=group_id,
         prompt_id="p",
@@ -37,6 +37,7 @@ def header(group_id: int, count: int, generate_s: float = 1.0) -> GroupHeader:
         oldest_version=0,
         newest_version=0,
         generate_s=generate_s,
+        finite=finite,
     )
 
 
@@ -49,6 +50,7 @@ class FakeGenerator:
     def __init__(self, name: str) -> None:
         self.name, self.checksum = name, CHECKSUM
         self.fault: Exception | None = None
+        self.finite = True
         self.faults: dict[str, Exception] = {}
         kinds = ("start", "generate", "update", "score", "merge", "health", "join", "receive")
         self.gates = {kind: asyncio.Event() for kind in kinds}
@@ -78,7 +80,9 @@ class FakeGenerator:
         self.waves.append(wave)
         self.parts.append((group_id, first_index, num_completions))
         end = first_index + num_completions
-        return self._answer("generate", header(group_id, num_completions)), f"{first_index}..{end} of {self.name}"
+        return self._answer(
+            "generate", header(group_id, num_completions, finite=self.finite)
+        ), f"{first_index}..{end} of {self.name}"
 
     def _merge(self, generate_s: float, *parts: str) -> tuple[Awaitable[Any], str]:
         return self._answer("merge", header(0, 0, generate_s)), " + ".join(parts)

@@ -292,3 +292,37 @@ def test_stop_ends_those_on_their_way_too(tmp_path: Path) -> None:
         assert len(cast.successors[0]) == 1
 
     asyncio.run(run())
+
+
+def test_a_generator_whose_log_probs_are_not_finite_is_replaced_and_its_group_made_by_another(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        cast.first[0].finite = False
+        assert (await cast.pool.generate(PROMPT, 0, 4))[1] == "0..4 of g1"
+        await cast.settle()
+        assert cast.first[0].dead.is_set() and cast.pool.num_left == 2
+        assert cast.told[0].startswith("rollout 0 is lost: SickError: not finite when it was asked to generate group 0")
+
+    asyncio.run(run())
+
+
+def test_an_incident_says_who_was_lost_why_how_long_and_with_how_many_groups(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        cast.first[0].gates["generate"].clear()
+        groups = [asyncio.create_task(cast.pool.generate(PROMPT, group_id, 4)) for group_id in range(4)]
+        await cast.settle()
+        cast.first[0].dead.set()
+        await asyncio.gather(*groups)
+        await cast.settle()
+        (incident,) = cast.incidents.over
+        assert (incident.role, incident.index, incident.outcome) == ("rollout", 0, "replaced")
+        assert incident.groups == len(cast.first[0].groups) and incident.cause.startswith("ActorDiedError")
+        assert cast.incidents.metrics() == {
+            "restarts/rollout": 1,
+            "restarts/reward": 0,
+            "restarts/reference": 0,
+            "restarts/learner": 0,
+        }
+
+    asyncio.run(run())
