@@ -79,10 +79,8 @@ class FakeGenerator:
         self.groups.append(group_id)
         self.waves.append(wave)
         self.parts.append((group_id, first_index, num_completions))
-        end = first_index + num_completions
-        return self._answer(
-            "generate", header(group_id, num_completions, finite=self.finite)
-        ), f"{first_index}..{end} of {self.name}"
+        made = f"{first_index}..{first_index + num_completions} of {self.name}"
+        return self._answer("generate", header(group_id, num_completions, finite=self.finite)), made
 
     def _merge(self, generate_s: float, *parts: str) -> tuple[Awaitable[Any], str]:
         return self._answer("merge", header(0, 0, generate_s)), " + ".join(parts)
