@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, folder: Path, role: str) -> str:
     with FaultyRun(folder, settings, timeout_s=1800) as run:
         run.wait_for(lambda: len(run.metrics()) >= args.steps // 3)
         killed_at = time.time()
-        run.signal(role, signal.SIGKILL, during="train_step" if role == "learner" else None)
+        run.signal(role, signal.SIGKILL, during="train_step" if role == "learner" else "generate")
         run.wait_for(lambda: run.rows("events"))
         run.finish()
     rows, (event, *_) = run.metrics(), run.rows("events")

@@ -6,8 +6,8 @@
         run.finish()
     audit(run, steps=8, groups_per_step=4, max_staleness=0)
 
-An actor's process is found by the title that Ray gives it, ray::CLASS.METHOD, among the descendants of the run; the
-oldest of a class is the one that serves, the others are spares.
+An actor's process is found by the title that Ray gives it, ray::CLASS.METHOD, among the descendants of the run. Learners
+and generators may have spares of the same class: what it does tells the one that serves.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CLASSES = {
     "reference": "ReferencePolicy",
     "learner": "LearnerWorker",
 }
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY, SHARED_EVERY_S = "/dev/shm/", 0.5
 
 
 class FaultyRun:
@@ -46,7 +46,7 @@ class FaultyRun:
 
     def __init__(self, folder: Path, arguments: list[str], timeout_s: float = 300) -> None:
         self.folder, self._deadline = folder, time.monotonic() + timeout_s
-        self._shared_before = shared_memory()
+        self._shared, self._shared_at = set[str](), 0.0
         self._seen: dict[int, psutil.Process] = {}
         place = [f"run.root={folder.parent}", f"run.name={folder.name}"]
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -97,12 +97,10 @@ class FaultyRun:
         return found
 
     def actor(self, role: str, during: str | None = None) -> psutil.Process | None:
-        """The process of the actor that serves, where it does what is named."""
-        found = [each for each in self._look() if title(each).startswith(f"ray::{CLASSES[role]}")]
-        oldest = min(found, key=lambda process: process.create_time(), default=None)
-        if oldest is None or (during is not None and not title(oldest).endswith(f".{during}")):
-            return None
-        return oldest
+        """The process of an actor of a role, one that does what is named."""
+        name = f"ray::{CLASSES[role]}" + (f".{during}" if during else "")
+        found = [each for each in self._look() if title(each) == name or (not during and title(each).startswith(name))]
+        return found[0] if found else None
 
     def signal(self, role: str, sent: signal.Signals, during: str | None = None) -> int:
         """Sends a signal to the actor of a role as soon as it does what is named; its process id."""
@@ -139,7 +137,8 @@ class FaultyRun:
 
     def _left(self) -> list[str]:
         alive = [process for process in self._seen.values() if process.is_running() and not is_zombie(process)]
-        return [f"{process.pid} {title(process)}" for process in alive] + sorted(shared_memory() - self._shared_before)
+        shared = sorted(path for path in self._shared if Path(path).exists())
+        return [f"{process.pid} {title(process)}" for process in alive] + shared
 
     def _look(self) -> list[psutil.Process]:
         """The descendants of the run, each remembered."""
@@ -149,6 +148,9 @@ class FaultyRun:
             found = []
         for process in found:
             self._seen.setdefault(process.pid, process)
+        if time.monotonic() - self._shared_at > SHARED_EVERY_S:
+            self._shared_at = time.monotonic()
+            self._shared.update(path for process in found for path in shared_memory(process.pid))
         return found
 
 
@@ -180,5 +182,10 @@ def is_zombie(process: psutil.Process) -> bool:
         return True
 
 
-def shared_memory() -> set[str]:
-    return {str(path) for path in SHARED_MEMORY.iterdir()}
+def shared_memory(pid: int) -> set[str]:
+    """Files in shared memory that a process has mapped; others on the machine have some of their own."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {line[line.index(SHARED_MEMORY) :].removesuffix(" (deleted)") for line in lines if SHARED_MEMORY in line}

@@ -40,7 +40,7 @@ def test_learner_scorer_and_reference_are_killed_and_the_weights_are_those_of_an
         run.signal("reference", signal.SIGKILL)
         run.signal("reward", signal.SIGKILL)
         run.wait_for(lambda: len(run.rows("steps")) >= 5)
-        run.signal("learner", signal.SIGSTOP)
+        run.signal("learner", signal.SIGSTOP, during="train_step")
         said = run.finish()
     audit(run, STEPS, GROUPS_PER_STEP, 0)
     assert checksums(run) == checksums(plain) and len(set(checksums(run))) == STEPS
@@ -56,9 +56,9 @@ def test_a_generator_is_killed_and_stopped_and_no_group_is_lost(model: Path, tmp
     arguments = settings(model, "grpo.max_staleness=2", "rollout.num_generators=2")
     with FaultyRun(tmp_path / "generators", arguments, timeout_s=600) as run:
         run.wait_for(lambda: len(run.rows("steps")) >= 1)
-        run.signal("rollout", signal.SIGKILL)
+        run.signal("rollout", signal.SIGKILL, during="generate")
         run.wait_for(lambda: len(run.rows("steps")) >= 3)
-        run.signal("rollout", signal.SIGSTOP)
+        run.signal("rollout", signal.SIGSTOP, during="generate")
         run.finish()
     audit(run, STEPS, GROUPS_PER_STEP, 2)
     assert {event["role"] for event in run.rows("events")} <= {"rollout"}
