@@ -6,8 +6,8 @@
         run.finish()
     audit(run, steps=8, groups_per_step=4, max_staleness=0)
 
-An actor's process is found by the title that Ray gives it, ray::CLASS.METHOD, among the descendants of the run. Learners
-and generators may have spares of the same class: what it does tells the one that serves.
+An actor's process is found by the title that Ray gives it, ray::CLASS.METHOD, among the descendants of the run.
+Learners and generators may have spares of the same class: what it does tells the one that serves.
 """
 
 from __future__ import annotations
