@@ -26,7 +26,12 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def log_tail(log: Path) -> tuple[str, ...]:
+    """The last lines of a log, if there are any."""
+    return tuple(last_lines(log, LOG_LINES))
+
+
 def with_log(message: str, log: Path) -> str:
     """The message, and below it the last lines of the log, if there are any."""
-    tail = "".join(f"\n  {line}" for line in last_lines(log, LOG_LINES))
+    tail = "".join(f"\n  {line}" for line in log_tail(log))
     return f"{message}\nend of {log}:{tail}" if tail else message

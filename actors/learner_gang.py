@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
+from actors.deadline import within
 from actors.failure import cause_of, with_log
 from actors.learner_worker import LearnerShard, LearnerWorker, RankHealth, WeightHeader
 from actors.placement import Placement
+from actors.process import Whereabouts
+from actors.spares import Spares
 from actors.timeline import Timeline
 from actors.weight_transfer import BroadcastWeights, LearnerSender
 from medtvt_rl.algorithm.losses import Denominators
@@ -27,13 +31,24 @@ from medtvt_rl.config import Config
 from medtvt_rl.types import GroupHeader, LearnerStep
 
 HEALTH_TIMEOUT_S = 10.0
+"""Where supervision.silence_s is off."""
 LAST_WORDS_S = 1.0
 """How long the other ranks may still report a failure of their own after the first one failed."""
 PEER_WORDS = ("timed out", "timeout", "connection", "peer", "socket", "gloo", "nccl")
 
 
 class LearnerError(RuntimeError):
-    """The gang is gone; the message names the rank, the call, the cause and the end of its log."""
+    """The gang is gone; the message names the rank, the call, the cause and the end of its log.
+
+    Attributes:
+        rank: that failed.
+        node: that it ran on, "" where that is not known.
+        cause: in one line.
+    """
+
+    def __init__(self, message: str, rank: int = 0, node: str = "", cause: str = "") -> None:
+        super().__init__(message)
+        self.rank, self.node, self.cause = rank, node, cause or message
 
 
 class BufferedGroup(Protocol):
@@ -62,21 +77,26 @@ class LearnerGang:
     def __init__(self, config: Config, workers: list[Any], timeline: Timeline | None = None) -> None:
         self._config, self._workers, self._timeline = config, workers, timeline or Timeline()
         self._sender = LearnerSender(workers[0], config.rollout)
+        self._silence_s = 0.0
+        self.where: list[Whereabouts] = []
 
     @classmethod
     async def start(
-        cls, config: Config, placement: Placement, model_folder: Path, timeline: Timeline | None = None
+        cls,
+        config: Config,
+        placement: Placement,
+        model_folder: Path,
+        timeline: Timeline | None = None,
+        spares: Spares | None = None,
     ) -> LearnerGang:
-        """Starts one worker in each learner bundle; returns when all have loaded `model_folder`."""
+        """Starts one worker in each learner bundle, from a spare where there is one; returns when all have loaded
+        `model_folder`."""
         count = config.learner.num_workers
-        environment = {"env_vars": {"OMP_NUM_THREADS": str(config.learner.num_threads)}}
-        actor: Any = LearnerWorker
-        workers = [
-            actor.options(**placement.options("learner", rank), runtime_env=environment).remote(rank, count, config)
-            for rank in range(count)
-        ]
+        taken = [spares.take(rank) if spares is not None else None for rank in range(count)]
+        workers = [taken[rank] or make_worker(config, placement, rank) for rank in range(count)]
         gang = cls(config, workers, timeline)
         timeout_s, setting = config.learner.start_timeout_s, "learner.start_timeout_s"
+        gang.where = await gang._all("whereabouts", lambda worker, _: worker.whereabouts.remote(), timeout_s, setting)
         addresses = await gang._all("address", lambda worker, _: worker.address.remote(), timeout_s, setting)
         one_node = len({address for address, _ in addresses}) == 1
         address = "127.0.0.1" if one_node else addresses[0][0]
@@ -84,6 +104,7 @@ class LearnerGang:
         await gang._all(
             "setup", lambda worker, _: worker.setup.remote(str(model_folder), address, port), timeout_s, setting
         )
+        gang._silence_s = config.supervision.silence_s
         return gang
 
     async def train_step(
@@ -153,7 +174,8 @@ class LearnerGang:
 
     async def health(self) -> list[RankHealth]:
         """What every rank is doing."""
-        return await self._all("health", lambda worker, _: worker.health.remote(), HEALTH_TIMEOUT_S, "no setting")
+        timeout_s = self._config.supervision.silence_s or HEALTH_TIMEOUT_S
+        return await self._all("health", lambda worker, _: worker.health.remote(), timeout_s, "supervision.silence_s")
 
     def stop(self) -> None:
         """Ends every rank."""
@@ -178,7 +200,8 @@ class LearnerGang:
     async def _results(
         self, call: str, start: Callable[[Any, int], Awaitable[Any]], timeout_s: float, setting: str
     ) -> list[Any]:
-        tasks = [asyncio.ensure_future(_wait(start(worker, rank))) for rank, worker in enumerate(self._workers)]
+        calls = [start(worker, rank) for rank, worker in enumerate(self._workers)]
+        tasks = [asyncio.ensure_future(self._heard(rank, answer)) for rank, answer in enumerate(calls)]
         try:
             done, missing = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
             if missing and any(task.exception() is not None for task in done):
@@ -197,13 +220,35 @@ class LearnerGang:
         if failed:
             causes = {rank: e for rank, task in enumerate(tasks) if task in done and (e := task.exception())}
             rank = min(causes, key=lambda rank: (remoteness(causes[rank]), rank))
-            raise LearnerError(self._message(call, rank, str(causes[rank]).strip())) from causes[rank]
+            raise self._error(call, rank, str(causes[rank]).strip(), cause_of(causes[rank])) from causes[rank]
         ranks = [rank for rank, task in enumerate(tasks) if task in missing]
-        raise LearnerError(self._message(call, ranks[0], f"no answer of ranks {ranks} in {timeout_s:g} s ({setting})"))
+        raise self._error(call, ranks[0], f"no answer of ranks {ranks} in {timeout_s:g} s ({setting})")
 
-    def _message(self, call: str, rank: int, cause: str) -> str:
+    async def _heard(self, rank: int, answer: Awaitable[Any]) -> Any:
+        """The answer of a rank, which has to say meanwhile that it lives. Raises DeadlineError where it does not."""
+        task = asyncio.ensure_future(_wait(answer))
+        try:
+            while not (await asyncio.wait({task}, timeout=self._silence_s / 2 or None))[0]:
+                alive, who = self._workers[rank].health.remote(), f"learner rank {rank} to say that it lives"
+                with suppress(RayError):  # what is wrong with it the call under way will say
+                    await within(alive, self._silence_s, who, "supervision.silence_s")
+            return task.result()
+        finally:
+            task.cancel()
+
+    def _error(self, call: str, rank: int, text: str, cause: str = "") -> LearnerError:
         log = self._config.folder / "logs" / f"learner_{rank}.log"
-        return with_log(f"learner rank {rank} of {len(self._workers)}, {call}: {cause}", log)
+        node = self.where[rank].node if rank < len(self.where) else ""
+        message = f"learner rank {rank} of {len(self._workers)}, {call}: {text}"
+        return LearnerError(with_log(message, log), rank, node, f"{call}: {cause or text}")
+
+
+def make_worker(config: Config, placement: Placement, rank: int, spare: bool = False) -> Any:
+    """A new actor in the bundle of a rank."""
+    actor: Any = LearnerWorker
+    environment = {"env_vars": {"OMP_NUM_THREADS": str(config.learner.num_threads)}}
+    options = {**placement.options("learner", rank, spare), "runtime_env": environment}
+    return actor.options(**options).remote(rank, config.learner.num_workers, config)
 
 
 def remoteness(error: BaseException) -> int:

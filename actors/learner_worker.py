@@ -21,6 +21,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from actors.process import Whereabouts, has_room, import_ahead, whereabouts
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
@@ -33,6 +34,15 @@ if TYPE_CHECKING:
     from medtvt_rl.learner.grpo_learner import GrpoLearner
     from medtvt_rl.learner.nccl_sender import WeightSender
 
+# What setting up a rank imports, the larger part of a start.
+IMPORTS = (
+    "deepspeed",
+    "medtvt_rl.learner.deepspeed_engine",
+    "medtvt_rl.learner.grpo_learner",
+    "medtvt_rl.learner.step_record",
+    "medtvt_rl.model.policy",
+    "medtvt_rl.model.medtvt",
+)
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "chat_template", "added_tokens", "vocab", "merges")
 
 
@@ -81,8 +91,8 @@ class RankHealth:
 
 @ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
 class LearnerWorker:
-    """Rank `rank` of `world_size`. Apart from `address`, `health` and the methods of rank 0 alone, every method is
-    called on all ranks at once.
+    """Rank `rank` of `world_size`. Apart from `warm`, `whereabouts`, `address`, `health` and the methods of rank 0
+    alone, every method is called on all ranks at once.
     """
 
     def __init__(self, rank: int, world_size: int, config: Config) -> None:
@@ -93,6 +103,24 @@ class LearnerWorker:
         self._device: Any = None
         self._model_folder = ""
         self._busy: tuple[str, float] | None = None
+
+    def warm(self, devices: str | None, anyway: bool) -> bool:
+        """Imports what `setup` needs, and waits to become its rank; False, with nothing done, where the node is short
+        of memory and it is not wanted `anyway`."""
+        if not anyway and not has_room():
+            return False
+
+        def prepare() -> None:
+            from medtvt_rl.learner import process_group
+
+            process_group.prepare_environment(self._config.learner.num_threads)
+
+        import_ahead(IMPORTS, devices, prepare)
+        return True
+
+    def whereabouts(self) -> Whereabouts:
+        """Where it runs."""
+        return whereabouts()
 
     def address(self) -> tuple[str, int]:
         """This node's address and a port that is free on it."""

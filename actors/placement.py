@@ -1,18 +1,26 @@
-"""Which role runs where: a plan that can be printed, and the placement group that carries it out.
+"""Which role runs where: a plan that can be printed, and the placement groups that carry it out.
 
 Owns: bundles, labels, the message for what cannot be placed. Does not own: the actors themselves.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from medtvt_rl.config import Config, RoleResources
+
+GANG = "learner"
 
 
 class PlacementError(RuntimeError):
@@ -78,50 +86,84 @@ def logical_cpus(config: Config) -> float:
 
 
 class Placement:
-    """A reserved placement group; `options(role, index)` are the actor options that put an actor into its bundle."""
+    """Reserved bundles; `options(role, index)` are the actor options that put an actor into its own.
 
-    def __init__(self, bundles: list[Bundle], group: PlacementGroup) -> None:
+    The learners share one placement group: they come and go together. Every other actor has one of its own, which Ray
+    moves to another node when its node dies, as soon as one has room.
+    """
+
+    def __init__(self, bundles: list[Bundle], groups: list[list[Bundle]], placed: list[PlacementGroup]) -> None:
         self.bundles = bundles
-        self._group = group
+        self._seats = {
+            (bundle.role, bundle.index): (group, position)
+            for members, group in zip(groups, placed)
+            for position, bundle in enumerate(members)
+        }
 
-    def options(self, role: str, index: int) -> dict[str, Any]:
-        """Keyword arguments for `Actor.options(...)`."""
-        position = next(i for i, b in enumerate(self.bundles) if (b.role, b.index) == (role, index))
-        bundle = self.bundles[position]
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=position)
-        return {"num_cpus": bundle.resources.get("CPU", 0), "num_gpus": bundle.gpus, "scheduling_strategy": strategy}
+    def options(self, role: str, index: int, spare: bool = False) -> dict[str, Any]:
+        """Keyword arguments for `Actor.options(...)`; a spare sits beside the actor and asks for nothing."""
+        group, position = self._seats[role, index]
+        bundle = self._bundle(role, index)
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=position)
+        cpus, gpus = (0, 0) if spare else (bundle.resources.get("CPU", 0), bundle.gpus)
+        return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
 
     def count(self, role: str) -> int:
         """Bundles of a role."""
         return sum(bundle.role == role for bundle in self.bundles)
 
+    def has_node(self, role: str, index: int) -> bool:
+        """Whether a bundle has its place; not while its node is dead and no other has room. Asks the cluster."""
+        group, _ = self._seats[role, index]
+        return bool(placement_group_table(group)["state"] == "CREATED")
+
+    def wanting(self, role: str, index: int) -> str:
+        """What a bundle waits for, and what there is."""
+        return f"{self._bundle(role, index)}. The cluster has {_offers()}"
+
     def release(self) -> None:
         """Gives the resources back; actors in it end."""
-        remove_placement_group(self._group)
+        for group in dict.fromkeys(group for group, _ in self._seats.values()):
+            remove_placement_group(group)
+
+    def _bundle(self, role: str, index: int) -> Bundle:
+        return next(bundle for bundle in self.bundles if (bundle.role, bundle.index) == (role, index))
 
 
 def place(bundles: list[Bundle], timeout_s: float) -> Placement:
     """Reserves every bundle, or raises PlacementError naming one that does not fit."""
-    group = placement_group(
+    learners = [bundle for bundle in bundles if bundle.role == GANG]
+    groups = [learners] if learners else []
+    groups += [[bundle] for bundle in bundles if bundle.role != GANG]
+    placed = [_reserve(members) for members in groups]
+    deadline = time.monotonic() + timeout_s
+    if not all(group.wait(max(0.1, deadline - time.monotonic())) for group in placed):
+        for group in placed:
+            remove_placement_group(group)
+        raise PlacementError(_explain(bundles, timeout_s))
+    return Placement(bundles, groups, placed)
+
+
+def _reserve(bundles: list[Bundle]) -> PlacementGroup:
+    return placement_group(
         [bundle.resources for bundle in bundles],
         strategy="PACK",
         bundle_label_selector=[bundle.labels for bundle in bundles],
     )
-    if not group.wait(timeout_s):
-        remove_placement_group(group)
-        raise PlacementError(_explain(bundles, timeout_s))
-    return Placement(bundles, group)
 
 
 def _explain(bundles: list[Bundle], timeout_s: float) -> str:
     alone = next((bundle for bundle in bundles if not _fits_alone(bundle)), None)
     culprit = f"{alone} fits on no node" if alone else "each bundle fits alone, but all together do not"
-    offers = "; ".join(_describe(node) for node in ray.nodes() if node["Alive"])
-    return f"placement waited {timeout_s:g} s (placement.timeout_s): {culprit}. The cluster has {offers}"
+    return f"placement waited {timeout_s:g} s (placement.timeout_s): {culprit}. The cluster has {_offers()}"
+
+
+def _offers() -> str:
+    return "; ".join(_describe(node) for node in ray.nodes() if node["Alive"])
 
 
 def _fits_alone(bundle: Bundle) -> bool:
-    group = placement_group([bundle.resources], bundle_label_selector=[bundle.labels])
+    group = _reserve([bundle])
     try:
         return bool(group.wait(2))
     finally:

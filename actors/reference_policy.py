@@ -13,13 +13,14 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from actors.process import Whereabouts, whereabouts
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
 from medtvt_rl.types import ReferenceHeader, RolloutGroup
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
 class ReferencePolicy:
     """Holds the policy of `model_folder` as it is; it never learns."""
 
@@ -36,8 +37,13 @@ class ReferencePolicy:
         self._items = resolve(config.task.items, "task.items")(config) if config.task.items else None
         self._config = config
 
-    def ready(self) -> None:
-        """Returns when the policy is loaded: a call waits for the constructor."""
+    def ready(self) -> Whereabouts:
+        """Where it runs, when the policy is loaded: a call waits for the constructor."""
+        return whereabouts()
+
+    @ray.method(concurrency_group="health")
+    def health(self) -> None:
+        """Answers also while a group is scored."""
 
     @ray.method(num_returns=2)
     def logprobs(self, group: RolloutGroup) -> tuple[ReferenceHeader, tuple[NDArray[np.float32], ...]]:
@@ -62,5 +68,7 @@ class ReferencePolicy:
         logprobs = tuple(values.float().cpu().numpy() for values in scored)
         estimator = self._config.grpo.loss.kl.estimator
         kl = [sequence_kl(c.behaviour_logprobs, values, estimator) for c, values in zip(group.completions, logprobs)]
-        header = ReferenceHeader(kl=np.array(kl, dtype=np.float32), seconds=time.perf_counter() - started)
+        finite = all(bool(np.isfinite(values).all()) for values in logprobs)
+        seconds = time.perf_counter() - started
+        header = ReferenceHeader(kl=np.array(kl, dtype=np.float32), seconds=seconds, finite=finite)
         return header, logprobs

@@ -8,13 +8,14 @@ from __future__ import annotations
 import ray
 from transformers import AutoTokenizer
 
+from actors.process import Whereabouts, whereabouts
 from medtvt_rl.config import Config
 from medtvt_rl.logs import redirect_output
 from medtvt_rl.rewards.scorer import GroupRewards, Scorer
 from medtvt_rl.types import RolloutGroup
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
 class RewardScorer:
     """Scores one group at a time.
 
@@ -29,8 +30,13 @@ class RewardScorer:
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         self._scorer = Scorer(config.rewards)
 
-    def ready(self) -> None:
-        """Returns when the tokenizer and the reward functions are loaded: a call waits for the constructor."""
+    def ready(self) -> Whereabouts:
+        """Where it runs, when the tokenizer and the reward functions are loaded: a call waits for the constructor."""
+        return whereabouts()
+
+    @ray.method(concurrency_group="health")
+    def health(self) -> None:
+        """Answers also while a group is scored."""
 
     def score(self, group: RolloutGroup) -> GroupRewards:
         """Rewards of the group's completions, in their order."""

@@ -7,7 +7,7 @@ Does not own: generation and weight loading (medtvt_rl/rollout/vllm_engine.py), 
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from actors.process import Whereabouts, has_room, import_ahead, whereabouts
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
@@ -29,6 +30,15 @@ from medtvt_rl.weights import WeightBuffer
 if TYPE_CHECKING:
     from medtvt_rl.rollout.vllm_engine import VllmEngine
 
+logger = logging.getLogger(__name__)
+# What starting an engine imports, the larger part of a start.
+IMPORTS = (
+    "vllm.engine.arg_utils",
+    "vllm.platforms",
+    "vllm.v1.engine.llm_engine",
+    "medtvt_rl.rollout.vllm_engine",
+    "medtvt_rl.model.vllm_model",
+)
 # Every group in flight holds one call; an engine has far fewer groups than this.
 MAX_CALLS = 4096
 
@@ -54,25 +64,32 @@ class RolloutGenerator:
         self._items: Any = None
         self._num_calls = 0
 
-    async def start(self) -> dict[str, Any]:
-        """Starts the engine; seconds it took, node and process. Raises what vLLM raises."""
+    async def warm(self, devices: str | None, anyway: bool) -> bool:
+        """Imports what `start` needs, and waits to be started; False, with nothing done, where the node is short of
+        memory and it is not wanted `anyway`."""
+        if not anyway and not has_room():
+            return False
+        await asyncio.to_thread(import_ahead, IMPORTS, devices, self._prepare_environment)
+        return True
+
+    async def start(self) -> Whereabouts:
+        """Starts the engine; where it runs. Raises what vLLM raises."""
         begin = time.perf_counter()
         await asyncio.to_thread(self._start)
-        return {
-            "index": self._index,
-            "start_s": time.perf_counter() - begin,
-            "node_id": ray.get_runtime_context().get_node_id(),
-            "node_ip": ray.util.get_node_ip_address(),
-            "pid": os.getpid(),
-        }
+        logger.info("the engine serves after %.1f s", time.perf_counter() - begin)
+        return whereabouts()
 
-    def _start(self) -> None:
+    def _prepare_environment(self) -> None:
         from medtvt_rl.rollout.vllm_core import prepare_environment
 
         config = self._config
         prepare_environment(config.rollout.engine.num_threads, cpu=config.placement.rollout.gpus == 0)
+
+    def _start(self) -> None:
+        self._prepare_environment()
         from medtvt_rl.rollout.vllm_engine import VllmEngine
 
+        config = self._config
         if config.task.items is not None:
             self._items = resolve(config.task.items, "task.items")(config)
         self._engine = VllmEngine(

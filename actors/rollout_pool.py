@@ -22,10 +22,13 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError
 
 from actors.deadline import within
-from actors.failure import cause_of, with_log
-from actors.generator_roster import GeneratorLostError, GeneratorRoster, Member
+from actors.failure import ActorError, cause_of, with_log
+from actors.generator_roster import GeneratorRoster
 from actors.placement import Placement
 from actors.rollout_generator import RolloutGenerator
+from actors.roster import Bundles, Member, MemberLostError
+from actors.spares import Spares
+from actors.supervision import Incidents
 from actors.timeline import Timeline
 from actors.weight_transfer import BroadcastWeights, WeightTransfer
 from medtvt_rl.config import Config
@@ -51,28 +54,32 @@ class RolloutPool:
     """All rollout generators of a run.
 
     Args:
-        generators: handles; the place of each is its index among its kind.
-        report: told in one line what becomes of a generator that is lost.
+        members: started generators; the place of each is its index among its kind.
+        incidents: told what becomes of a generator that is lost.
         renew: makes a new actor in the bundle of an index; without it a lost generator is left out for good.
         kill: ends the process behind a handle.
         timeline: where every call is recorded.
+        bundles: asked before a successor is started.
+        spares: processes with their imports done; a successor that serves gets one beside it.
 
-    Every method raises GeneratorLostError when no generator serves and none will, with the cause and the end of the log
-    of each.
+    Every method raises RoleLostError when no generator serves and none will, with the cause of each.
     """
 
     def __init__(
         self,
         config: Config,
-        generators: list[Any],
-        report: Callable[[str], None] = logger.warning,
+        members: Sequence[Member],
+        incidents: Incidents,
         renew: Callable[[int], Any] | None = None,
         kill: Callable[[Any], None] = ray.kill,
         timeline: Timeline | None = None,
+        bundles: Bundles | None = None,
+        spares: Spares | None = None,
     ) -> None:
-        self._config = config.rollout
-        self._roster = GeneratorRoster(config, generators, report, renew, kill, timeline)
-        self._transfer = WeightTransfer(self._roster, config.rollout, report)
+        self._config, self._spares = config.rollout, spares
+        served = self._order_spare
+        self._roster = GeneratorRoster(config, members, incidents, renew, kill, timeline, bundles, served)
+        self._transfer = WeightTransfer(self._roster, config.rollout, incidents.report)
         self._seats: dict[int, list[Seat]] = {}
         self._waves = count(1)
 
@@ -82,18 +89,46 @@ class RolloutPool:
         config: Config,
         placement: Placement,
         model_folder: Path,
-        report: Callable[[str], None] = logger.warning,
+        incidents: Incidents | None = None,
         timeline: Timeline | None = None,
+        with_spares: bool = False,
     ) -> RolloutPool:
-        """Starts every generator in its bundle and waits until its engine has loaded `model_folder`."""
+        """Starts every generator in its bundle and waits until its engine has loaded `model_folder`; `with_spares` as
+        `rollout.spares` says."""
         actor: Any = RolloutGenerator
+        settings = config.rollout
 
-        def make(index: int) -> Any:
-            return actor.options(**placement.options("rollout", index)).remote(str(model_folder), config, index)
+        def make(index: int, spare: bool = False) -> Any:
+            options = placement.options("rollout", index, spare)
+            return actor.options(**options).remote(str(model_folder), config, index)
 
+        spares = Spares(
+            "rollout",
+            settings.spares if with_spares else 0,
+            lambda index: make(index, spare=True),
+            settings.start_timeout_s,
+            "rollout.start_timeout_s",
+        )
         generators = [make(index) for index in range(placement.count("rollout"))]
-        await asyncio.gather(*(_started(config, index, generator) for index, generator in enumerate(generators)))
-        return cls(config, generators, report, make, timeline=timeline)
+        members = await asyncio.gather(*(_started(config, index, each) for index, each in enumerate(generators)))
+        told = incidents or Incidents(logger.warning)
+        pool = cls(
+            config,
+            members,
+            told,
+            lambda index: spares.take(index) or make(index),
+            timeline=timeline,
+            bundles=placement,
+            spares=spares,
+        )
+        pool._roster.keep_watch()
+        for member in members:
+            pool._order_spare(member)
+        return pool
+
+    def _order_spare(self, member: Member) -> None:
+        if self._spares is not None and member.where is not None:
+            self._spares.order(member.index, member.where)
 
     @property
     def num_left(self) -> int:
@@ -119,8 +154,8 @@ class RolloutPool:
         """One group from the generators with the fewest completions under way: its header, and a reference to it.
 
         A group larger than `rollout.max_completions_per_engine` is generated in parts by several generators and put
-        together by one of them. A part whose generator is lost goes once to another one, or to the successor where none
-        is left, with the same seeds. Once only: it may be the group that breaks engines.
+        together by one of them. A part whose generator is lost goes to another one, or to the successor where none is
+        left, with the same seeds.
         """
         seats = self._seats.pop(group_id, None) or self._free_seats(num_completions)
         if len(seats) == 1:
@@ -158,20 +193,22 @@ class RolloutPool:
         load: int = 0,
         first: Member | None = None,
     ) -> Answer:
-        """A header and a reference to its payload, from a second generator where the first is lost."""
+        """A header and a reference to its payload, from another generator where the first is lost or not finite."""
         timeout_s, setting = self._config.generate_timeout_s, "rollout.generate_timeout_s"
-        for attempt in range(2):
-            member = first if first is not None and not attempt else await self._roster.least_loaded(what)
-            member.load += load
+        firsts = iter([] if first is None else [first])
+
+        async def pick(doubted: Sequence[Member]) -> Member:
+            return next(firsts, None) or await self._roster.least_loaded(what, doubted)
+
+        async def ask(member: Member) -> Answer:
+            member.load, member.groups = member.load + load, member.groups + 1
             try:
                 header, payload = call(member.handle)
                 return await self._roster.ask(member, header, what, timeout_s, setting), payload
-            except GeneratorLostError:
-                if attempt:
-                    raise
             finally:
-                member.load -= load
-        raise AssertionError("the second attempt returns or raises")
+                member.load, member.groups = member.load - load, member.groups - 1
+
+        return await self._roster.ask_in_turn(what, pick, ask, lambda answer: answer[0].finite)
 
     async def update_weights(self, weights: ray.ObjectRef | BroadcastWeights, version: int, checksum: int) -> None:
         """Publishes one version; every engine that serves from now on holds it.
@@ -197,6 +234,8 @@ class RolloutPool:
     def stop(self) -> None:
         """Ends every generator."""
         self._roster.stop()
+        if self._spares is not None:
+            self._spares.stop()
 
     async def _all_left(
         self, call: Callable[[Any], Awaitable[Any]], what: str, timeout_s: float, setting: str
@@ -208,18 +247,19 @@ class RolloutPool:
             answers = await self._roster.everywhere(
                 lambda member: self._roster.ask(member, call(member.handle), what, timeout_s, setting)
             )
-            found = [answer for answer in answers if not isinstance(answer, GeneratorLostError)]
+            found = [answer for answer in answers if not isinstance(answer, MemberLostError)]
             if found:
                 return found
             lost = answers
         raise lost[-1]
 
 
-async def _started(config: Config, index: int, generator: Any) -> None:
-    """Returns when the engine of a new generator serves; raises GeneratorLostError with its log where it fails."""
+async def _started(config: Config, index: int, generator: Any) -> Member:
+    """A new generator as a member when its engine serves; raises ActorError with its log where it fails."""
     who, timeout_s = f"rollout {index}", config.rollout.start_timeout_s
     try:
-        await within(generator.start.remote(), timeout_s, f"{who} to start", "rollout.start_timeout_s")
+        where = await within(generator.start.remote(), timeout_s, f"{who} to start", "rollout.start_timeout_s")
     except RayError as error:
         log = config.folder / "logs" / f"rollout_{index}.log"
-        raise GeneratorLostError(with_log(f"{who} did not start: {cause_of(error)}", log)) from error
+        raise ActorError(with_log(f"{who} did not start: {cause_of(error)}", log)) from error
+    return Member(index=index, handle=generator, where=where)

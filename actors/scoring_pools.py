@@ -1,139 +1,155 @@
-"""The reward scorers and the reference policies as the driver sees them: each a pool that is asked in turn.
+"""The reward scorers and the reference policies as the driver sees them: pools whose actors do one group at a time.
 
-Owns: whose turn it is, deadlines, the words of a failure, and a new scorer in place of one that hangs or died. Does not
-own: rewards and log-probs (actors/reward_scorer.py, actors/reference_policy.py).
+A group goes to an actor only when that has nothing else to do, so that one that dies or hangs takes no other group with
+it, and it is known which group it was.
+
+Owns: whose turn it is, deadlines, that a group is asked again of another actor. Does not own: rewards and log-probs
+(actors/reward_scorer.py, actors/reference_policy.py), or losses and successors (actors/roster.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from itertools import count
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
-from actors.deadline import DeadlineError, within
+from actors.deadline import within
 from actors.failure import ActorError, cause_of, with_log
 from actors.placement import Placement
 from actors.reference_policy import ReferencePolicy
 from actors.reward_scorer import RewardScorer
+from actors.roster import Member, Roster
+from actors.supervision import Incidents
 from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import ReferenceHeader
 
+T = TypeVar("T")
+WHAT = "score a group"
+
+
+class ScorerRoster(Roster):
+    """The reward scorers that serve."""
+
+    role = "reward"
+
+
+class ReferenceRoster(Roster):
+    """The reference policies that serve."""
+
+    role = "reference"
+
+
+async def ask_alone(
+    config: Config, roster: Roster, call: Callable[[Any], Awaitable[T]], is_finite: Callable[[T], bool]
+) -> T:
+    """What an actor that has nothing else to do makes of a group; raises what Roster.ask_in_turn raises."""
+
+    async def pick(doubted: Sequence[Member]) -> Member:
+        while True:
+            await roster.wait_for_one(WHAT)
+            free = [member for member in roster.by_load() if member.load == 0]
+            others = [member for member in free if member not in doubted]
+            if others or (free and all(member in doubted for member in roster.by_load())):
+                member = (others or free)[0]
+                member.load = member.groups = 1
+                return member
+            await roster.change()
+
+    async def ask(member: Member) -> T:
+        try:
+            answer = call(member.handle)
+            return await roster.ask(member, answer, WHAT, config.score_timeout_s, "score_timeout_s")
+        finally:
+            member.load = member.groups = 0
+            roster.changed()
+
+    return await roster.ask_in_turn(WHAT, pick, ask, is_finite)
+
 
 class ScorerPool:
-    """The reward scorers.
+    """The reward scorers."""
 
-    Args:
-        start_scorer: starts the scorer of an index and returns its handle; called again for one that hangs or died.
-        kill: ends the process behind a handle.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        start_scorer: Callable[[int], Any],
-        kill: Callable[[Any], None],
-        timeline: Timeline | None = None,
-    ) -> None:
-        self._config, self._start_scorer, self._kill = config, start_scorer, kill
-        self._timeline = timeline or Timeline()
-        self._scorers = [start_scorer(index) for index in range(config.num_scorers)]
-        self._turn = count()
+    def __init__(self, config: Config, roster: Roster) -> None:
+        self._config, self._roster = config, roster
 
     @classmethod
     async def start(
-        cls, config: Config, placement: Placement, model_folder: Path, timeline: Timeline | None = None
+        cls, config: Config, placement: Placement, model_folder: Path, incidents: Incidents, timeline: Timeline
     ) -> ScorerPool:
         """Starts every scorer in its bundle; returns when all have their tokenizer and reward functions."""
         actor: Any = RewardScorer
-        pool = cls(
-            config,
-            lambda index: actor.options(**placement.options("reward", index)).remote(config, str(model_folder), index),
-            ray.kill,
-            timeline,
-        )
-        await _ready(config, "reward", pool._scorers)
-        return pool
+
+        def make(index: int) -> Any:
+            return actor.options(**placement.options("reward", index)).remote(config, str(model_folder), index)
+
+        members = await _started(config, "reward", make, config.num_scorers)
+        roster = ScorerRoster(config, members, incidents, make, timeline=timeline, bundles=placement)
+        roster.keep_watch()
+        return cls(config, roster)
 
     async def score(self, group: ray.ObjectRef) -> GroupRewards:
-        """Rewards of one group.
+        """Rewards of one group. A scorer that hangs or dies is replaced, and the group asked of another."""
+        return await ask_alone(self._config, self._roster, lambda scorer: scorer.score.remote(group), lambda _: True)
 
-        A scorer that hangs or dies is started again and the error raised; groups that waited behind it go to the new
-        one.
-        """
-        index = next(self._turn) % len(self._scorers)
-        while True:
-            scorer = self._scorers[index]
-            try:
-                with self._timeline.span(f"reward {index}", "score a group"):
-                    return await _score(self._config, "reward", index, scorer.score.remote(group))
-            except (DeadlineError, ActorError) as error:
-                if self._scorers[index] is not scorer:
-                    continue
-                if isinstance(error, DeadlineError) or isinstance(error.__cause__, RayActorError):
-                    self._kill(scorer)
-                    self._scorers[index] = self._start_scorer(index)
-                raise
+    def stop(self) -> None:
+        """Ends every scorer."""
+        self._roster.stop()
 
 
 class ReferencePool:
     """The reference policies."""
 
-    def __init__(self, config: Config, references: list[Any], timeline: Timeline | None = None) -> None:
-        self._config, self._references = config, references
-        self._timeline = timeline or Timeline()
-        self._turn = count()
+    def __init__(self, config: Config, roster: Roster) -> None:
+        self._config, self._roster = config, roster
 
     @classmethod
     async def start(
-        cls, config: Config, placement: Placement, model_folder: Path, timeline: Timeline | None = None
+        cls, config: Config, placement: Placement, model_folder: Path, incidents: Incidents, timeline: Timeline
     ) -> ReferencePool:
         """Starts every reference in its bundle; returns when all have loaded `model_folder`."""
         actor: Any = ReferencePolicy
-        references = [
-            actor.options(**placement.options("reference", index)).remote(str(model_folder), config, index)
-            for index in range(config.num_references)
-        ]
-        await _ready(config, "reference", references)
-        return cls(config, references, timeline)
+
+        def make(index: int) -> Any:
+            return actor.options(**placement.options("reference", index)).remote(str(model_folder), config, index)
+
+        members = await _started(config, "reference", make, config.num_references)
+        roster = ReferenceRoster(config, members, incidents, make, timeline=timeline, bundles=placement)
+        roster.keep_watch()
+        return cls(config, roster)
 
     async def logprobs(self, group: ray.ObjectRef) -> tuple[ray.ObjectRef, ReferenceHeader]:
-        """A reference to the log-probs of one group, and what the driver sees of them."""
-        index = next(self._turn) % len(self._references)
-        header, payload = self._references[index].logprobs.remote(group)
-        with self._timeline.span(f"reference {index}", "score a group"):
-            return payload, await _score(self._config, "reference", index, header)
+        """A reference to the log-probs of one group, and what the driver sees of them. A reference policy that hangs,
+        dies or is sick is replaced, and the group asked of another."""
+
+        async def call(reference: Any) -> tuple[ray.ObjectRef, ReferenceHeader]:
+            header, payload = reference.logprobs.remote(group)
+            return payload, await header
+
+        return await ask_alone(self._config, self._roster, call, lambda answer: answer[1].finite)
+
+    def stop(self) -> None:
+        """Ends every reference."""
+        self._roster.stop()
 
 
-async def _ready(config: Config, role: str, actors: list[Any]) -> None:
-    """Returns when every actor is constructed."""
-    timeout_s, setting = config.rollout.start_timeout_s, "rollout.start_timeout_s"
-    await asyncio.gather(
-        *(
-            _answer(config, role, index, actor.ready.remote(), "start", timeout_s, setting)
-            for index, actor in enumerate(actors)
-        )
-    )
+async def _started(config: Config, role: str, make: Callable[[int], Any], count: int) -> list[Member]:
+    """Starts the actors of a role; members when every one is constructed."""
+    timeout_s = config.rollout.start_timeout_s
 
+    async def start(index: int, handle: Any) -> Member:
+        who = f"{role} {index}"
+        try:
+            where = await within(handle.ready.remote(), timeout_s, f"{who} to start", "rollout.start_timeout_s")
+        except RayError as error:
+            log = config.folder / "logs" / f"{role}_{index}.log"
+            raise ActorError(with_log(f"{who} did not start: {cause_of(error)}", log)) from error
+        return Member(index=index, handle=handle, where=where)
 
-async def _score(config: Config, role: str, index: int, answer: Awaitable[Any]) -> Any:
-    return await _answer(config, role, index, answer, "score a group", config.score_timeout_s, "score_timeout_s")
-
-
-async def _answer(
-    config: Config, role: str, index: int, answer: Awaitable[Any], what: str, timeout_s: float, setting: str
-) -> Any:
-    """Raises DeadlineError or ActorError with the actor's name and the end of its log."""
-    log = config.folder / "logs" / f"{role}_{index}.log"
-    try:
-        return await within(answer, timeout_s, f"{role} {index} to {what}", setting)
-    except DeadlineError as error:
-        raise DeadlineError(with_log(str(error), log)) from error
-    except RayError as error:
-        raise ActorError(with_log(f"{role} {index}, asked to {what}: {cause_of(error)}", log)) from error
+    handles = [make(index) for index in range(count)]
+    return list(await asyncio.gather(*(start(index, handle) for index, handle in enumerate(handles))))

@@ -9,14 +9,16 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
 
+logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 10.0
 
 
@@ -47,10 +49,22 @@ def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    _quiet_raylet()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet_raylet() -> None:
+    """Sends what Ray prints of a process that died to the log: the run tells it in a line of its own."""
+    from ray._private import worker
+
+    def log(data: Mapping[str, Any], *_: Any, **__: Any) -> None:
+        logger.info("ray: %s", " ".join(data["lines"]))
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = log
 
 
 def probe_address(address: str) -> None:

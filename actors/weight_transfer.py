@@ -24,7 +24,8 @@ from ray.exceptions import RayError
 
 from actors.deadline import DeadlineError, within
 from actors.failure import ActorError, cause_of
-from actors.generator_roster import GeneratorLostError, GeneratorRoster, Member, Publication, WeightSyncError
+from actors.generator_roster import GeneratorRoster, Publication, WeightSyncError
+from actors.roster import Member, MemberLostError
 from medtvt_rl.rollout.config import RolloutConfig
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.weight_group import WeightGroup, rank_offsets
@@ -201,7 +202,7 @@ class WeightTransfer:
         """None where an engine did its part, else why not: it is lost, or refused and serves on as it was."""
         try:
             await part
-        except (GeneratorLostError, ActorError) as error:
+        except (MemberLostError, ActorError) as error:
             return str(error).splitlines()[0]
         return None
 

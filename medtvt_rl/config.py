@@ -83,6 +83,24 @@ class PlacementConfig:
 
 
 @dataclass
+class SupervisionConfig:
+    """What becomes of an actor that died, fell silent, or gives wrong results; the same for every role.
+
+    Attributes:
+        max_restarts, restart_window_s: an actor (the learner gang: as a whole) is started again so many times within so
+            many seconds; lost once more, it is given up. The run ends when a role has none left.
+        max_attempts: actors that one group is asked of before it is discarded: it may be the group that kills them.
+        silence_s: an actor that does not even say that it lives for so long is lost, whatever it was asked for; 0
+            leaves that to the deadlines of its calls.
+    """
+
+    max_restarts: int = 5
+    restart_window_s: float = 600.0
+    max_attempts: int = 3
+    silence_s: float = 60.0
+
+
+@dataclass
 class ClusterConfig:
     """The Ray cluster: None starts a local one for the run and ends it; "auto" or HOST:PORT joins one."""
 
@@ -118,6 +136,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     @property

@@ -18,8 +18,8 @@ class ConfigError(ValueError):
 
 def check_config(config: Config) -> None:
     """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
-    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_rewards, _check_stages)
-    for check in checks:
+    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision)
+    for check in (*checks, _check_rewards, _check_stages):
         check(config)
 
 
@@ -191,10 +191,8 @@ def _check_model(config: Config) -> None:
 
 def _check_sync(config: Config) -> None:
     rollout = config.rollout
-    for name in ("max_restarts", "max_completions_per_engine"):
-        value = getattr(rollout, name)
-        _require(value is None or value >= 0, f"rollout.{name}", value, "set 0 or more")
-    _require(rollout.restart_window_s > 0, "rollout.restart_window_s", rollout.restart_window_s, "set more than 0")
+    share = rollout.max_completions_per_engine
+    _require(share is None or share >= 0, "rollout.max_completions_per_engine", share, "set 0 or more")
     try:
         config.weights.resolved(config.model.lora)
     except ValueError as error:
@@ -208,6 +206,17 @@ def _check_sync(config: Config) -> None:
             "weights.transport=nccl needs a whole GPU in each of its processes; set 1 or more, or "
             "weights.transport=object_store",
         )
+
+
+def _check_supervision(config: Config) -> None:
+    settings = config.supervision
+    for name, least in (("max_restarts", 0), ("max_attempts", 1), ("silence_s", 0)):
+        value = getattr(settings, name)
+        _require(value >= least, f"supervision.{name}", value, f"set {least} or more")
+    window_s = settings.restart_window_s
+    _require(window_s > 0, "supervision.restart_window_s", window_s, "set more than 0")
+    for key, spares in (("rollout.spares", config.rollout.spares), ("learner.spares", config.learner.spares)):
+        _require(spares in (None, 0, 1), key, spares, "set 0 or 1, or null to let free memory decide")
 
 
 def _check_rewards(config: Config) -> None:

@@ -158,6 +158,7 @@ class GroupHeader:
         num_cut: completions that ended at the length limit.
         oldest_version, newest_version: over all tokens of the group.
         generate_s: seconds between the request and the last token.
+        finite: whether every behaviour log-prob is.
     """
 
     group_id: int
@@ -167,6 +168,7 @@ class GroupHeader:
     oldest_version: int
     newest_version: int
     generate_s: float
+    finite: bool = True
 
     @classmethod
     def of(cls, group: RolloutGroup, generate_s: float, version: int = 0) -> GroupHeader:
@@ -182,6 +184,7 @@ class GroupHeader:
             oldest_version=group.oldest_version if group.num_tokens else version,
             newest_version=newest,
             generate_s=generate_s,
+            finite=all(bool(np.isfinite(c.behaviour_logprobs).all()) for c in group.completions),
         )
 
 
@@ -192,10 +195,12 @@ class ReferenceHeader:
     Attributes:
         kl: [G] float32, KL of each completion by the configured estimator, summed over its tokens.
         seconds: the reference policy took.
+        finite: whether every log-prob is.
     """
 
     kl: NDArray[np.float32]
     seconds: float
+    finite: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

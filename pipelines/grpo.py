@@ -17,21 +17,25 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from actors.learner_gang import LearnerGang
+from actors.learner_supervisor import LearnerSupervisor
 from actors.placement import Placement, grpo_roles, place, plan
 from actors.rollout_pool import RolloutPool
 from actors.scoring_pools import ReferencePool, ScorerPool
+from actors.supervision import Incidents
 from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.alarms import Alarms
+from medtvt_rl.faults import RoleLostError
 from medtvt_rl.types import Prompt
 from pipelines import checkpoints
+from pipelines.failure import forget_failure, write_failure
 from pipelines.grpo_loop import EQUAL_REWARDS, GrpoLoop
 from pipelines.grpo_roles import FinishedGroup, LoopResult, TrainedStep, TrainingGroup
 from pipelines.held_out import HeldOutMeasurement
 from pipelines.journal import Journal, failures
+from pipelines.learner_start import CheckpointShelf, start_learner
 from pipelines.reporter import Reporter
 from pipelines.stages import start_model
 
@@ -51,42 +55,48 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
     first = 0 if found is None else found.version
     reporter.forget("grpo", first)
     placement = place(bundles, config.placement.timeout_s)
-    timeline = Timeline()
+    timeline, incidents = Timeline(), Incidents(lambda text: reporter.line(f"grpo: {text}"))
+    forget_failure(config)
     try:
-        rollouts, scoring, reference, gang = await asyncio.gather(
-            RolloutPool.start(config, placement, folder, lambda text: reporter.line(f"grpo: {text}"), timeline),
-            ScorerPool.start(config, placement, folder, timeline),
-            _start_reference(config, placement, folder, timeline),
-            LearnerGang.start(config, placement, folder, timeline),
+        rollouts, scoring, reference, (learner, shelf) = await asyncio.gather(
+            RolloutPool.start(config, placement, folder, incidents, timeline, with_spares=True),
+            ScorerPool.start(config, placement, folder, incidents, timeline),
+            _start_reference(config, placement, folder, incidents, timeline),
+            start_learner(config, placement, folder, timeline, incidents, found),
         )
         if found is not None:
-            await gang.load_checkpoint(found.learner)
-            weights, checksum = await gang.export(first)
+            weights, checksum = await learner.export(first)
             await rollouts.update_weights(weights, first, checksum)
         reporter.start("grpo", config.grpo.steps, "step")
         with Journal(config.folder / "journal", tokenizer, first_step=first) as journal:
-            report = StepReport(reporter, journal, Alarms(config.alarms))
+            incidents.record = journal.incident
+            report = StepReport(reporter, journal, Alarms(config.alarms), incidents)
             held_out = _held_out(config, rollouts, tokenizer)
             limit = config.rollout.sampling.max_new_tokens
-            keeper = Keeper(config, gang)
-            loop = GrpoLoop(config.grpo, limit, sampler, rollouts, scoring, reference, gang, report, held_out, keeper)
+            keeper = Keeper(config, learner, shelf)
+            loop = GrpoLoop(
+                config.grpo, limit, sampler, rollouts, scoring, reference, learner, report, held_out, keeper
+            )
             if found is not None:
                 loop.load_state_dict(found.loop)
             result = await loop.run()
-        await gang.save_model(config.stage_folder("grpo") / "model")
-        rollouts.stop()
-        gang.stop()
+            await learner.save_model(config.stage_folder("grpo") / "model")
+        for role in (rollouts, scoring, reference, learner):
+            if role is not None:
+                role.stop()
+    except RoleLostError as error:
+        raise write_failure(config, error) from error
     finally:
         placement.release()
         timeline.write(config.folder / "timeline.json")
-    return {"summary": {"grpo": {**summarise(result), "alarms": report.sounded}}}
+    return {"summary": {"grpo": {**summarise(result), "alarms": report.sounded, **incidents.metrics()}}}
 
 
 async def _start_reference(
-    config: Config, placement: Placement, folder: Path, timeline: Timeline
+    config: Config, placement: Placement, folder: Path, incidents: Incidents, timeline: Timeline
 ) -> ReferencePool | None:
     needed = grpo_roles(config)["reference"] > 0
-    return await ReferencePool.start(config, placement, folder, timeline) if needed else None
+    return await ReferencePool.start(config, placement, folder, incidents, timeline) if needed else None
 
 
 def _found(config: Config, reporter: Reporter) -> checkpoints.Checkpoint | None:
@@ -104,16 +114,17 @@ def _found(config: Config, reporter: Reporter) -> checkpoints.Checkpoint | None:
 class Keeper:
     """Writes checkpoints: the learners their part, then the loop's state and the manifest."""
 
-    def __init__(self, config: Config, gang: LearnerGang) -> None:
-        self._config, self._gang = config, gang
+    def __init__(self, config: Config, learner: LearnerSupervisor, shelf: CheckpointShelf) -> None:
+        self._config, self._learner, self._shelf = config, learner, shelf
 
     async def save(self, version: int, state: dict[str, Any]) -> None:
         """See Checkpoints."""
         folder = checkpoints.unfinished(self._config, version)
         shutil.rmtree(folder, ignore_errors=True)
-        await self._gang.save_checkpoint(folder / checkpoints.LEARNER)
+        await self._learner.save_checkpoint(folder / checkpoints.LEARNER)
         keep = self._config.grpo.keep_checkpoints
         await asyncio.to_thread(checkpoints.complete, self._config, version, state, keep)
+        self._shelf.add(version)
 
 
 def _held_out(config: Config, rollouts: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> HeldOutMeasurement | None:
@@ -166,14 +177,15 @@ def load_prompts(
 class StepReport:
     """Tells reporter and journal what the loop does, and sounds the alarms."""
 
-    def __init__(self, reporter: Reporter, journal: Journal, alarms: Alarms) -> None:
+    def __init__(self, reporter: Reporter, journal: Journal, alarms: Alarms, incidents: Incidents) -> None:
         self._reporter, self._journal, self._alarms = reporter, journal, alarms
+        self._incidents = incidents
         self.sounded: list[str] = []
 
     def step(self, trained: TrainedStep) -> None:
         """The step's metrics, its groups, and what was wrong with it."""
         metrics, step = trained.metrics, trained.step
-        self._reporter.scalars("grpo", step, metrics)
+        self._reporter.scalars("grpo", step, {**metrics, **self._incidents.metrics()})
         failed = {name: reason for group in trained.groups for name, reason in failures(group).items()}
         if failed:
             name, reason = next(iter(failed.items()))

@@ -18,18 +18,16 @@ same machine then gives the same weights, bit for bit.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from medtvt_rl.algorithm.advantages import group_advantages, has_signal
+from medtvt_rl.algorithm.advantages import has_signal
 from medtvt_rl.algorithm.config import GrpoConfig
-from medtvt_rl.algorithm.shaping import overlong_penalty
 from medtvt_rl.data.sampler import PromptSampler
+from medtvt_rl.faults import RoleLostError
 from medtvt_rl.learner.schedule import linear_decay
 from medtvt_rl.rollout.buffer import AdmissionBuffer
 from medtvt_rl.types import LearnerStep, Prompt
@@ -46,15 +44,13 @@ from pipelines.grpo_roles import (
     TrainedStep,
     TrainingGroup,
 )
-from pipelines.measuring import Measuring
+from pipelines.measuring import Measuring, Probe, engine_gap
 from pipelines.step_metrics import StepClock, role_metrics, rollout_metrics
+from pipelines.training_groups import with_advantages
 
 MAX_DISCARDED_IN_A_ROW = 8
 MAX_SKIPPED_IN_A_ROW = 5
 EQUAL_REWARDS = "all rewards equal"
-
-Probe = tuple[Any, int, NDArray[np.float32]]
-"""A group's handle, a completion of it, and the learner's log-probs of that."""
 
 
 class LoopError(RuntimeError):
@@ -100,6 +96,7 @@ class GrpoLoop:
         self._discarded_in_a_row = self._skipped_in_a_row = 0
         self._counted_before_step = (0, 0)
         self._last_failure = LoopError("no group has failed")
+        self._lost: RoleLostError | None = None
         self.result = LoopResult()
 
     async def run(self) -> LoopResult:
@@ -189,7 +186,9 @@ class GrpoLoop:
             group, error = None, failure
         async with self._changed:
             self._in_flight.discard(group_id)
-            if group is None:
+            if isinstance(error, RoleLostError):
+                self._lost = error  # the group stays, for a resume
+            elif group is None:
                 del self._undecided[group_id]
                 self._discard(group_id, prompt, error)
             else:
@@ -243,7 +242,7 @@ class GrpoLoop:
         return self.result.replaced < allowed and not has_signal(group.rewards.total)
 
     def _failing(self) -> bool:
-        return self._discarded_in_a_row >= MAX_DISCARDED_IN_A_ROW
+        return self._lost is not None or self._discarded_in_a_row >= MAX_DISCARDED_IN_A_ROW
 
     # From buffer to published weights.
 
@@ -258,7 +257,10 @@ class GrpoLoop:
             clock.lap("train")
             await self._concluded()
             weights, checksum = await self._learner.export(version)
-            await self._rollouts.update_weights(weights, version, checksum)
+            try:
+                await self._rollouts.update_weights(weights, version, checksum)
+            except RoleLostError as error:
+                self._lost = error  # the step ends as it should before the run does
             clock.lap("publish")
             clock.end()
             if not self._on_policy:
@@ -283,6 +285,14 @@ class GrpoLoop:
             if self._on_policy:
                 await self._release(version)
 
+    async def _end(self, error: RoleLostError) -> None:
+        """Leaves a checkpoint of the last step, and raises."""
+        await self._concluded()
+        version = self._buffer.steps_taken
+        if self._checkpoints is not None and version > 0:
+            await self._checkpoints.save(version, self.state_dict(version))
+        raise error
+
     def _is_kept(self, version: int) -> bool:
         every = self._config.checkpoint_every
         return self._checkpoints is not None and every > 0 and version % every == 0 and version < self._config.steps
@@ -301,20 +311,12 @@ class GrpoLoop:
         """A step's groups with their advantages, once they are there."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._buffer.ready() or self._failing())
+            if self._lost is not None:
+                await self._end(self._lost)
             if not self._buffer.ready():
                 raise self._last_failure
             taken = [group for _, group in self._buffer.take()]
-        return [self._with_advantages(group) for group in taken]
-
-    def _with_advantages(self, group: FinishedGroup) -> TrainingGroup:
-        kl, overlong = self._config.loss.kl, self._config.overlong
-        rewards = group.rewards.total
-        if overlong.weight:
-            penalty = overlong_penalty(group.header.lengths, self._max_new_tokens, overlong.buffer_tokens)
-            rewards = rewards + overlong.weight * penalty
-        if group.reference_header is not None and kl.placement == "reward":
-            rewards = rewards - kl.coefficient * group.reference_header.kl
-        return TrainingGroup(group=group, advantages=group_advantages(rewards, self._config.advantage))
+        return [with_advantages(group, self._config, self._max_new_tokens) for group in taken]
 
     async def _learn(
         self, groups: list[TrainingGroup], rate: float, step: int
@@ -355,19 +357,16 @@ class GrpoLoop:
     async def _conclude(self, trained: TrainedStep, outcome: LearnerStep, probe: Probe | None) -> None:
         """What is measured of the weights of a step, beside the next one; on-policy before it, since nothing else may
         then run on the engines."""
-        metrics = {"sync_gap_max": await self._gap(probe), **await self._measuring.ready(trained.step + 1)}
-        before, self._stats = self._stats, await self._rollouts.stats()
-        usage = role_metrics(before, self._stats, trained.groups, trained.metrics)
-        self._tell(replace(trained, metrics={**trained.metrics, **metrics, **usage}))
+        metrics = {"sync_gap_max": 0.0}
+        try:
+            metrics = {"sync_gap_max": await engine_gap(self._rollouts, probe)}
+            metrics |= await self._measuring.ready(trained.step + 1)
+            before, self._stats = self._stats, await self._rollouts.stats()
+            metrics |= role_metrics(before, self._stats, trained.groups, trained.metrics)
+        except RoleLostError as error:
+            self._lost = error
+        self._tell(replace(trained, metrics={**trained.metrics, **metrics}))
         self._count_skipped(trained, outcome)
-
-    async def _gap(self, probe: Probe | None) -> float:
-        """Largest difference between learner and engines in the log-probs of the probe."""
-        if probe is None:
-            return 0.0
-        payload, index, own = probe
-        gaps = [float(np.abs(own - other).max()) for other in await self._rollouts.score(payload, index)]
-        return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
 
     def _tell(self, trained: TrainedStep) -> None:
         """Adds a step to the result, with what its groups say, and tells the observer."""

@@ -1,14 +1,17 @@
 """The journal: every group that was trained on, with its step, versions and rewards, one JSON line each.
 
 Owns: journal/groups.jsonl, the steps with the checksums of their weights (journal/steps.jsonl), the groups that were
-given up (journal/discarded.jsonl), and the sample of completions that the report shows (journal/samples.jsonl).
+given up (journal/discarded.jsonl), the actors that were lost (journal/events.jsonl), and the sample of completions that
+the report shows (journal/samples.jsonl).
 Does not own: the learners' inputs (journal/steps/, medtvt_rl/learner/step_record.py), which the learners write.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -16,11 +19,12 @@ from typing import IO, Any
 import ray
 from transformers import PreTrainedTokenizerBase
 
+from medtvt_rl.faults import Incident
 from medtvt_rl.types import Completion, RolloutGroup
 from pipelines.grpo_roles import TrainedStep, TrainingGroup
 from pipelines.json_lines import keep_rows
 
-FILES = ("groups", "steps", "discarded", "samples")
+FILES = ("groups", "steps", "discarded", "samples", "events")
 SAMPLE_EVERY_STEPS = 10
 FETCH_TIMEOUT_S = 60.0
 
@@ -78,6 +82,11 @@ class Journal:
     def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
         """One group that was given up, and why."""
         self._append("discarded", {"group_id": group_id, "prompt_id": prompt_id, "reason": reason})
+
+    def incident(self, incident: Incident) -> None:
+        """One actor that was lost, and what became of it."""
+        told = {name: value for name, value in asdict(incident).items() if not name.startswith("log")}
+        self._append("events", {"time": round(time.time(), 3), **told})
 
     def _failed_texts(self, group: TrainingGroup) -> dict[str, str]:
         """Completion id -> text, of those that a reward function could not score."""

@@ -1,14 +1,31 @@
-"""When held-out answers are measured: every so many versions, beside training, and at the last one.
+"""What is measured of a published version: held-out answers, now and then, and the engines against the learner.
 
-Owns: the one measurement under way. Does not own: how it is made (held_out.py).
+Owns: the one measurement of held-out answers under way. Does not own: how it is made (held_out.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from medtvt_rl.algorithm.config import HeldOutConfig
-from pipelines.grpo_roles import HeldOut
+from pipelines.grpo_roles import HeldOut, Rollouts
+
+Probe = tuple[Any, int, NDArray[np.float32]]
+"""A group's handle, a completion of it, and the learner's log-probs of that."""
+
+
+async def engine_gap(rollouts: Rollouts, probe: Probe | None) -> float:
+    """Largest difference between learner and engines in the log-probs of a probe; infinite where one is not finite."""
+    if probe is None:
+        return 0.0
+    payload, index, own = probe
+    gaps = [float(np.abs(own - other).max()) for other in await rollouts.score(payload, index)]
+    return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
 
 
 class Measuring:

@@ -17,6 +17,8 @@ class LearnerConfig:
             memory follows it, whatever the group size.
         num_threads: torch threads per rank.
         step_timeout_s: deadline of one training step; also that of every collective in it.
+        spares: 1 keeps, beside each rank, a process that has torch and DeepSpeed imported and takes its place when the
+            gang is started again; 0 none; None one where the node has memory to spare.
     """
 
     num_workers: int = 1
@@ -27,6 +29,7 @@ class LearnerConfig:
     weight_decay: float = 0.0
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     num_threads: int = 1
+    spares: int | None = None
     start_timeout_s: float = 300.0
     step_timeout_s: float = 300.0
 

@@ -53,8 +53,8 @@ class RolloutConfig:
 
     Attributes:
         on_update: what happens to requests in flight when new weights arrive.
-        max_restarts, restart_window_s: a generator that is lost gets a successor so many times within so many seconds;
-            lost once more, it is given up.
+        spares: 1 keeps, beside each generator, a process that has vLLM imported and takes its place when it is lost; 0
+            none; None one where the node has memory to spare.
         max_completions_per_engine: a larger group is spread over several generators; 0 never does; None takes
             engine.max_num_seqs, more than which an engine can only compute one after the other.
         start_timeout_s, generate_timeout_s, update_timeout_s: deadlines of the calls, seconds.
@@ -64,8 +64,7 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     on_update: Literal["continue", "finish", "restart"] = "continue"
-    max_restarts: int = 3
-    restart_window_s: float = 600.0
+    spares: int | None = None
     max_completions_per_engine: int | None = None
     start_timeout_s: float = 300.0
     generate_timeout_s: float = 300.0

@@ -11,8 +11,9 @@ import numpy as np
 from ray.exceptions import ActorDiedError
 
 from actors.rollout_pool import RolloutPool
+from actors.roster import Member
+from actors.supervision import Incidents
 from medtvt_rl.config import Config, RunConfig
-from medtvt_rl.rollout.config import RolloutConfig
 from medtvt_rl.types import GroupHeader, Prompt
 from medtvt_rl.weights import WeightBuffer
 
@@ -27,7 +28,7 @@ class Method:
         self.remote = call
 
 
-def header(group_id: int, count: int, generate_s: float = 1.0) -> GroupHeader:
+def header(group_id: int, count: int, generate_s: float = 1.0, finite: bool = True) -> GroupHeader:
     return GroupHeader(
         group_id=group_id,
         prompt_id="p",
@@ -36,6 +37,7 @@ def header(group_id: int, count: int, generate_s: float = 1.0) -> GroupHeader:
         oldest_version=0,
         newest_version=0,
         generate_s=generate_s,
+        finite=finite,
     )
 
 
@@ -48,6 +50,7 @@ class FakeGenerator:
     def __init__(self, name: str) -> None:
         self.name, self.checksum = name, CHECKSUM
         self.fault: Exception | None = None
+        self.finite = True
         self.faults: dict[str, Exception] = {}
         kinds = ("start", "generate", "update", "score", "merge", "health", "join", "receive")
         self.gates = {kind: asyncio.Event() for kind in kinds}
@@ -61,7 +64,7 @@ class FakeGenerator:
         self.loaded: list[str] = []
         self.joined: list[tuple[Any, int]] = []
         self.broken: str | None = None
-        self.start = Method(lambda: self._answer("start", {}))
+        self.start = Method(lambda: self._answer("start", None))
         self.generate = Method(self._generate)
         self.merge = Method(self._merge)
         self.update_weights = Method(self._update)
@@ -76,8 +79,8 @@ class FakeGenerator:
         self.groups.append(group_id)
         self.waves.append(wave)
         self.parts.append((group_id, first_index, num_completions))
-        end = first_index + num_completions
-        return self._answer("generate", header(group_id, num_completions)), f"{first_index}..{end} of {self.name}"
+        made = f"{first_index}..{first_index + num_completions} of {self.name}"
+        return self._answer("generate", header(group_id, num_completions, finite=self.finite)), made
 
     def _merge(self, generate_s: float, *parts: str) -> tuple[Awaitable[Any], str]:
         return self._answer("merge", header(0, 0, generate_s)), " + ".join(parts)
@@ -113,13 +116,17 @@ class Cast:
     """
 
     def __init__(self, tmp_path: Path, count: int, replace: bool = True, **settings: Any) -> None:
-        config = Config(run=RunConfig(name="r", root=str(tmp_path)), rollout=RolloutConfig(**settings))
+        config = Config(run=RunConfig(name="r", root=str(tmp_path)))
+        for name, value in settings.items():
+            setattr(config.rollout if hasattr(config.rollout, name) else config.supervision, name, value)
         self.first = [FakeGenerator(f"g{i}") for i in range(count)]
         self.successors: dict[int, list[FakeGenerator]] = {i: [] for i in range(count)}
         self.prepare: Callable[[FakeGenerator], None] = lambda generator: None
         self.told: list[str] = []
+        self.incidents = Incidents(self.told.append)
         renew = self._renew if replace else None
-        self.pool = RolloutPool(config, self.first, self.told.append, renew, lambda handle: handle.dead.set())
+        members = [Member(index=index, handle=handle) for index, handle in enumerate(self.first)]
+        self.pool = RolloutPool(config, members, self.incidents, renew, lambda handle: handle.dead.set())
 
     def _renew(self, index: int) -> FakeGenerator:
         successor = FakeGenerator(f"g{index}.{len(self.successors[index]) + 1}")

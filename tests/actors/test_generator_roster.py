@@ -11,7 +11,8 @@ from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from actors.deadline import DeadlineError
-from actors.rollout_pool import GeneratorLostError
+from actors.roster import MemberLostError
+from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.weights import WeightBufferError
 
@@ -76,7 +77,7 @@ def test_the_wait_for_a_successor_has_a_deadline(tmp_path: Path) -> None:
         cast = Cast(tmp_path, 1, generate_timeout_s=0.05)
         cast.prepare = closed("start")
         cast.first[0].dead.set()
-        with pytest.raises(DeadlineError, match="for a rollout generator to generate group 3"):
+        with pytest.raises(DeadlineError, match="for a rollout actor to generate group 3"):
             await cast.pool.generate(PROMPT, 3, 4)
 
     asyncio.run(run())
@@ -193,8 +194,8 @@ def test_wrong_weights_time_and_again_end_the_run(tmp_path: Path) -> None:
         cast.first[0].checksum = 12
         await publish(cast, 1)
         await cast.settle()
-        assert len(cast.successors[0]) == 3 and all(one.dead.is_set() for one in cast.successors[0])
-        with pytest.raises(GeneratorLostError, match="no rollout generator is left; rollout 0 is lost: WeightSyncErr"):
+        assert len(cast.successors[0]) == 5 and all(one.dead.is_set() for one in cast.successors[0])
+        with pytest.raises(RoleLostError, match="no rollout actor is left; rollout 0 is lost: WeightSyncErr"):
             await cast.pool.generate(PROMPT, 0, 4)
 
     asyncio.run(run())
@@ -213,10 +214,10 @@ def test_a_silent_generator_is_killed_and_its_group_goes_to_the_successor(tmp_pa
 
 def test_a_group_that_breaks_two_generators_is_given_up_alone(tmp_path: Path) -> None:
     async def run() -> None:
-        cast = Cast(tmp_path, 3)
+        cast = Cast(tmp_path, 3, max_attempts=2)
         for generator in cast.first[:2]:
             generator.fault = EngineBrokenError("this prompt")
-        with pytest.raises(GeneratorLostError, match="rollout 1 is lost: EngineBrokenError: this prompt"):
+        with pytest.raises(MemberLostError, match="rollout 1 is lost: EngineBrokenError: this prompt"):
             await cast.pool.generate(PROMPT, 0, 4)
         await cast.settle()
         assert cast.pool.num_left == 3
@@ -244,10 +245,12 @@ def test_one_that_keeps_dying_is_given_up_and_the_others_go_on(tmp_path: Path) -
         cast.first[0].dead.set()
         await cast.pool.generate(PROMPT, 0, 4)
         await cast.settle()
-        assert len(cast.successors[0]) == 2 and "given up (rollout.max_restarts: 2 in 600 s); 1 left" in cast.told[-1]
+        assert (
+            len(cast.successors[0]) == 2 and "given up (supervision.max_restarts: 2 in 600 s); 1 left" in cast.told[-1]
+        )
         assert (await cast.pool.generate(PROMPT, 1, 4))[1] == "0..4 of g1"
         cast.first[1].dead.set()
-        with pytest.raises(GeneratorLostError) as ended:
+        with pytest.raises(RoleLostError) as ended:
             await cast.pool.generate(PROMPT, 2, 4)
         assert "rollout 0 is lost" in str(ended.value) and "rollout 1 is lost" in str(ended.value)
 
@@ -287,5 +290,39 @@ def test_stop_ends_those_on_their_way_too(tmp_path: Path) -> None:
         await cast.settle()
         assert cast.first[1].dead.is_set() and cast.successors[0][0].dead.is_set()
         assert len(cast.successors[0]) == 1
+
+    asyncio.run(run())
+
+
+def test_a_generator_whose_log_probs_are_not_finite_is_replaced_and_its_group_made_by_another(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        cast.first[0].finite = False
+        assert (await cast.pool.generate(PROMPT, 0, 4))[1] == "0..4 of g1"
+        await cast.settle()
+        assert cast.first[0].dead.is_set() and cast.pool.num_left == 2
+        assert cast.told[0].startswith("rollout 0 is lost: SickError: not finite when it was asked to generate group 0")
+
+    asyncio.run(run())
+
+
+def test_an_incident_says_who_was_lost_why_how_long_and_with_how_many_groups(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        cast.first[0].gates["generate"].clear()
+        groups = [asyncio.create_task(cast.pool.generate(PROMPT, group_id, 4)) for group_id in range(4)]
+        await cast.settle()
+        cast.first[0].dead.set()
+        await asyncio.gather(*groups)
+        await cast.settle()
+        (incident,) = cast.incidents.over
+        assert (incident.role, incident.index, incident.outcome) == ("rollout", 0, "replaced")
+        assert incident.groups == len(cast.first[0].groups) and incident.cause.startswith("ActorDiedError")
+        assert cast.incidents.metrics() == {
+            "restarts/rollout": 1,
+            "restarts/reward": 0,
+            "restarts/reference": 0,
+            "restarts/learner": 0,
+        }
 
     asyncio.run(run())

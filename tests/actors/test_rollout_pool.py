@@ -13,7 +13,7 @@ from fake_generators import CHECKSUM, PROMPT, Cast
 from ray.exceptions import ActorDiedError
 
 from actors.deadline import DeadlineError
-from actors.rollout_pool import GeneratorLostError
+from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
 
 
@@ -72,11 +72,11 @@ def test_the_last_one_lost_ends_with_role_index_cause_and_log(tmp_path: Path) ->
             pool.score("g", 0),
         ]
         for call in calls:
-            with pytest.raises(GeneratorLostError) as raised:
+            with pytest.raises(RoleLostError) as raised:
                 await call
-            assert str(raised.value).startswith("no rollout generator is left; rollout 0 is lost: EngineBrokenError:")
-            assert "Segmentation fault in paged attention" in str(raised.value)
-        assert "given up (rollout.max_restarts: 0 in 600 s)" in cast.told[0]
+            assert str(raised.value).startswith("no rollout actor is left; rollout 0 is lost: EngineBrokenError:")
+            assert "Segmentation fault in paged attention" in raised.value.incidents[-1].log_tail
+        assert "given up (supervision.max_restarts: 0 in 600 s)" in cast.told[0]
 
     asyncio.run(run())
 

@@ -1,103 +1,234 @@
-"""A scorer that hangs or dies is started again; what waited behind it is scored by the new one."""
+"""Scorers and references that hang, die or are sick are replaced; the group that was with them is asked of another."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 
-from actors.deadline import DeadlineError
 from actors.failure import ActorError
-from actors.scoring_pools import ReferencePool, ScorerPool
-from medtvt_rl.config import Config, RunConfig
+from actors.roster import Member, MemberLostError, SickError
+from actors.scoring_pools import ReferencePool, ReferenceRoster, ScorerPool, ScorerRoster
+from actors.supervision import Incidents
+from actors.timeline import Timeline
+from medtvt_rl.config import Config, RunConfig, SupervisionConfig
+from medtvt_rl.faults import RoleLostError
+from medtvt_rl.types import ReferenceHeader
 
 
-class FakeScorer:
-    """Scores one group at a time; hangs at the group "hang", dies at "die", and with `kill` for whoever waits."""
+class Call:
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.remote = call
 
-    def __init__(self, log: Path) -> None:
-        self.score = self.logprobs = self
-        self.log, self.lock, self.dead = log, asyncio.Lock(), asyncio.Event()
 
-    def remote(self, group: str) -> Any:
-        return self._score(group)
+class FakeActor:
+    """Scores a group by its name: "hang" hangs, "die" dies, "die once" dies the first time that anyone scores it,
+    "refuse" raises, "poison" is finite nowhere. One that is `sick` finds nothing finite."""
+
+    died: ClassVar[set[str]] = set()
+
+    def __init__(self, sick: bool = False) -> None:
+        self.sick, self.dead, self.seen = sick, asyncio.Event(), list[str]()
+        self.under_way = 0
+        self.score = Call(self._score)
+        self.ready = Call(self._ready)
+        self.health = Call(self._ready)
+        self.logprobs = Call(lambda group: (self._header(group), f"log-probs of {group}"))
+
+    async def _ready(self) -> None:
+        if self.dead.is_set():
+            raise ActorDiedError
+
+    async def _header(self, group: str) -> ReferenceHeader:
+        await self._score(group)
+        return ReferenceHeader(kl=None, seconds=0.0, finite=not self.sick and group != "poison")  # type: ignore[arg-type]
 
     async def _score(self, group: str) -> str:
-        work = asyncio.ensure_future(self._work(group))
-        end = asyncio.ensure_future(self.dead.wait())
-        await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
-        if self.dead.is_set():
-            work.cancel()
-            raise ActorDiedError()
-        end.cancel()
-        return work.result()
-
-    async def _work(self, group: str) -> str:
-        async with self.lock:
-            if group == "die":
-                self.dead.set()
-            if group == "hang":
-                self.log.write_text("while True: pass\n")
-                await asyncio.sleep(60)
-            return f"rewards of {group}"
-
-
-def config_at(tmp_path: Path) -> Config:
-    (tmp_path / "r" / "logs").mkdir(parents=True)
-    return Config(run=RunConfig(name="r", root=str(tmp_path)), score_timeout_s=0.2)
-
-
-@pytest.mark.parametrize(("group", "error"), [("hang", DeadlineError), ("die", ActorError)])
-def test_a_scorer_that_hangs_or_dies_is_started_again(tmp_path: Path, group: str, error: type[Exception]) -> None:
-    async def run() -> None:
-        config, started, killed = config_at(tmp_path), list[FakeScorer](), list[FakeScorer]()
-        log = config.folder / "logs" / "reward_0.log"
-
-        def start(index: int) -> FakeScorer:
-            assert index == 0
-            started.append(FakeScorer(log))
-            return started[-1]
-
-        def kill(scorer: FakeScorer) -> None:
-            killed.append(scorer)
-            scorer.dead.set()
-
-        pool = ScorerPool(config, start, kill)
-        first = asyncio.create_task(pool.score(group))
-        await asyncio.sleep(0.05)
-        behind = asyncio.create_task(pool.score("behind"))
-        with pytest.raises(error, match="reward 0") as raised:
-            await first
-        assert "while True: pass" in str(raised.value) or group == "die"
+        self.seen.append(group)
+        self.under_way += 1
+        assert self.under_way == 1, "one group at a time, so that it is known which one kills"
+        await asyncio.sleep(0)
+        if group == "die" or (group == "die once" and group not in self.died):
+            self.died.add(group)
+            self.dead.set()
         if group == "hang":
-            assert await behind == "rewards of behind"
-        else:
-            await asyncio.gather(behind, return_exceptions=True)
-        assert await pool.score("later") == "rewards of later"
-        assert len(started) == len(killed) + 1 and started[0] in killed
+            await self.dead.wait()
+        self.under_way -= 1
+        if self.dead.is_set():
+            raise ActorDiedError
+        if group == "refuse":
+            raise RayTaskError("score", "traceback", ValueError("no"))  # type: ignore[arg-type]
+        return f"rewards of {group}"
+
+
+class Cast:
+    """Pools of fake actors of one role; `started` are all that ever were."""
+
+    def __init__(self, tmp_path: Path, count: int = 1, **settings: Any) -> None:
+        FakeActor.died = set()
+        self.config = Config(run=RunConfig(name="r", root=str(tmp_path)), score_timeout_s=0.1)
+        self.config.supervision = SupervisionConfig(**settings)
+        (self.config.folder / "logs").mkdir(parents=True)
+        self.started = [FakeActor() for _ in range(count)]
+        self.told: list[str] = []
+        self.incidents = Incidents(self.told.append)
+
+    def roster(self, kind: type[Any]) -> Any:
+        members = [Member(index=index, handle=handle) for index, handle in enumerate(self.started)]
+        return kind(self.config, members, self.incidents, self._renew, lambda actor: actor.dead.set(), Timeline())
+
+    def scorers(self) -> Any:
+        return ScorerPool(self.config, self.roster(ScorerRoster))
+
+    def references(self) -> Any:
+        return ReferencePool(self.config, self.roster(ReferenceRoster))
+
+    def _renew(self, index: int) -> FakeActor:
+        self.started.append(FakeActor())
+        return self.started[-1]
+
+
+def test_the_group_of_a_scorer_that_dies_is_scored_by_its_successor_and_no_other_is_touched(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path)
+        pool = cast.scorers()
+        groups = ["a", "die once", "b", "c"]
+        assert await asyncio.gather(*(pool.score(group) for group in groups)) == [f"rewards of {g}" for g in groups]
+        first, second = cast.started
+        assert sorted(first.seen + second.seen) == ["a", "b", "c", "die once", "die once"]
+        assert cast.told[0].startswith("reward 0 is lost: ActorDiedError") and cast.told[1] == "reward 0 serves again"
+        (incident,) = cast.incidents.over
+        assert (incident.role, incident.outcome, incident.groups) == ("reward", "replaced", 1)
+        assert cast.incidents.metrics()["restarts/reward"] == 1
 
     asyncio.run(run())
 
 
-def test_a_reference_that_dies_names_itself_and_its_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killer", ["die", "hang"])
+def test_a_completion_that_kills_its_scorer_is_given_up_after_so_many_and_the_others_go_on(
+    tmp_path: Path, killer: str
+) -> None:
     async def run() -> None:
-        config = config_at(tmp_path)
-        log = config.folder / "logs" / "reference_0.log"
+        cast = Cast(tmp_path, max_attempts=3)
+        pool = cast.scorers()
+        behind = [asyncio.create_task(pool.score(group)) for group in ("a", killer, "b")]
+        done = await asyncio.gather(*behind, return_exceptions=True)
+        assert (done[0], done[2]) == ("rewards of a", "rewards of b")
+        assert isinstance(done[1], MemberLostError)
+        assert sum(actor.seen.count(killer) for actor in cast.started) == 3
+        await asyncio.sleep(0.01)
+        assert await pool.score("later") == "rewards of later" and len(cast.started) == 4
+
+    asyncio.run(run())
+
+
+def test_a_scorer_that_keeps_dying_ends_the_role_with_its_incidents(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, max_restarts=1)
+        log = cast.config.folder / "logs" / "reward_0.log"
         log.write_text("out of memory\n")
-        reference = FakeScorer(log)
+        pool = cast.scorers()
+        with pytest.raises(RoleLostError, match="no reward actor is left; reward 0 is lost: ActorDiedError") as ended:
+            await pool.score("die")
+        *_, incident = ended.value.incidents
+        assert incident.outcome == "given up" and incident.log_tail == ("out of memory",)
+        assert "given up (supervision.max_restarts: 1 in 600 s)" in cast.told[-1]
 
-        class Logprobs:
-            def remote(self, group: str) -> Any:
-                return reference.remote(group), "payload"
+    asyncio.run(run())
 
-        reference.logprobs = Logprobs()  # type: ignore[assignment]
-        pool = ReferencePool(config, [reference])
-        assert await pool.logprobs("a") == ("payload", "rewards of a")  # type: ignore[arg-type]
-        with pytest.raises(ActorError, match="reference 0, asked to score a group: ActorDiedError") as raised:
-            await pool.logprobs("die")  # type: ignore[arg-type]
-        assert "out of memory" in str(raised.value)
+
+def test_a_refusal_costs_no_scorer(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path)
+        with pytest.raises(ActorError, match="reward 0, asked to score a group: ValueError: no"):
+            await cast.scorers().score("refuse")
+        assert len(cast.started) == 1 and not cast.told
+
+    asyncio.run(run())
+
+
+def test_a_sick_reference_is_replaced_and_a_poisoned_group_costs_none(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        pool = cast.references()
+        payload, header = await pool.logprobs("a")
+        assert payload == "log-probs of a" and header.finite
+        with pytest.raises(SickError, match="reference actors, asked to score a group, found values that are not"):
+            await pool.logprobs("poison")
+        await pool.logprobs("b")
+        await pool.logprobs("b")
+        assert not cast.told
+        cast.started[0].sick = True
+        assert (await pool.logprobs("c"))[1].finite
+        assert cast.told[0].startswith("reference 0 is lost: SickError") and cast.started[0].dead.is_set()
+        await asyncio.sleep(0.01)
+        assert (await pool.logprobs("d"))[0] == "log-probs of d" and len(cast.started) == 3
+
+    asyncio.run(run())
+
+
+def test_the_only_reference_is_replaced_when_two_groups_in_a_row_are_not_finite(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path)
+        pool = cast.references()
+        cast.started[0].sick = True
+        with pytest.raises(SickError):
+            await pool.logprobs("a")
+        assert (await pool.logprobs("b"))[1].finite and len(cast.started) == 2
+
+    asyncio.run(run())
+
+
+def test_one_that_does_not_say_that_it_lives_is_lost_though_nothing_was_asked_of_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, silence_s=0.05)
+        roster = cast.roster(ScorerRoster)
+        stopped = cast.started[0]
+        stopped.health.remote = lambda: asyncio.Event().wait()  # type: ignore[method-assign]
+        roster.keep_watch()
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if len(cast.told) == 2:
+                break
+        assert "(supervision.silence_s) for reward 0 to say that it lives" in cast.told[0] and stopped.dead.is_set()
+        assert cast.told[1] == "reward 0 serves again"
+        roster.stop()
+
+    asyncio.run(run())
+
+
+class Nowhere:
+    """A bundle whose node is gone, until `back`."""
+
+    back = False
+
+    def has_node(self, role: str, index: int) -> bool:
+        return self.back
+
+    def wanting(self, role: str, index: int) -> str:
+        return f"{role} {index}: 1 CPU. The cluster has nothing"
+
+
+def test_an_actor_without_a_node_is_waited_for_and_costs_no_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.roster.PLACE_POLL_S", 0.01)
+
+    async def run() -> None:
+        cast, bundles = Cast(tmp_path, 2, max_restarts=1), Nowhere()
+        roster = cast.roster(ScorerRoster)
+        roster._bundles = bundles
+        roster.lose(roster.serving[0], ActorDiedError())
+        await asyncio.sleep(0.1)
+        assert len(cast.started) == 2
+        assert cast.told[1].startswith("no node has room for reward 0: 1 CPU. The cluster has nothing; 1 reward left")
+        bundles.back = True
+        await asyncio.sleep(0.1)
+        assert cast.told[-1] == "reward 0 serves again" and len(roster.serving) == 2
+        roster.stop()
 
     asyncio.run(run())

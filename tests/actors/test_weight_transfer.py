@@ -13,9 +13,9 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from actors.learner_gang import LearnerGang
 from actors.learner_worker import WeightHeader
-from actors.rollout_pool import GeneratorLostError
 from actors.weight_transfer import BroadcastWeights, LearnerSender, SenderError
 from medtvt_rl.config import Config
+from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.config import EngineConfig, RolloutConfig
 from medtvt_rl.weights import pack_weights
 
@@ -253,7 +253,7 @@ def test_the_last_engine_lost_in_a_broadcast_ends_the_run(tmp_path: Path) -> Non
     async def run() -> None:
         cast = Cast(tmp_path, 1, replace=False)
         cast.first[0].faults["receive"] = ActorDiedError()
-        with pytest.raises(GeneratorLostError, match="no rollout generator is left"):
+        with pytest.raises(RoleLostError, match="no rollout actor is left"):
             await publish(cast, FakeSender(cast), 1)
 
     asyncio.run(run())

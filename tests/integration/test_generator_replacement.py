@@ -22,6 +22,7 @@ from tiny_llama import tiny_llama
 
 from actors.placement import place, plan
 from actors.rollout_pool import RolloutPool
+from actors.supervision import Incidents
 from medtvt_rl.config import Config
 from medtvt_rl.learner.scoring import ScoredSequence, score_sequences
 from medtvt_rl.model.config import LoraSettings
@@ -64,7 +65,7 @@ async def _life(config: Config, folder: Path) -> dict[str, Any]:
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
     told: list[str] = []
-    pool = await RolloutPool.start(config, place(plan(config, {"rollout": 2}), 60), folder, told.append)
+    pool = await RolloutPool.start(config, place(plan(config, {"rollout": 2}), 60), folder, Incidents(told.append))
     members = pool._roster.serving
     buffer = pack_weights(VERSION, unmerged_weights(policy))
     await pool.update_weights(ray.put(buffer), VERSION, buffer.checksum)

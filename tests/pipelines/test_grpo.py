@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_journal import trained_step, training_group
 
+from actors.supervision import Incidents
 from medtvt_rl.config import Config, TaskConfig
 from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.evaluation.config import AlarmConfig
@@ -52,7 +53,7 @@ class Notes:
 
 def test_failed_completions_skipped_steps_and_discarded_groups_are_named() -> None:
     notes = Notes()
-    report = StepReport(notes, notes, Alarms(AlarmConfig()))  # type: ignore[arg-type]
+    report = StepReport(notes, notes, Alarms(AlarmConfig()), Incidents(notes.line))  # type: ignore[arg-type]
     metrics = {"reward/total": 0.0, "staleness/max": 0.0, "kl": 0.0, "entropy": 0.0}
     report.step(trained_step(0, training_group(3), **metrics))
     assert not notes.lines

@@ -1,0 +1,250 @@
+"""The learner gang as the loop knows it, started again in place when it fails.
+
+    call --- a rank died, fell silent, failed ---> all ranks are killed
+      ^                                              | at most supervision.max_restarts times
+      |                                              v within supervision.restart_window_s
+      +--- the call is repeated --- weights compared --- recorded steps repeated --- checkpoint --- new gang in the
+                                                                                     same bundles, from spares
+
+Because a recorded step gives the same weights bit for bit, the run goes on as if nothing had happened; the generators
+have worked on meanwhile.
+
+Owns: which steps the weights have seen, the way back to them. Does not own: the gang (learner_gang.py), checkpoints and
+the journal (pipelines/).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from actors.failure import log_tail
+from actors.learner_gang import GroupWithAdvantages, LearnerError, LearnerGang
+from actors.learner_worker import RankHealth
+from actors.spares import Spares
+from actors.supervision import Incidents, Restarts
+from actors.weight_transfer import BroadcastWeights
+from medtvt_rl.config import Config
+from medtvt_rl.faults import Incident, Outcome, RoleLostError
+from medtvt_rl.types import LearnerStep
+
+T = TypeVar("T")
+ROLE = "learner"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepNote:
+    """A step that the weights have seen.
+
+    Attributes:
+        changed: whether it changed them; there is a record of it then.
+        checksum: of the weights after it, None where they were not exported.
+    """
+
+    changed: bool
+    checksum: int | None = None
+
+
+class Shelf(Protocol):
+    """The checkpoints of this run."""
+
+    def newest(self, version: int) -> tuple[Path, int] | None:
+        """The learners' folder and the version of the newest whole one, not later than `version`; None is the model
+        that the run started from. May take long."""
+
+
+class RecoveryError(RuntimeError):
+    """The weights cannot be had back; the message says why, and the mend."""
+
+
+class LearnerSupervisor:
+    """Has the methods of LearnerGang; each raises RoleLostError where the gang is lost for good.
+
+    Args:
+        start: a new gang with the weights that the run started from.
+        gang: the first one.
+        shelf: where a new gang begins.
+        steps: what the weights of `gang` have seen already, by step: those before a resume.
+        spares: beside every rank one is kept.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        start: Callable[[], Awaitable[LearnerGang]],
+        gang: LearnerGang,
+        shelf: Shelf,
+        steps: Mapping[int, StepNote],
+        incidents: Incidents,
+        spares: Spares | None = None,
+    ) -> None:
+        self._config, self._start, self._gang, self._shelf = config, start, gang, shelf
+        self._steps, self._incidents, self._spares = dict(steps), incidents, spares
+        self._restarts = Restarts(config.supervision)
+        self._mending = asyncio.Lock()
+        self._order_spares()
+
+    # What the loop asks.
+
+    async def train_step(
+        self, groups: Sequence[GroupWithAdvantages], learning_rate: float, version: int
+    ) -> LearnerStep:
+        """See LearnerGang."""
+        step = await self._call(lambda gang: gang.train_step(groups, learning_rate, version), groups=len(groups))
+        self._steps[version] = StepNote(changed=step.metrics.get("updates", 0.0) > 0)
+        return step
+
+    async def export(self, version: int) -> tuple[ray.ObjectRef | BroadcastWeights, int]:
+        """See LearnerGang."""
+        weights, checksum = await self._call(lambda gang: gang.export(version))
+        if version - 1 in self._steps:
+            self._steps[version - 1] = replace(self._steps[version - 1], checksum=checksum)
+        return weights, checksum
+
+    async def score(self, group: ray.ObjectRef, index: int) -> NDArray[np.float32]:
+        """See LearnerGang."""
+        return await self._call(lambda gang: gang.score(group, index))
+
+    async def save_model(self, folder: Path) -> None:
+        """See LearnerGang."""
+        await self._call(lambda gang: gang.save_model(folder))
+
+    async def save_checkpoint(self, folder: Path) -> None:
+        """See LearnerGang."""
+        await self._call(lambda gang: gang.save_checkpoint(folder))
+
+    async def health(self) -> list[RankHealth]:
+        """See LearnerGang."""
+        return await self._call(lambda gang: gang.health())
+
+    def stop(self) -> None:
+        """Ends every rank and every spare."""
+        self._gang.stop()
+        if self._spares is not None:
+            self._spares.stop()
+
+    # What becomes of a failure.
+
+    async def _call(self, work: Callable[[LearnerGang], Awaitable[T]], groups: int = 0) -> T:
+        """What a call on the gang gives, made again on a new one where it fails, `supervision.max_attempts` at most: it
+        may be the call that kills it."""
+        attempts = self._config.supervision.max_attempts
+        for attempt in range(1, attempts + 1):
+            gang = self._gang
+            try:
+                return await work(gang)
+            except LearnerError as error:
+                await self._mend(gang, error, groups, last=attempt == attempts)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _mend(self, failed: LearnerGang, error: LearnerError, groups: int, last: bool) -> None:
+        """A new gang in place of a failed one. Raises RoleLostError where it must not be, or cannot be."""
+        began = time.monotonic()
+        async with self._mending:
+            if self._gang is not failed:
+                return
+            self._incidents.report(f"learner is lost: {error.cause}; {self._fate(last)}")
+            reason = "it failed at the same call each time"
+            while not last:
+                if not self._restarts.allowed:
+                    reason = f"given up ({self._restarts.limit})"
+                    break
+                self._restarts.begin()
+                try:
+                    words = await self._brought_back()
+                except LearnerError as again:
+                    error = again
+                    self._incidents.report(f"learner is lost again on its way: {error.cause}; {self._fate(last)}")
+                except RecoveryError as final:
+                    reason = str(final)
+                    break
+                else:
+                    self._close(error, "replaced", began, groups)
+                    self._incidents.report(f"learner goes on after {time.monotonic() - began:.1f} s, {words}")
+                    self._order_spares()
+                    return
+            self._close(error, "given up", began, groups)
+            raise RoleLostError(
+                f"the learner is lost: rank {error.rank}, {error.cause}; {reason}", self._incidents.of(ROLE)
+            ) from error
+
+    def _fate(self, last: bool) -> str:
+        if last:
+            return "given up, for it failed at the same call each time"
+        return "it is started again" if self._restarts.allowed else f"given up ({self._restarts.limit})"
+
+    async def _brought_back(self) -> str:
+        """A new gang with the weights of now; in words, how it got there."""
+        version = max(self._steps, default=-1) + 1
+        gang, found = await asyncio.gather(
+            self._start(), asyncio.to_thread(self._shelf.newest, version), return_exceptions=True
+        )
+        for each in (gang, found):
+            if isinstance(each, BaseException):
+                if isinstance(gang, LearnerGang):
+                    gang.stop()
+                raise each
+        try:
+            words = await self._caught_up(gang, found, version)  # type: ignore[arg-type]
+        except BaseException:
+            gang.stop()  # type: ignore[union-attr]
+            raise
+        self._gang = gang  # type: ignore[assignment]
+        return words
+
+    async def _caught_up(self, gang: LearnerGang, found: tuple[Path, int] | None, version: int) -> str:
+        first = 0
+        if found is not None:
+            folder, first = found
+            await gang.load_checkpoint(folder)
+        missed = [step for step in sorted(self._steps) if step >= first and self._steps[step].changed]
+        if missed and not self._config.grpo.record_steps:
+            raise RecoveryError(
+                f"grpo.record_steps is false, so that {len(missed)} steps after {_name(first)} cannot be repeated; the "
+                "same command goes on from there"
+            )
+        for step in missed:
+            await gang.replay_step(step)
+        expected = self._steps[version - 1].checksum if version - 1 in self._steps else None
+        if expected is not None:
+            _, checksum = await gang.export(version)
+            if checksum != expected:
+                raise RecoveryError(
+                    f"{len(missed)} steps repeated from {_name(first)} gave weights of version {version} with checksum "
+                    f"{checksum:#010x}, and not {expected:#010x}; the same command goes on from a checkpoint"
+                )
+        return f"from {_name(first)} with {len(missed)} steps repeated" + (
+            ", to the same weights" if expected is not None else ""
+        )
+
+    def _close(self, error: LearnerError, outcome: Outcome, began: float, groups: int) -> None:
+        log = self._config.folder / "logs" / f"{ROLE}_{error.rank}.log"
+        incident = Incident(
+            role=ROLE,
+            index=error.rank,
+            node=error.node,
+            cause=error.cause,
+            log=str(log),
+            log_tail=log_tail(log),
+            outcome=outcome,
+            seconds=time.monotonic() - began,
+            groups=groups,
+        )
+        self._incidents.add(incident)
+
+    def _order_spares(self) -> None:
+        if self._spares is not None:
+            for rank, where in enumerate(self._gang.where):
+                self._spares.order(rank, where)
+
+
+def _name(version: int) -> str:
+    return f"the checkpoint of step {version}" if version else "the model that the run started from"

@@ -1,0 +1,381 @@
+"""Which actors of a role serve, and the successor of one that is lost.
+
+    serving --- died, fell silent, gives wrong results ---> killed
+       ^                                                      | at most supervision.max_restarts times
+       |                                                      v within supervision.restart_window_s
+       +--- brought up --- started in its own bundle, once that has a node; else given up
+
+Owns: the actors by index, losses and successors, who is asked about a group that failed. Does not own: what they are
+asked (rollout_pool.py, scoring_pools.py), or where they run (placement.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from actors.deadline import DeadlineError, within
+from actors.failure import ActorError, cause_of, log_tail, with_log
+from actors.process import Whereabouts
+from actors.supervision import Incidents, Restarts
+from actors.timeline import Timeline
+from medtvt_rl.config import Config
+from medtvt_rl.faults import Incident, Outcome, RoleLostError
+
+T = TypeVar("T")
+PLACE_POLL_S = 1.0
+SICK_GROUPS = 2
+"""So many groups in a row without finite values, and an actor is held to be sick, whatever others make of them."""
+
+
+class MemberLostError(ActorError):
+    """An actor is gone: it died, fell silent, or gave wrong results."""
+
+
+class SickError(RuntimeError):
+    """An actor answers, but not with finite values."""
+
+
+class Bundles(Protocol):
+    """Where actors may run."""
+
+    def has_node(self, role: str, index: int) -> bool:
+        """Whether the bundle of an actor has a place."""
+
+    def wanting(self, role: str, index: int) -> str:
+        """What it waits for where it has none."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Member:
+    """An actor that serves; its successor is another member of the same index.
+
+    Attributes:
+        load: what it has to do, in the pool's measure; groups: the groups of it.
+        answered_at: when it last answered anything, on the monotonic clock.
+        sick: groups in a row that it gave values for that are not finite.
+    """
+
+    index: int
+    handle: Any
+    where: Whereabouts | None = None
+    load: int = 0
+    groups: int = 0
+    answered_at: float = field(default_factory=time.monotonic)
+    sick: int = 0
+
+    @property
+    def node(self) -> str:
+        """Address of its machine, where that is known."""
+        return self.where.node if self.where is not None else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loss:
+    """A member or a successor that was lost, and not yet replaced."""
+
+    cause: str
+    node: str
+    groups: int
+    at: float = field(default_factory=time.monotonic)
+
+
+class Roster:
+    """The actors of one role.
+
+    Args:
+        members: started actors; the place of each is its index.
+        incidents: told when one is lost, serves again, or is given up.
+        renew: makes a new actor for an index; None where none is ever replaced.
+        kill: ends the process behind a handle.
+        timeline: where every call is recorded.
+        bundles: asked before a successor is started; None where every bundle has its node.
+
+    Attributes:
+        serving: by index.
+    """
+
+    role = ""
+    start_faults: tuple[type[Exception], ...] = (RayError, DeadlineError)
+    """What a successor may fail with on its way; anything else is a fault of this program."""
+    fatal: tuple[type[Exception], ...] = (RayActorError,)
+    """What an actor raises that is of no use any more."""
+    patience = ("rollout.start_timeout_s", "start_timeout_s")
+
+    def __init__(
+        self,
+        config: Config,
+        members: Sequence[Member],
+        incidents: Incidents,
+        renew: Callable[[int], Any] | None = None,
+        kill: Callable[[Any], None] = ray.kill,
+        timeline: Timeline | None = None,
+        bundles: Bundles | None = None,
+    ) -> None:
+        self._settings, self._supervision = config.rollout, config.supervision
+        self._timeline = timeline or Timeline()
+        self._logs = config.folder / "logs"
+        self._incidents, self._renew, self._kill, self._bundles = incidents, renew, kill, bundles
+        self.serving = {member.index: member for member in members}
+        self._lost: dict[int, MemberLostError] = {}
+        self._open: dict[int, _Loss] = {}
+        self._restarts = {index: Restarts(config.supervision) for index in self.serving}
+        self._successors: dict[int, asyncio.Task[None]] = {}
+        self._starting: dict[int, Any] = {}
+        self._event = asyncio.Event()
+        self._watch: asyncio.Task[None] | None = None
+
+    # Who serves.
+
+    def by_load(self) -> list[Member]:
+        """The members, those with the least to do first."""
+        return sorted(self.serving.values(), key=lambda member: (member.load, member.index))
+
+    async def least_loaded(self, purpose: str, but: Iterable[Member] = ()) -> Member:
+        """The member with the least to do, one of `but` only where there is no other. Waits and raises as
+        `wait_for_one` does."""
+        await self.wait_for_one(purpose)
+        members, avoided = self.by_load(), list(but)
+        return next((member for member in members if member not in avoided), members[0])
+
+    async def wait_for_one(self, purpose: str) -> None:
+        """Returns when an actor serves: at once, or when a successor does.
+
+        Raises:
+            RoleLostError: none serves, and none will.
+            DeadlineError: none served in time.
+        """
+        if not self.serving:
+            setting, name = self.patience
+            await within(self._one(), getattr(self._settings, name), f"a {self.role} actor to {purpose}", setting)
+
+    async def _one(self) -> None:
+        while not self.serving:
+            self.require_one()
+            await self.change()
+
+    async def change(self) -> None:
+        """Returns when a member came, went, or has something less to do."""
+        await self._event.wait()
+
+    def changed(self) -> None:
+        """Wakes those who wait for a change."""
+        event, self._event = self._event, asyncio.Event()
+        event.set()
+
+    def require_one(self) -> None:
+        """Raises RoleLostError where no actor serves and none is on its way, with the cause of each."""
+        if not self.serving and not self._successors:
+            causes = "; ".join(str(lost).splitlines()[0] for lost in self._lost.values())
+            raise RoleLostError(f"no {self.role} actor is left; {causes}", self._incidents.of(self.role))
+
+    # Asking.
+
+    async def ask(self, member: Member, answer: Awaitable[Any], what: str, timeout_s: float, setting: str) -> Any:
+        """The answer of a member.
+
+        Raises:
+            MemberLostError: it is gone, or answered nothing at all in the time given; its successor is on its way.
+            DeadlineError: it is late, but answered others meanwhile: it has too much to do.
+            ActorError: the call failed.
+        """
+        who, asked_at = f"{self.role} {member.index}", time.monotonic()
+        try:
+            with self._timeline.span(who, what):
+                found = await within(answer, timeout_s, f"{who} to {what}", setting)
+        except DeadlineError as error:
+            if member.answered_at > asked_at:
+                raise
+            raise self.lose(member, error) from error
+        except self.fatal as error:
+            raise self.lose(member, error) from error
+        except RayTaskError as error:
+            member.answered_at = time.monotonic()
+            log = self._log(member.index)
+            raise ActorError(with_log(f"{who}, asked to {what}: {cause_of(error)}", log)) from error
+        member.answered_at = time.monotonic()
+        return found
+
+    async def ask_in_turn(
+        self,
+        what: str,
+        pick: Callable[[Sequence[Member]], Awaitable[Member]],
+        ask: Callable[[Member], Awaitable[T]],
+        is_finite: Callable[[T], bool],
+    ) -> T:
+        """What one member makes of a group, the next where it is lost at it, `supervision.max_attempts` at most: it may
+        be the group that kills them.
+
+        Values that are not finite are the group's fault or the actor's: another one is asked. Where it has finite ones,
+        or where the next group fares alike, the actor is sick, and replaced.
+
+        Args:
+            pick: who is asked next, one of those given only where there is no other.
+
+        Raises:
+            MemberLostError: the last one that was asked was lost, too.
+            SickError: the group has no finite values.
+        """
+        doubted: list[Member] = []
+        attempts = self._supervision.max_attempts
+        for attempt in range(1, attempts + 1):
+            member = await pick(doubted)
+            try:
+                answer = await ask(member)
+            except MemberLostError:
+                if attempt == attempts:
+                    raise
+                continue
+            if is_finite(answer):
+                member.sick = 0
+                for other in doubted:
+                    words = f"not finite when it was asked to {what}, which {self.role} {member.index} finds finite"
+                    self.lose(other, SickError(words))
+                return answer
+            member.sick += 1
+            if member.sick >= SICK_GROUPS:
+                self.lose(member, SickError(f"{SICK_GROUPS} groups in a row were not finite, the last to {what}"))
+            elif doubted or len(self.serving) == 1:
+                break
+            else:
+                doubted.append(member)
+        raise SickError(f"{self.role} actors, asked to {what}, found values that are not finite")
+
+    async def everywhere(
+        self, ask: Callable[[Member], Awaitable[Any]], members: Iterable[Member] | None = None
+    ) -> list[Any]:
+        """What each member, of those that serve now or of those given, answers; a MemberLostError from one that was
+        lost at it.
+        """
+        asked = list(self.serving.values() if members is None else members)
+        answers = await asyncio.gather(*(ask(member) for member in asked), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, MemberLostError):
+                raise answer
+        return answers
+
+    # Silence.
+
+    def keep_watch(self) -> None:
+        """From now on every member has to say that it lives."""
+        if self._supervision.silence_s > 0:
+            self._watch = asyncio.create_task(self._listen(), name=f"watch over {self.role}")
+
+    async def _listen(self) -> None:
+        while True:
+            await asyncio.sleep(self._supervision.silence_s / 2)
+            await asyncio.gather(*(self._hear(member) for member in list(self.serving.values())))
+
+    async def _hear(self, member: Member) -> None:
+        seconds, who = self._supervision.silence_s, f"{self.role} {member.index}"
+        try:
+            await within(member.handle.health.remote(), seconds, f"{who} to say that it lives", "supervision.silence_s")
+        except (DeadlineError, RayActorError) as error:
+            self.lose(member, error)
+
+    # Losses and successors.
+
+    def lose(self, member: Member, error: Exception) -> MemberLostError:
+        """Kills a member, once, and sends for its successor; the error to raise."""
+        index = member.index
+        if self.serving.get(index) is member:
+            del self.serving[index]
+            self._open[index] = _Loss(cause=cause_of(error), node=member.node, groups=member.groups)
+            self._discard(index, member.handle, error)
+            if self._may_restart(index):
+                name = f"successor of {self.role} {index}"
+                self._successors[index] = asyncio.create_task(self._succeed(index), name=name)
+            self.changed()
+        return self._lost[index]
+
+    def stop(self) -> None:
+        """Ends every actor, those on their way included."""
+        for task in (*self._successors.values(), *([self._watch] if self._watch else [])):
+            task.cancel()
+        for handle in [*(member.handle for member in self.serving.values()), *self._starting.values()]:
+            self._kill(handle)
+
+    def _discard(self, index: int, handle: Any, error: Exception) -> None:
+        """Ends an actor, whatever is left of it, and says why."""
+        lost = f"{self.role} {index} is lost: {cause_of(error)}"
+        self._lost[index] = MemberLostError(with_log(lost, self._log(index)))
+        self._kill(handle)
+        again = self._may_restart(index)
+        fate = "it is started again" if again else f"given up ({self._restarts[index].limit})"
+        self._incidents.report(f"{lost}; {fate}; {len(self.serving)} left")
+        if not again:
+            self._close(index, "given up", cause_of(error))
+
+    def _close(self, index: int, outcome: Outcome, cause: str | None = None) -> None:
+        loss, log = self._open.pop(index), self._log(index)
+        incident = Incident(
+            role=self.role,
+            index=index,
+            node=loss.node,
+            cause=cause or loss.cause,
+            log=str(log),
+            log_tail=log_tail(log),
+            outcome=outcome,
+            seconds=time.monotonic() - loss.at,
+            groups=loss.groups,
+        )
+        self._incidents.add(incident)
+
+    def _log(self, index: int) -> Any:
+        return self._logs / f"{self.role}_{index}.log"
+
+    def _may_restart(self, index: int) -> bool:
+        return self._renew is not None and self._restarts[index].allowed
+
+    async def _succeed(self, index: int) -> None:
+        """Starts one successor after the other until one serves or the actor is given up."""
+        try:
+            while self._renew is not None and self._may_restart(index):
+                await self._placed(index)
+                self._restarts[index].begin()
+                handle = self._starting[index] = self._renew(index)
+                try:
+                    words = await self._bring_up(index, handle)
+                except self.start_faults as error:
+                    if not await self._has_node(index):
+                        self._restarts[index].take_back()
+                    self._discard(index, handle, error)
+                else:
+                    self._incidents.report(f"{self.role} {index} serves again{words}")
+                    self._close(index, "replaced")
+                    return
+        finally:
+            self._starting.pop(index, None)
+            self._successors.pop(index, None)
+            self.changed()
+
+    async def _has_node(self, index: int) -> bool:
+        if self._bundles is None:
+            return True
+        return await asyncio.to_thread(self._bundles.has_node, self.role, index)
+
+    async def _placed(self, index: int) -> None:
+        """Returns when the bundle of an actor has a node: at once, or when one has room for it."""
+        told = False
+        while self._bundles is not None and not await self._has_node(index):
+            if not told:
+                wanting = await asyncio.to_thread(self._bundles.wanting, self.role, index)
+                self._incidents.report(
+                    f"no node has room for {wanting}; {len(self.serving)} {self.role} left, and the run goes on with "
+                    "these until one has"
+                )
+                told = True
+            await asyncio.sleep(PLACE_POLL_S)
+
+    async def _bring_up(self, index: int, handle: Any) -> str:
+        """Makes a member of a new actor; what is to be added to the words that it serves again."""
+        timeout_s, setting = self._settings.start_timeout_s, "rollout.start_timeout_s"
+        where = await within(handle.ready.remote(), timeout_s, f"{self.role} {index} to start again", setting)
+        self.serving[index] = Member(index=index, handle=handle, where=where)
+        return ""

@@ -1,0 +1,72 @@
+"""What every role's owner shares: how often an actor may be started again, and to whom losses are told.
+
+Owns: the count of restarts in a window, the incidents of a run. Does not own: noticing a loss, or starting anything
+(roster.py, learner_supervisor.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from medtvt_rl.config import SupervisionConfig
+from medtvt_rl.faults import Incident
+
+
+class Restarts:
+    """The restarts of one actor, or of the learner gang."""
+
+    def __init__(self, config: SupervisionConfig) -> None:
+        self._config = config
+        self._begun: list[float] = []
+
+    @property
+    def allowed(self) -> bool:
+        """Whether it may be started once more."""
+        since = time.monotonic() - self._config.restart_window_s
+        return sum(begun > since for begun in self._begun) < self._config.max_restarts
+
+    @property
+    def limit(self) -> str:
+        """The limit in words."""
+        return f"supervision.max_restarts: {self._config.max_restarts} in {self._config.restart_window_s:g} s"
+
+    def begin(self) -> None:
+        """Counts a restart."""
+        self._begun.append(time.monotonic())
+
+    def take_back(self) -> None:
+        """The last one does not count: it was no fault of the actor."""
+        self._begun.pop()
+
+
+class Incidents:
+    """The losses of a run, each told once: a line for the reader at once, a record when it is over.
+
+    Args:
+        report: is told lines.
+
+    Attributes:
+        record: is told incidents, where somebody keeps them.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.report = report
+        self.record: Callable[[Incident], None] | None = None
+        self.over: list[Incident] = []
+
+    def add(self, incident: Incident) -> None:
+        """An incident is over."""
+        self.over.append(incident)
+        if self.record is not None:
+            self.record(incident)
+
+    def of(self, role: str) -> tuple[Incident, ...]:
+        """Those of a role."""
+        return tuple(incident for incident in self.over if incident.role == role)
+
+    def metrics(self) -> dict[str, float]:
+        """`restarts/ROLE`: actors of each role that were replaced so far, 0 for a role that lost none."""
+        replaced = Counter(incident.role for incident in self.over if incident.outcome == "replaced")
+        return {f"restarts/{role}": float(replaced[role]) for role in ("rollout", "reward", "reference", "learner")}

@@ -1,0 +1,45 @@
+"""The report of a run that ended for want of a role: failure.json in the run folder, and one line.
+
+Owns: its form. Does not own: when a role is lost (actors/).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from medtvt_rl.config import Config
+from medtvt_rl.faults import RoleLostError
+from pipelines.stages import write_json
+
+FAILURE_FILE = "failure.json"
+
+
+def write_failure(config: Config, error: RoleLostError) -> RoleLostError:
+    """Writes the report: role, node, cause and last words of each loss, and where the run goes on. The error to raise
+    in its place names the file."""
+    newest = max((path.name for path in config.checkpoint_folder(0).parent.glob("step_*")), default=None)
+    path = config.folder / FAILURE_FILE
+    write_json(
+        path,
+        {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "reason": str(error),
+            "incidents": [asdict(incident) for incident in error.incidents],
+            "checkpoint": newest,
+        },
+    )
+    goes_on = f"the same command goes on from checkpoints/{newest}" if newest else "there is no checkpoint yet"
+    told = RoleLostError(f"{_short(str(error))}; {goes_on}; report: {path}", error.incidents)
+    told.__cause__ = error
+    return told
+
+
+def forget_failure(config: Config) -> None:
+    """Takes away the report of an earlier attempt."""
+    Path(config.folder / FAILURE_FILE).unlink(missing_ok=True)
+
+
+def _short(reason: str, limit: int = 600) -> str:
+    return reason if len(reason) <= limit else f"{reason[:limit]}..."

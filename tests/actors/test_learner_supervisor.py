@@ -1,0 +1,195 @@
+"""The way back of a gang that failed: from which checkpoint, by which steps, to which weights, and when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from actors.learner_gang import LearnerError
+from actors.learner_supervisor import LearnerSupervisor, StepNote
+from actors.supervision import Incidents
+from medtvt_rl.config import Config, RunConfig, SupervisionConfig
+from medtvt_rl.faults import RoleLostError
+from medtvt_rl.types import LearnerStep
+
+
+class FakeGang:
+    """Its weights are the steps that they have seen, their checksum a hash of those."""
+
+    where: ClassVar[list[Any]] = []
+
+    def __init__(self, cast: Cast) -> None:
+        self.cast, self.seen, self.dead = cast, list[int](), False
+        self.calls: list[str] = []
+
+    async def train_step(self, groups: list[int], learning_rate: float, version: int) -> LearnerStep:
+        await self._called(f"train {version}")
+        if version in self.cast.skipped:
+            return LearnerStep(metrics={"updates": 0.0}, skipped="not finite")
+        self.seen.append(version)
+        self.cast.records.add(version)
+        return LearnerStep(metrics={"updates": 1.0})
+
+    async def replay_step(self, step: int) -> None:
+        await self._called(f"replay {step}")
+        assert step in self.cast.records
+        self.seen.append(step + (100 if self.cast.damaged else 0))
+
+    async def export(self, version: int) -> tuple[str, int]:
+        await self._called(f"export {version}")
+        return f"weights of {self.seen}", hash(tuple(self.seen))
+
+    async def save_checkpoint(self, folder: Path) -> None:
+        await self._called("save")
+        self.cast.checkpoints[self.cast.version] = list(self.seen)
+
+    async def load_checkpoint(self, folder: Path) -> None:
+        await self._called("load")
+        self.seen = list(self.cast.checkpoints[int(folder.name)])
+
+    def stop(self) -> None:
+        self.dead = True
+
+    async def _called(self, call: str) -> None:
+        self.calls.append(call)
+        await asyncio.sleep(0)
+        if self.cast.fail_at and self.cast.fail_at[0] == call:
+            self.cast.fail_at.pop(0)
+            self.stop()
+            raise LearnerError(f"learner rank 1 of 2, {call}: it died", rank=1, node="10.0.0.7", cause=f"{call}: died")
+
+
+class Cast:
+    """Gangs in the order of their start; `fail_at` names the calls that fail, each once."""
+
+    def __init__(self, tmp_path: Path, *fail_at: str, record_steps: bool = True, **settings: Any) -> None:
+        self.config = Config(run=RunConfig(name="r", root=str(tmp_path)), supervision=SupervisionConfig(**settings))
+        self.config.grpo.record_steps = record_steps
+        self.fail_at, self.skipped, self.damaged = list(fail_at), set[int](), False
+        self.records, self.checkpoints, self.version = set[int](), dict[int, list[int]](), 0
+        self.gangs: list[FakeGang] = [FakeGang(self)]
+        self.told: list[str] = []
+        self.incidents = Incidents(self.told.append)
+        first: Any = self.gangs[0]
+        self.learner: Any = LearnerSupervisor(self.config, self._start, first, self, {}, self.incidents)
+
+    async def _start(self) -> Any:
+        self.gangs.append(FakeGang(self))
+        await self.gangs[-1]._called("start")
+        return self.gangs[-1]
+
+    def newest(self, version: int) -> tuple[Path, int] | None:
+        known = [each for each in self.checkpoints if each <= version]
+        return (Path(str(max(known))), max(known)) if known else None
+
+    async def run(self, steps: int = 6, checkpoint_every: int = 2) -> list[int]:
+        """The checksums of a loop."""
+        found = []
+        for step in range(steps):
+            await self.learner.train_step([1, 2, 3], 1e-3, step)
+            self.version = step + 1
+            found.append((await self.learner.export(step + 1))[1])
+            if self.version % checkpoint_every == 0:
+                await self.learner.save_checkpoint(Path("unused"))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("fail_at", "way"),
+    [
+        ("train 0", ["start", "train 0", "export 1"]),
+        ("train 1", ["start", "replay 0", "export 1", "train 1"]),
+        ("export 1", ["start", "replay 0", "export 1"]),
+        ("train 5", ["start", "load", "export 4", "train 4"]),
+        ("export 6", ["start", "load", "replay 4", "replay 5", "export 6"]),
+    ],
+)
+def test_a_gang_that_fails_anywhere_is_followed_by_one_with_the_same_weights(
+    tmp_path: Path, fail_at: str, way: list[str]
+) -> None:
+    async def run() -> None:
+        undisturbed = await Cast(tmp_path).run()
+        cast = Cast(tmp_path, fail_at)
+        assert await cast.run() == undisturbed
+        assert len(cast.gangs) == 2 and cast.gangs[0].dead
+        if fail_at == "train 5":
+            way[:] = ["start", "load", "replay 4", "export 5", "train 5"]
+        assert cast.gangs[1].calls[: len(way)] == way
+        (incident,) = cast.incidents.over
+        assert (incident.role, incident.index, incident.node) == ("learner", 1, "10.0.0.7")
+        assert incident.outcome == "replaced" and incident.groups == (3 if "train" in fail_at else 0)
+        assert cast.told[0] == f"learner is lost: {fail_at}: died; it is started again"
+        assert cast.told[1].startswith("learner goes on after")
+
+    asyncio.run(run())
+
+
+def test_a_failure_on_the_way_back_and_a_skipped_step_change_nothing(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, "train 3", "start", "load", "replay 2")
+        cast.skipped = {0}
+        found = await cast.run()
+        assert cast.gangs[-1].seen == [1, 2, 3, 4, 5] and len(cast.gangs) == 5 and len(set(found)) == 6
+        assert all(gang.dead for gang in cast.gangs[:2] + cast.gangs[2:4]) and not cast.gangs[-1].dead
+        assert "learner is lost again on its way: load: died" in cast.told[2]
+
+    asyncio.run(run())
+
+
+def test_a_call_that_kills_every_gang_ends_the_run(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, *["train 3"] * 3, max_attempts=3)
+        with pytest.raises(RoleLostError, match="rank 1, train 3: died; it failed at the same call each time") as ended:
+            await cast.run()
+        assert [incident.outcome for incident in ended.value.incidents] == ["replaced", "replaced", "given up"]
+        assert len(cast.gangs) == 3
+
+    asyncio.run(run())
+
+
+def test_a_gang_that_keeps_dying_ends_the_run_with_the_limit(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, "train 1", "export 3", max_restarts=1)
+        with pytest.raises(RoleLostError, match=r"given up \(supervision.max_restarts: 1 in 600 s\)"):
+            await cast.run()
+
+    asyncio.run(run())
+
+
+def test_other_weights_than_the_journal_s_end_the_run(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, "train 3")
+        cast.damaged = True
+        with pytest.raises(RoleLostError, match="1 steps repeated from the checkpoint of step 2 gave weights of versi"):
+            await cast.run()
+        assert all(gang.dead for gang in cast.gangs)
+
+    asyncio.run(run())
+
+
+def test_without_records_the_run_goes_on_only_from_a_checkpoint_of_the_same_step(tmp_path: Path) -> None:
+    async def run() -> None:
+        undisturbed = await Cast(tmp_path).run()
+        assert await Cast(tmp_path, "train 2", record_steps=False).run() == undisturbed
+        with pytest.raises(RoleLostError, match="is false, so that 1 steps after the checkpoint of step 2"):
+            await Cast(tmp_path, "train 3", record_steps=False).run()
+
+    asyncio.run(run())
+
+
+def test_steps_before_a_resume_are_repeated_by_what_the_journal_says(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path)
+        notes = {0: StepNote(changed=True), 1: StepNote(changed=False), 2: StepNote(changed=True, checksum=None)}
+        cast.records = {0, 2}
+        gang: Any = cast.gangs[0]
+        gang.seen = [0, 2]
+        learner: Any = LearnerSupervisor(cast.config, cast._start, gang, cast, notes, cast.incidents)
+        cast.fail_at = ["train 3"]
+        await learner.train_step([1], 1e-3, 3)
+        assert cast.gangs[1].seen == [0, 2, 3]
+
+    asyncio.run(run())
