@@ -59,7 +59,6 @@ def judge_again(config: Config, reporter: Reporter, done: dict[str, Any]) -> dic
     prompts = load_prompts(config, tokenizer, config.evaluation.split)
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
     summary, _ = judged(config, evaluator, answers, reporter.start, reporter.update)
-    _say_notes(summary, reporter)
     ablations = done["summary"]["evaluation"]["ablations"]
     return {**done, "summary": {"evaluation": {**summary, "ablations": ablations}}}
 
@@ -90,7 +89,6 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
         placement.release()
     publish_model(config, after_folder)
     summary, results = judged(config, evaluator, answers, reporter.start, reporter.update)
-    _say_notes(summary, reporter)
     summary["ablations"] = _ablations(config, evaluator, ablated, results["grpo"])
     return {"summary": {"evaluation": summary}}
 
@@ -126,15 +124,6 @@ def _ablations(
         modality: evaluator.paired_gain(full, evaluator.evaluate(given), metric=metric).to_dict()
         for modality, given in answers.items()
     }
-
-
-def _say_notes(summary: dict[str, Any], reporter: Reporter) -> None:
-    """What could not be computed, and why: once for each reason."""
-    names: dict[str, list[str]] = {}
-    for name, reason in summary.get("notes", {}).items():
-        names.setdefault(reason, []).append(name)
-    for reason, missing in names.items():
-        reporter.line(f"evaluate: no {', '.join(missing)}: {reason}")
 
 
 async def load_into(pool: RolloutPool, folder: Path) -> None:

@@ -89,8 +89,13 @@ def _add_texts(
         return {"paper": f"{name}, the evaluator of this task, does not compute the published metrics"}
     notes: dict[str, str] = {}
     for policy, words in zip(POLICIES, ("before", "after")):
-        start(f"texts {words} GRPO", len(answers[policy]), "study")
-        result = evaluator.compare_texts(answers[policy], progress)
+
+        def told(done: int, words: str = words, total: int = len(answers[policy])) -> None:
+            if done == 0:
+                start(f"texts {words} GRPO", total, "study")
+            progress(done)
+
+        result = evaluator.compare_texts(answers[policy], told)
         summary[policy].setdefault("paper", {}).update(result.to_dict())
         notes |= result.notes
     return notes

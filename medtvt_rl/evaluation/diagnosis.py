@@ -187,7 +187,7 @@ class DiagnosisEvaluator:
         """The greedy answers against the reference answers, as texts.
 
         Args:
-            on_progress: told how many studies are compared by BERTScore, which takes long.
+            on_progress: told how many studies are compared by BERTScore, which takes long: 0 first.
 
         Raises:
             ValueError: as `evaluate`, or a study without a reference answer.

@@ -30,6 +30,7 @@ from medtvt_rl.evaluation.summary import (
     STAGE_NAMES,
     Curves,
     Estimate,
+    answers_dropped,
     block,
     curves,
     estimate,
@@ -164,6 +165,9 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
         for name, label in PAPER.items():
             if name in first or name in last:
                 shown.add_row(escape_markup(f"as published: {label}"), _text(first.get(name)), _text(last.get(name)))
+        left_out = [answers_dropped(summary, policy) for policy in ("sft", "grpo")]
+        if any(number is not None for number in left_out):
+            shown.add_row("as published: answers left out", *("-" if n is None else str(n) for n in left_out))
     for name, label in METRICS.items():
         if name in before or name in after:
             shown.add_row(label, _text(before.get(name)), _text(after.get(name)))
@@ -175,8 +179,8 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
     if gain is not None:
         what = "reward, paired over prompts" if "reward" in after else "Jaccard, paired over patients"
         console.print(f"gain of GRPO in sampled {what}: {gain.value:+.3f} {gain.interval}", markup=False)
-    for name, reason in missing_metrics(summary).items():
-        console.print(f"not computed: {name}: {reason}", markup=False)
+    for reason, names in missing_metrics(summary).items():
+        console.print(f"not computed: {names}: {reason}", markup=False, soft_wrap=True)
     if summary.get("simulated") is True:
         console.print("These are scores on a simulated cohort: they mean nothing clinically.")
 

@@ -17,6 +17,7 @@ from medtvt_rl.evaluation.summary import (
     METRICS,
     PAPER,
     Estimate,
+    answers_dropped,
     block,
     estimate,
     missing_metrics,
@@ -100,9 +101,9 @@ def _paper(summary: Mapping[str, Any]) -> str:
         if name in first or name in last
     ]
     dropped = [
-        f"{found.value:.0f} {words}"
+        f"{number} {words}"
         for policy, words in POLICIES.items()
-        if (found := estimate(block(summary, "evaluation", policy, "paper").get("answers_dropped"))) is not None
+        if (number := answers_dropped(summary, policy)) is not None
     ]
     left_out = f" Left out here: {', '.join(dropped)}." if dropped else ""
     note = (
@@ -110,7 +111,8 @@ def _paper(summary: Mapping[str, Any]) -> str:
         f"comparison with published numbers only.{left_out}</p>"
     )
     missing = "".join(
-        f'<p class="missing">{escape(name)}: {escape(reason)}</p>' for name, reason in missing_metrics(summary).items()
+        f'<p class="missing">Not computed: {escape(names)}: {escape(reason)}</p>'
+        for reason, names in missing_metrics(summary).items()
     )
     return details(
         "As the published evaluation computes them",

@@ -111,10 +111,18 @@ def paper_metrics(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate
     return {name: one for name, one in found.items() if one is not None}
 
 
+def answers_dropped(summary: Mapping[str, Any], policy: str) -> int | None:
+    """How many answers of `policy` the published evaluation leaves out."""
+    found = estimate(block(summary, "evaluation", policy, "paper").get("answers_dropped"))
+    return None if found is None else round(found.value)
+
+
 def missing_metrics(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Metric that was asked for, in words -> why it could not be computed."""
-    notes = block(summary, "evaluation", "notes")
-    return {PAPER.get(name, name): str(reason) for name, reason in notes.items()}
+    """Why metrics that were asked for could not be computed -> which ones, in words."""
+    names: dict[str, list[str]] = {}
+    for name, reason in block(summary, "evaluation", "notes").items():
+        names.setdefault(str(reason), []).append(PAPER.get(name, name))
+    return {reason: "; ".join(missing) for reason, missing in names.items()}
 
 
 def per_disease(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:

@@ -60,7 +60,7 @@ def compare_texts(pairs: Pairs, model: BertScoreModel, on_progress: Progress = l
     BLEU, of all texts together.
 
     Args:
-        on_progress: told how many pairs BERTScore, which takes long, has compared.
+        on_progress: told how many pairs BERTScore, which takes long, has compared: 0 first.
 
     Raises:
         ValueError: a study without a reference.
@@ -152,6 +152,7 @@ def _bertscore_recall(pairs: Pairs, model: BertScoreModel, on_progress: Progress
 
     scorer = BERTScorer(model_type=_local_folder(model), num_layers=model.layer, batch_size=BERTSCORE_BATCH)
     values = np.zeros(len(pairs))
+    on_progress(0)
     for start in range(0, len(pairs), BERTSCORE_BATCH):
         some = [i for i in range(start, min(start + BERTSCORE_BATCH, len(pairs))) if pairs[i][0].strip()]
         if some:

@@ -48,6 +48,7 @@ def test_published_numbers_come_first_where_they_were_asked_for(summary: dict[st
     print_table(summary, shown)
     lines = shown.getvalue().splitlines()
     assert lines[1].startswith("as published: F1, mean over answers") and "0.610 [0.590, 0.630]" in lines[1]
+    assert any(line.split() == ["as", "published:", "answers", "left", "out", "3", "3"] for line in lines)
     assert "not computed: METEOR: WordNet <is> not installed" in lines
 
 
