@@ -42,8 +42,8 @@ DISEASE_COLUMNS = {
     "precision": "precision",
     "recall": "recall",
     "auc": "AUC",
-    "average_precision": "average precision",
-    "brier": "Brier score",
+    "average_precision": "AP",
+    "brier": "Brier",
 }
 FEW = 10
 """Fewer patients than this with, or without, a disease: its numbers are marked."""
@@ -148,14 +148,14 @@ def _disease_table(diseases: Mapping[str, Any]) -> str:
         scarce = any(count is not None and count.value < FEW for count in counts)
         few = few or scarce
         words = " / ".join("-" if count is None else f"{count.value:.0f}" for count in counts)
-        numbers = [_cell(estimate(values.get(key))) for key in DISEASE_COLUMNS]
+        numbers = [_cell(estimate(values.get(key)), css="tall") for key in DISEASE_COLUMNS]
         rows.append([cell(f"{name}{' *' if scarce else ''}"), cell(words), *numbers])
     if not rows:
         return ""
     scarce_words = f" * Fewer than {FEW} patients with or without it: read with care." if few else ""
     note = (
         '<p class="note">F1, precision and recall of the greedy answer; the others of the share of sampled answers '
-        f"that name the disease. A dash: undefined, as AUC is where all or no patients have it.{scarce_words}</p>"
+        f"that name the disease. AP: average precision; Brier score: lower is better. A dash: undefined, as AUC is where all or no patients have it.{scarce_words}</p>"
     )
     return table(["", "with / without", *DISEASE_COLUMNS.values()], rows) + note
 
@@ -182,8 +182,8 @@ def calibration(summary: Mapping[str, Any]) -> str:
     return f'<div class="charts">{chart}</div>{"".join(tables)}' if chart else ""
 
 
-def _cell(found: Estimate | None) -> str:
-    return cell(f"{found.value:.3f}", found.interval) if found is not None else cell("-")
+def _cell(found: Estimate | None, css: str = "") -> str:
+    return cell(f"{found.value:.3f}", found.interval, css) if found is not None else cell("-", css=css)
 
 
 def _change(name: str, before: Estimate | None, after: Estimate | None) -> str:

@@ -65,7 +65,7 @@ def test_they_are_folded_by_default(summary: dict[str, Any]) -> None:
 def test_a_disease_that_nobody_has_is_a_dash_with_its_count(summary: dict[str, Any]) -> None:
     page = render_report(summary=summary)
     row = page[page.index("<td>Pneumonia *</td>") :].split("</tr>")[0]
-    assert "<td>0 / 100</td>" in row and "<td>-</td>" in row and "nan" not in row.lower()
+    assert "<td>0 / 100</td>" in row and ">-</td>" in row and "nan" not in row.lower()
     assert "<td>40 / 60</td>" in page and "Fewer than 10 patients" in page
 
 
