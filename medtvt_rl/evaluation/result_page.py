@@ -155,7 +155,8 @@ def _disease_table(diseases: Mapping[str, Any]) -> str:
     scarce_words = f" * Fewer than {FEW} patients with or without it: read with care." if few else ""
     note = (
         '<p class="note">F1, precision and recall of the greedy answer; the others of the share of sampled answers '
-        f"that name the disease. AP: average precision; Brier score: lower is better. A dash: undefined, as AUC is where all or no patients have it.{scarce_words}</p>"
+        f"that name the disease. AP: average precision; Brier score: lower is better. "
+        f"A dash: undefined, as AUC is where all or no patients have it.{scarce_words}</p>"
     )
     return table(["", "with / without", *DISEASE_COLUMNS.values()], rows) + note
 
