@@ -25,6 +25,9 @@ from medtvt_rl.model.config import ModelConfig
 from medtvt_rl.rewards.config import RewardConfig
 from medtvt_rl.rollout.config import RolloutConfig, WeightsConfig
 
+SHORT_KEYS = {"metrics": "evaluation.metrics"}
+"""What may be written shorter on the command line."""
+
 
 @dataclass
 class RunConfig:
@@ -167,7 +170,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"override {malformed[0]!r} is not of the form key=value")
     schema = OmegaConf.structured(Config)
     merged = _merge(schema, lambda: OmegaConf.load(path), str(path))
-    merged = _merge(merged, lambda: OmegaConf.from_dotlist(list(overrides)), "the command line")
+    given = [_in_full(item) for item in overrides]
+    merged = _merge(merged, lambda: OmegaConf.from_dotlist(given), "the command line")
     try:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -179,6 +183,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def _in_full(override: str) -> str:
+    """The override with its key written out, where a shorter one stands for it."""
+    key, _, value = override.partition("=")
+    return f"{SHORT_KEYS.get(key, key)}={value}"
 
 
 def _merge(base: DictConfig, read: Any, source: str) -> DictConfig:

@@ -82,7 +82,7 @@ def _module(command: str) -> ModuleType:
 
 def _run(stage: str, config: Config) -> int:
     """One stage, or all of them."""
-    from pipelines.stages import StageError, check_finished, prepare_run_folder, run_stage
+    from pipelines.stages import StageError, check_finished, finished, prepare_run_folder, run_stage
 
     try:
         check_finished(config.run.stages if stage == "run" else [stage], config)
@@ -91,14 +91,17 @@ def _run(stage: str, config: Config) -> int:
     prepare_run_folder(config)
 
     def work(reporter: Reporter) -> None:
+        from pipelines import run as all_stages
+
         if stage == "run":
-            from pipelines import run as all_stages
-
             all_stages.run(config, reporter)
-        else:
-            run_stage(stage, config, reporter)
+            return
+        run_stage(stage, config, reporter)
+        if stage == "evaluate":
+            all_stages.conclude(config, reporter)
 
-    return in_session(config, work, with_ray=stage != "cohort")
+    needs_actors = stage == "run" or (stage != "cohort" and finished(stage, config) is None)
+    return in_session(config, work, with_ray=needs_actors)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from medtvt_rl.config import Config
 from medtvt_rl.data.study_build import store_folder
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.task import without
-from medtvt_rl.evaluation.diagnosis import StudyAnswers
+from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import load_policy
 from medtvt_rl.types import MODALITIES, Prompt
@@ -31,8 +31,9 @@ from medtvt_rl.weights import pack_weights
 from pipelines.answers import Asker, Evaluator, make_evaluator, one_per_item
 from pipelines.diagnose import PERCENTILES_FILE
 from pipelines.grpo import load_prompts
+from pipelines.judging import judged, same_prompts, save_answers, saved_answers
 from pipelines.reporter import Reporter
-from pipelines.stages import start_model, trained_model
+from pipelines.stages import StageError, start_model, trained_model
 
 Ask = Callable[..., Awaitable[dict[str, StudyAnswers]]]
 
@@ -40,6 +41,26 @@ Ask = Callable[..., Awaitable[dict[str, StudyAnswers]]]
 def run(config: Config, reporter: Reporter) -> dict[str, Any]:
     """Evaluates what SFT and GRPO left; copies the final policy to RUN/model."""
     return asyncio.run(_evaluate(config, reporter))
+
+
+def judge_again(config: Config, reporter: Reporter, done: dict[str, Any]) -> dict[str, Any]:
+    """What a finished evaluation leaves, its answers judged by the present settings; no model is asked.
+
+    Raises:
+        StageError: the answers were not kept.
+    """
+    answers = saved_answers(config)
+    if not same_prompts(answers):
+        raise StageError(
+            f"evaluate is finished, and its answers are not in {config.stage_folder('evaluate')}; "
+            "delete that folder to ask the model again"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(start_model(config))
+    prompts = load_prompts(config, tokenizer, config.evaluation.split)
+    evaluator = make_evaluator(config, prompts, config.evaluation.split)
+    summary, _ = judged(config, evaluator, answers, reporter.start, reporter.update)
+    ablations = done["summary"]["evaluation"]["ablations"]
+    return {**done, "summary": {"evaluation": {**summary, "ablations": ablations}}}
 
 
 async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
@@ -58,25 +79,18 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
             reporter.start(label, len(some), "study")
             return await asker.answers(some, sample, reporter.update)
 
-        before = evaluator.evaluate(await ask("before GRPO", prompts))
+        answers = {"sft": await ask("before GRPO", prompts)}
         await load_into(pool, after_folder)
-        after = evaluator.evaluate(await ask("after GRPO", prompts))
-        ablations = await _ablations(config, ask, evaluator, prompts, after)
+        answers["grpo"] = await ask("after GRPO", prompts)
+        save_answers(config, answers)
+        ablated = await _ablated_answers(config, ask, prompts)
         pool.stop()
     finally:
         placement.release()
     publish_model(config, after_folder)
-    gain = evaluator.paired_gain(before, after)
-    return {
-        "summary": {
-            "evaluation": {
-                "sft": summarise(before),
-                "grpo": summarise(after),
-                "gain": gain.to_dict(),
-                "ablations": ablations,
-            }
-        }
-    }
+    summary, results = judged(config, evaluator, answers, reporter.start, reporter.update)
+    summary["ablations"] = _ablations(config, evaluator, ablated, results["grpo"])
+    return {"summary": {"evaluation": summary}}
 
 
 def held_out_prompts(config: Config, prompts: Sequence[Prompt], reporter: Reporter) -> list[Prompt]:
@@ -90,29 +104,26 @@ def held_out_prompts(config: Config, prompts: Sequence[Prompt], reporter: Report
     return kept[: config.evaluation.max_studies or len(kept)]
 
 
-def summarise(result: Any) -> dict[str, Any]:
-    """The metrics by name, those of single diseases below `per_disease`."""
-    found = result.to_dict()
-    metrics = found.pop("metrics")
-    per_disease = {name.removeprefix("f1/"): value for name, value in metrics.items() if name.startswith("f1/")}
-    rest = {name: value for name, value in metrics.items() if not name.startswith("f1/")}
-    return {**rest, "per_disease": per_disease, **found}
-
-
-async def _ablations(
-    config: Config, ask: Ask, evaluator: Evaluator, prompts: Sequence[Prompt], full: Any
-) -> dict[str, Any]:
-    """Change of the greedy Jaccard (or reward) when a modality is withheld, paired over patients; none for plain
-    text."""
+async def _ablated_answers(config: Config, ask: Ask, prompts: Sequence[Prompt]) -> dict[str, dict[str, StudyAnswers]]:
+    """Modality -> greedy answers where it is withheld; none for plain text."""
     if not config.evaluation.ablations or config.task.items is None:
         return {}
-    metric = "jaccard_greedy" if config.task.evaluate is not None else "reward_greedy"
-    changes = {}
+    answers = {}
     for modality in MODALITIES:
         withheld = [replace(prompt, item_id=without(str(prompt.item_id), modality)) for prompt in prompts]
-        result = evaluator.evaluate(await ask(f"without {modality}", withheld, sample=False))
-        changes[modality] = evaluator.paired_gain(full, result, metric=metric).to_dict()
-    return changes
+        answers[modality] = await ask(f"without {modality}", withheld, sample=False)
+    return answers
+
+
+def _ablations(
+    config: Config, evaluator: Evaluator, answers: Mapping[str, Mapping[str, StudyAnswers]], full: Any
+) -> dict[str, Any]:
+    """Change of the greedy Jaccard (or reward) when a modality is withheld, paired over patients."""
+    metric = "jaccard_greedy" if config.task.evaluate is not None else "reward_greedy"
+    return {
+        modality: evaluator.paired_gain(full, evaluator.evaluate(given), metric=metric).to_dict()
+        for modality, given in answers.items()
+    }
 
 
 async def load_into(pool: RolloutPool, folder: Path) -> None:

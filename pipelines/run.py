@@ -17,6 +17,11 @@ def run(config: Config, reporter: Reporter) -> dict[str, Any]:
     """Runs `run.stages`, then writes the report and prints the table."""
     for name in config.run.stages:
         run_stage(name, config, reporter)
+    return conclude(config, reporter)
+
+
+def conclude(config: Config, reporter: Reporter) -> dict[str, Any]:
+    """Writes summary and report from what the finished stages left, and prints the table."""
     summary = write_summary(config)
     report(config, summary)
     print_table(summary)

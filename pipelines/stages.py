@@ -31,6 +31,8 @@ SETTINGS_OF = {
     "grpo": (*LEARNING, "grpo", "rewards", "rollout.sampling", "learner"),
     "evaluate": (*LEARNING, "evaluation", "rewards", "rollout.sampling"),
 }
+JUDGING = ("metrics", "bootstrap_resamples", "bertscore_model", "bertscore_layer")
+"""Settings below `evaluation` by which answers are judged: they may change after the model was asked."""
 
 
 class StageError(RuntimeError):
@@ -44,6 +46,8 @@ def run_stage(name: str, config: Config, reporter: Reporter) -> dict[str, Any]:
         StageError: it is finished with other settings, or an earlier stage is missing.
     """
     done = finished(name, config)
+    if done is not None and name == "evaluate" and _judged_otherwise(done, config):
+        return _judge_again(config, reporter, done)
     if done is not None:
         reporter.line(
             f"{name}: finished before in {done['seconds']:.0f} s; delete {config.stage_folder(name)} to repeat it"
@@ -60,10 +64,31 @@ def run_stage(name: str, config: Config, reporter: Reporter) -> dict[str, Any]:
         earlier = json.loads(_marker(name, config).read_text())
         cost = {key: earlier[key] for key in cost}  # what was found ready cost what it cost then
     result = {**result, **cost}
-    write_json(_marker(name, config), {"settings": selected(resolved_settings(config), SETTINGS_OF[name]), **result})
-    write_summary(config)
+    _finish(name, config, result)
     reporter.finish(name, seconds)
     return result
+
+
+def _judge_again(config: Config, reporter: Reporter, done: dict[str, Any]) -> dict[str, Any]:
+    """A finished evaluation with its answers judged by the present settings; it costs what asking cost."""
+    reporter.line("evaluate: finished before; its answers are judged by the present settings")
+    started = time.monotonic()
+    result: dict[str, Any] = importlib.import_module("pipelines.evaluate").judge_again(config, reporter, done)
+    _finish("evaluate", config, {key: value for key, value in result.items() if key != "settings"})
+    reporter.finish("evaluate", time.monotonic() - started)
+    return result
+
+
+def _judged_otherwise(done: dict[str, Any], config: Config) -> bool:
+    before = done["settings"].get("evaluation") or {}
+    now = resolved_settings(config)["evaluation"]
+    return any(before[key] != now[key] for key in JUDGING if key in before)
+
+
+def _finish(name: str, config: Config, result: dict[str, Any]) -> None:
+    """Writes the stage's marker, and the run's summary with it."""
+    write_json(_marker(name, config), {"settings": selected(resolved_settings(config), SETTINGS_OF[name]), **result})
+    write_summary(config)
 
 
 def finished(name: str, config: Config) -> dict[str, Any] | None:
@@ -72,13 +97,21 @@ def finished(name: str, config: Config) -> dict[str, Any] | None:
     if not marker.is_file() or name == "cohort":
         return None
     found: dict[str, Any] = json.loads(marker.read_text())
-    changed = differences(found["settings"], selected(resolved_settings(config), SETTINGS_OF[name]))
+    changed = differences(_asked(found["settings"]), _asked(selected(resolved_settings(config), SETTINGS_OF[name])))
     if changed:
         raise StageError(
             f"{name} of {config.folder} is finished with other settings ({'; '.join(changed[:5])}); "
             f"choose another run.name, or delete {config.stage_folder(name)} to repeat it"
         )
     return found
+
+
+def _asked(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those by which answers are judged."""
+    evaluation = settings.get("evaluation")
+    if not isinstance(evaluation, dict):
+        return settings
+    return {**settings, "evaluation": {key: value for key, value in evaluation.items() if key not in JUDGING}}
 
 
 def check_finished(names: Sequence[str], config: Config) -> None:

@@ -85,6 +85,10 @@ class StudyStore:
         """The study's diseases in the order of labels.DISEASES; empty where no diagnosis answer names them."""
         return self._diagnoses.get(self._known(study_id), ())
 
+    def reference(self, study_id: str) -> str:
+        """The whole answer to the study's first diagnosis question; "" where there is none."""
+        return self._references.get(self._known(study_id), "")
+
     def findings(self, study_id: str) -> dict[str, bool] | None:
         """Finding key -> whether it was rendered; None where unknown. A missing modality shows none of its findings."""
         return self._file.findings(self._known(study_id))
@@ -122,6 +126,11 @@ class StudyStore:
     def _diagnoses(self) -> dict[str, tuple[str, ...]]:
         examples = (example for split in self.splits for example in self.qa(split, "diagnosis"))
         return {example.study_id: parse_diagnoses(example.answer) for example in examples}
+
+    @cached_property
+    def _references(self) -> dict[str, str]:
+        examples = [example for split in self.splits for example in self.qa(split, "diagnosis")]
+        return {example.study_id: example.answer for example in reversed(examples)}
 
     def _known(self, study_id: str) -> str:
         if study_id not in self._file:

@@ -94,6 +94,35 @@ def interval_chart(
     return _figure(title, note, _legend(series), _svg(height, title, "".join(parts)))
 
 
+def reliability_chart(
+    title: str, series: Sequence[tuple[str, Sequence[tuple[float, tuple[float, float, float]]]]], note: str = ""
+) -> str:
+    """A figure of what was observed, with whiskers, over what was said, both 0 to 1; on the diagonal they agree.
+
+    Args:
+        series: (name, points); a point is (said, (observed, low, high)).
+
+    Empty without points.
+    """
+    if not any(points for _, points in series):
+        return ""
+    unit, tenths = (0.0, 1.0), [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    parts = [_grid(tenths, tenths, unit, unit, "share of sampled answers that name the disease")]
+    parts.append(_path([(0.0, 0.0), (1.0, 1.0)], unit, unit, "grid line"))
+    for index, (name, points) in enumerate(series):
+        colour = f"c{index % NUM_COLOURS}"
+        parts.append(_path([(said, observed[0]) for said, observed in points], unit, unit, f"line {colour}"))
+        for said, (middle, low, high) in points:
+            x = _x(said, unit) + 3 * (index - (len(series) - 1) / 2)
+            words = escape(f"{name}: said {said:.2f}, observed {middle:.3f} [{low:.3f}, {high:.3f}]")
+            parts.append(
+                f'<g><title>{words}</title><line class="whisker {colour}" x1="{x:.1f}" x2="{x:.1f}" '
+                f'y1="{_y(low, unit):.1f}" y2="{_y(high, unit):.1f}"/>'
+                f'<circle class="dot {colour}" cx="{x:.1f}" cy="{_y(middle, unit):.1f}" r="3.2"/></g>'
+            )
+    return _figure(title, note, _legend([name for name, _ in series]), _svg(HEIGHT, title, "".join(parts)))
+
+
 def bar_chart(title: str, rows: Sequence[tuple[str, float, str]], note: str = "") -> str:
     """Horizontal bars from 0: (label, value, text beside the bar). Empty without rows."""
     if not rows:

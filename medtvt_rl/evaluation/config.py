@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
@@ -15,14 +16,23 @@ class EvaluationConfig:
         max_studies: 0 takes the whole split.
         bootstrap_resamples: of patients, for the 95 % intervals.
         ablations: repeat the greedy evaluation with each modality withheld.
+        metrics: what is shown first; `metrics=paper` on the command line is short for `evaluation.metrics=paper`.
+            "honest" counts an answer that breaks the format as wrong; "paper" is the published evaluation, and adds its
+            comparison of texts. A finished evaluation is judged anew from its answers when this, bootstrap_resamples or
+            what BERTScore uses has changed.
+        bertscore_model: a name in the Hugging Face cache, or a folder; nothing is downloaded.
+        bertscore_layer: which of its layers is compared.
     """
 
+    metrics: Literal["honest", "paper"] = "honest"
     split: str = "test"
     num_generators: int = 0
     num_samples: int = 4
     max_studies: int = 0
     bootstrap_resamples: int = 2000
     ablations: bool = True
+    bertscore_model: str = "roberta-large"
+    bertscore_layer: int = 17
 
 
 @dataclass

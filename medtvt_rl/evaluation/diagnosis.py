@@ -1,10 +1,8 @@
 """Held-out evaluation of diagnoses: answers in, metrics with intervals over patients out.
 
-Owns: which answers are compared with which truth, and the names of the metrics. Does not own: generation of answers,
-parsing (rewards/answer.py, rewards/evidence.py), the mathematics (metrics.py, bootstrap.py).
-An answer that breaks the format is a wrong answer: it names no disease and no finding, and stays in every denominator.
-The `paper` block leaves such answers out and ranks by 0/1, as the published evaluation does
-(https://arxiv.org/abs/2506.18512); it is for comparison only.
+Owns: which answers are compared with which truth, and the result. Does not own: generation of answers, what is made of
+the records (honest.py by default, paper.py as published, text_metrics.py), the bootstrap (bootstrap.py).
+Both readings are computed from one pass of answers; `evaluation.metrics` says which is shown first.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from medtvt_rl.config import Config
-from medtvt_rl.data.labels import DISEASES, FINDINGS
 from medtvt_rl.evaluation.bootstrap import (
     Floats,
     Interval,
@@ -25,14 +22,14 @@ from medtvt_rl.evaluation.bootstrap import (
     bootstrap_paired_difference,
     mean_measure,
 )
-from medtvt_rl.evaluation.metrics import f1_measures, ranking_measures
-from medtvt_rl.rewards.answer import ParsedAnswer, normalise, normalised_names, parse_answer
-from medtvt_rl.rewards.evidence import asserted_findings, labelled_findings
-from medtvt_rl.rewards.jaccard import jaccard_reward
-from medtvt_rl.rewards.overlap import confusion_counts, membership
+from medtvt_rl.evaluation.calibration import ReliabilityBin, reliability
+from medtvt_rl.evaluation.honest import disease_measures, has_samples, honest_measures, honest_values
+from medtvt_rl.evaluation.paper import num_dropped, paper_measures
+from medtvt_rl.evaluation.records import StudyAnswers, StudyRecord, sampled_shares, study_record, true_diseases
+from medtvt_rl.evaluation.text_metrics import BertScoreModel, Progress, compare_texts
 
-DISEASE_KEYS = tuple(normalise(name) for name in DISEASES)
-NO_NAMES: frozenset[str] = frozenset()
+MACRO = ("f1", "auc", "average_precision")
+"""Metrics of a disease whose mean over diseases is a metric, too."""
 
 
 class TruthSource(Protocol):
@@ -50,13 +47,27 @@ class TruthSource(Protocol):
     def findings(self, study_id: str) -> dict[str, bool] | None:
         """Finding -> whether it is there; None where unknown."""
 
+    def reference(self, study_id: str) -> str:
+        """The whole text that the data answers the study's diagnosis question with; "" where it has none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StudyAnswers:
-    """Completions for one study, as text: some sampled at the training temperature (may be none), one greedy."""
+class DiseaseResult:
+    """What one disease was answered with.
 
-    sampled: tuple[str, ...]
-    greedy: str
+    Attributes:
+        positives, negatives: studies that have it, and that do not.
+        metrics: name -> interval over patients, names as in `honest.disease_measures`; NaN where undefined.
+    """
+
+    positives: int
+    negatives: int
+    metrics: dict[str, Interval]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        counts = {"positives": self.positives, "negatives": self.negatives}
+        return {**counts, **{name: interval.to_dict() for name, interval in self.metrics.items()}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +77,10 @@ class DiagnosisResult:
     Attributes:
         study_ids, patient_ids: [n], aligned.
         metrics: name -> interval over patients. Names as in `DiagnosisEvaluator.evaluate`.
-        paper: f1_micro, f1_macro, auc as the published evaluation computes them.
+        diseases: disease -> its result.
+        reliability: what was said and observed by bin of the sampled share; empty without sampled answers.
+        paper: precision, recall, f1, auc, f1_micro, f1_macro as the published evaluation computes them.
+        paper_dropped: answers that it leaves out.
         per_study: name -> [n] float64, for the metrics that are means over studies.
         measures: name -> what the metric is computed from, for paired differences.
     """
@@ -74,18 +88,48 @@ class DiagnosisResult:
     study_ids: tuple[str, ...]
     patient_ids: tuple[str, ...]
     metrics: dict[str, Interval]
+    diseases: dict[str, DiseaseResult]
+    reliability: list[ReliabilityBin]
     paper: dict[str, Interval]
+    paper_dropped: int
     per_study: dict[str, Floats]
     measures: dict[str, Measure] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the per-study values."""
+        defined = {
+            name: sum(name in one.metrics and not np.isnan(one.metrics[name].value) for one in self.diseases.values())
+            for name in MACRO
+        }
         return {
             "num_studies": len(self.study_ids),
             "num_patients": len(set(self.patient_ids)),
             "metrics": {name: interval.to_dict() for name, interval in self.metrics.items()},
-            "paper": {name: interval.to_dict() for name, interval in self.paper.items()},
+            "by_disease": {name: one.to_dict() for name, one in self.diseases.items()},
+            "diseases_in_mean": defined,
+            "reliability": [one.to_dict() for one in self.reliability],
+            "paper": {
+                **{name: interval.to_dict() for name, interval in self.paper.items()},
+                "answers_dropped": self.paper_dropped,
+            },
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextResult:
+    """The published comparison of texts.
+
+    Attributes:
+        metrics: bleu, rouge_l_recall, meteor, bertscore_recall, bleu_corpus -> interval; without what is missing.
+        notes: name -> what is missing and how to get it.
+    """
+
+    metrics: dict[str, Interval]
+    notes: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {name: interval.to_dict() for name, interval in self.metrics.items()}
 
 
 class DiagnosisEvaluator:
@@ -102,6 +146,9 @@ class DiagnosisEvaluator:
         self._split = split
         self._resamples = config.evaluation.bootstrap_resamples
         self._seed = config.run.seed
+        self._bertscore = BertScoreModel(
+            name=config.evaluation.bertscore_model, layer=config.evaluation.bertscore_layer
+        )
         self._known = self._store.study_ids(split)
 
     def evaluate(self, answers: Mapping[str, StudyAnswers]) -> DiagnosisResult:
@@ -110,8 +157,7 @@ class DiagnosisEvaluator:
         From the greedy answer: jaccard_greedy, exact_match, f1_micro, f1_macro, f1/DISEASE, parse_rate, and
         findings_f1_ecg, _cxr, _lab (findings named in the reasoning against those in the data; absent where the data
         has none). From the sampled answers, where there are any: jaccard, parse_rate_sampled, and of the share of
-        answers that name a
-        disease: auc, average_precision, brier.
+        answers that name a disease: auc, average_precision, brier, calibration_error.
 
         Args:
             answers: by study id; part of the split is enough.
@@ -119,36 +165,38 @@ class DiagnosisEvaluator:
         Raises:
             ValueError: no answers, or one for a study that is not in the split.
         """
-        study_ids = self._check(answers)
-        truths = [normalised_names(tuple(self._store.diagnoses(study_id))) for study_id in study_ids]
-        given = [answers[study_id] for study_id in study_ids]
-        parsed = [parse_answer(answer.greedy) for answer in given]
-        named = [p.normalised if p else NO_NAMES for p in parsed]
-        per_study = {
-            "jaccard_greedy": np.array([self._jaccard(study_id, answers[study_id].greedy) for study_id in study_ids]),
-            "exact_match": np.array([p is not None and p.normalised == t for p, t in zip(parsed, truths)], dtype=float),
-            "parse_rate": np.array([p is not None for p in parsed], dtype=float),
-        }
-        counts = confusion_counts(named, truths, DISEASE_KEYS)
-        measures = dict(zip(("f1_micro", "f1_macro"), f1_measures(counts)))
-        measures |= {f"f1/{name}": f1_measures(counts[:, [i]])[0] for i, name in enumerate(DISEASES)}
-        measures |= self._findings_measures(study_ids, parsed)
-        if all(answer.sampled for answer in given):
-            per_study |= self._sampled_values(study_ids, given, truths)
-            shares = _shares(given)
-            true = membership(truths, DISEASE_KEYS)
-            measures |= dict(zip(("auc", "average_precision"), ranking_measures(shares, true)))
-        measures |= {name: mean_measure(values) for name, values in per_study.items()}
-        patients = tuple(self._store.patient_id(study_id) for study_id in study_ids)
-        paper = _paper_measures(counts, parsed, truths)
+        records = self._records(answers)
+        per_study = honest_values(records)
+        measures = honest_measures(records) | {name: mean_measure(values) for name, values in per_study.items()}
+        patients = tuple(record.patient_id for record in records)
         return DiagnosisResult(
-            study_ids=study_ids,
+            study_ids=tuple(record.study_id for record in records),
             patient_ids=patients,
-            metrics=bootstrap_measures(measures, self._resamples, self._seed, patients),
-            paper=bootstrap_measures(paper, self._resamples, self._seed, patients),
+            metrics=self._intervals(measures, patients),
+            diseases=self._diseases(records, patients),
+            reliability=self._reliability(records, patients),
+            paper=self._intervals(paper_measures(records), patients),
+            paper_dropped=num_dropped(records),
             per_study=per_study,
             measures=measures,
         )
+
+    def compare_texts(
+        self, answers: Mapping[str, StudyAnswers], on_progress: Progress = lambda done: None
+    ) -> TextResult:
+        """The greedy answers against the reference answers, as texts.
+
+        Args:
+            on_progress: told how many studies are compared by BERTScore, which takes long: 0 first.
+
+        Raises:
+            ValueError: as `evaluate`, or a study without a reference answer.
+        """
+        records = self._records(answers)
+        pairs = [(record.answers.greedy, self._store.reference(record.study_id)) for record in records]
+        found = compare_texts(pairs, self._bertscore, on_progress)
+        patients = tuple(record.patient_id for record in records)
+        return TextResult(metrics=self._intervals(found.measures, patients), notes=found.notes)
 
     def paired_gain(self, before: DiagnosisResult, after: DiagnosisResult, metric: str = "jaccard") -> Interval:
         """metric(after) - metric(before), paired over patients.
@@ -168,59 +216,45 @@ class DiagnosisEvaluator:
             before.measures[metric], after.measures[metric], self._resamples, self._seed, before.patient_ids
         )
 
-    def _check(self, answers: Mapping[str, StudyAnswers]) -> tuple[str, ...]:
+    def _records(self, answers: Mapping[str, StudyAnswers]) -> list[StudyRecord]:
         if not answers:
             raise ValueError("answers: none, expected at least one study")
         unknown = sorted(set(answers).difference(self._known))
         if unknown:
             raise ValueError(f"answers: {len(unknown)} studies are not in split {self._split!r}, e.g. {unknown[0]!r}")
-        return tuple(study_id for study_id in self._known if study_id in answers)
+        return [
+            study_record(
+                study_id,
+                self._store.patient_id(study_id),
+                tuple(self._store.diagnoses(study_id)),
+                self._store.findings(study_id),
+                answers[study_id],
+            )
+            for study_id in self._known
+            if study_id in answers
+        ]
 
-    def _jaccard(self, study_id: str, completion: str) -> float:
-        return jaccard_reward(completion, "; ".join(self._store.diagnoses(study_id)))
+    def _intervals(self, measures: dict[str, Measure], patients: Sequence[str]) -> dict[str, Interval]:
+        return bootstrap_measures(measures, self._resamples, self._seed, patients) if measures else {}
 
-    def _sampled_values(
-        self, study_ids: Sequence[str], given: Sequence[StudyAnswers], truths: Sequence[frozenset[str]]
-    ) -> dict[str, Floats]:
-        """Per study: means over its sampled answers, and the Brier score over diseases."""
-        true = membership(truths, DISEASE_KEYS)
-        pairs = list(zip(study_ids, given))
+    def _diseases(self, records: Sequence[StudyRecord], patients: Sequence[str]) -> dict[str, DiseaseResult]:
+        by_disease = disease_measures(records)
+        flat = {f"{metric}/{name}": m for name, measures in by_disease.items() for metric, m in measures.items()}
+        intervals = self._intervals(flat, patients)
+        counts = dict(zip(by_disease, true_diseases(records).sum(axis=0).tolist()))
         return {
-            "jaccard": np.array([np.mean([self._jaccard(i, text) for text in a.sampled]) for i, a in pairs]),
-            "parse_rate_sampled": np.array([np.mean([parse_answer(t) is not None for t in a.sampled]) for a in given]),
-            "brier": ((_shares(given) - true) ** 2).mean(axis=1),
+            name: DiseaseResult(
+                positives=counts[name],
+                negatives=len(records) - counts[name],
+                metrics={metric: intervals[f"{metric}/{name}"] for metric in measures},
+            )
+            for name, measures in by_disease.items()
         }
 
-    def _findings_measures(self, study_ids: Sequence[str], parsed: Sequence[ParsedAnswer | None]) -> dict[str, Measure]:
-        """F1 of named against present findings, by modality, over the studies whose findings are known."""
-        truths = [self._store.findings(study_id) for study_id in study_ids]
-        if all(truth is None for truth in truths):
-            return {}
-        named = [NO_NAMES if truth is None else asserted_findings(answer) for truth, answer in zip(truths, parsed)]
-        present = [labelled_findings(truth) for truth in truths]
-        return {
-            f"findings_f1_{modality}": f1_measures(confusion_counts(named, present, keys))[0]
-            for modality, keys in FINDINGS.items()
-        }
-
-
-def _shares(given: Sequence[StudyAnswers]) -> Floats:
-    """[n, 7] share of each study's sampled answers that name each disease."""
-    parsed = [[parse_answer(text) for text in answer.sampled] for answer in given]
-    named = [membership([p.normalised if p else NO_NAMES for p in row], DISEASE_KEYS) for row in parsed]
-    return np.stack([row.mean(axis=0) for row in named])
-
-
-def _paper_measures(
-    counts: Floats, parsed: Sequence[ParsedAnswer | None], truths: Sequence[frozenset[str]]
-) -> dict[str, Measure]:
-    """Unparseable answers dropped; AUC of the greedy answers' 0/1."""
-    keep = np.array([answer is not None for answer in parsed])
-    micro, macro = f1_measures(counts * keep[:, None, None])
-    said = membership([answer.normalised if answer else NO_NAMES for answer in parsed], DISEASE_KEYS)
-    auc, _ = ranking_measures(said.astype(np.float64), membership(truths, DISEASE_KEYS))
-    kept = Measure(rows=auc.rows * keep[:, None], statistic=auc.statistic)
-    return {"f1_micro": micro, "f1_macro": macro, "auc": kept}
+    def _reliability(self, records: Sequence[StudyRecord], patients: Sequence[str]) -> list[ReliabilityBin]:
+        if not has_samples(records):
+            return []
+        return reliability(sampled_shares(records), true_diseases(records), self._resamples, self._seed, patients)
 
 
 def _open_store(path: str) -> TruthSource:

@@ -48,7 +48,8 @@ svg .dot.c0 { fill: var(--c0); } svg .dot.c1 { fill: var(--c1); } svg .dot.c2 { 
 .table { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 14px; text-align: right; border-top: 1px solid var(--rule); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); border-top: 0; } th:first-child, td:first-child { text-align: left; }
-td small { color: var(--soft); } td.up { color: var(--c2); } td.down { color: var(--c1); }
+td small { color: var(--soft); } td.tall small { display: block; }
+td.up { color: var(--c2); } td.down { color: var(--c1); }
 details { margin: 10px 0; padding: 8px 14px; } summary { cursor: pointer; font-weight: 600; }
 section > .charts + .charts { margin-top: 14px; }
 details .charts { margin-top: 10px; } details figure { border: 0; padding: 4px; }

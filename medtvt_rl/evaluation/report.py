@@ -1,7 +1,8 @@
 """The report of a run: report.html, one file that needs nothing else, and the table at the end of the terminal.
 
-Owns: which numbers, curves and samples are shown, and in what words. Does not own: their computation, drawing
-(charts.py), the page (page.py). What is missing is named, never an error: a report of half a run is a report.
+Owns: which curves and samples are shown, and in what words. Does not own: the sections of the result (result_page.py),
+the computation of numbers, drawing (charts.py), the page (page.py). What is missing is named, never an error: a report
+of half a run is a report.
 """
 
 from __future__ import annotations
@@ -22,20 +23,24 @@ from rich.table import Table
 
 from medtvt_rl.evaluation.charts import IntervalRow, Series, bar_chart, interval_chart, line_chart
 from medtvt_rl.evaluation.page import card, cell, details, missing_line, page, section, table
+from medtvt_rl.evaluation.result_page import AFTER, BEFORE, by_disease, calibration, headline
 from medtvt_rl.evaluation.summary import (
-    LOWER_IS_BETTER,
     METRICS,
+    PAPER,
     STAGE_NAMES,
     Curves,
     Estimate,
+    answers_dropped,
     block,
     curves,
     estimate,
+    missing_metrics,
+    paper_first,
+    paper_metrics,
     per_disease,
     policy_metrics,
 )
 
-BEFORE, AFTER = "after SFT", "after GRPO"
 MODALITY_NAMES = {"ecg": "without the ECG", "cxr": "without the film", "lab": "without the labs"}
 SIMULATED = (
     "These scores are of a simulated cohort: its signals, films and values were drawn by a program. They show that the "
@@ -121,8 +126,9 @@ def render_report(
         f"<h1>{escape(name)}</h1>",
         '<p class="soft">Diagnoses from an ECG, a chest film and blood values: pre-training, fine-tuning, GRPO.</p>',
         f'<p class="warning">{RESEARCH if _real_data(config_yaml) else SIMULATED}</p>',
-        section("Result", _headline(summary), "No evaluation was found: the evaluate stage has not run."),
-        section("By disease", _by_disease(summary), "No F1 by disease was found."),
+        section("Result", headline(summary), "No evaluation was found: the evaluate stage has not run."),
+        section("By disease", by_disease(summary), "No F1 by disease was found."),
+        section("Calibration", calibration(summary), "No shares of sampled answers were found."),
         section("What each modality is worth", _ablations(summary), "No ablations (evaluation.ablations)."),
         section("GRPO", _grpo_facts(summary) + _charts(lines, "grpo"), "No curves of GRPO were found."),
         section(
@@ -154,6 +160,14 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
     shown.add_column("held-out, 95 % interval")
     for header in (BEFORE, AFTER):
         shown.add_column(header, justify="right")
+    if paper_first(summary):
+        first, last = paper_metrics(summary, "sft"), paper_metrics(summary, "grpo")
+        for name, label in PAPER.items():
+            if name in first or name in last:
+                shown.add_row(escape_markup(f"as published: {label}"), _text(first.get(name)), _text(last.get(name)))
+        left_out = [answers_dropped(summary, policy) for policy in ("sft", "grpo")]
+        if any(number is not None for number in left_out):
+            shown.add_row("as published: answers left out", *("-" if n is None else str(n) for n in left_out))
     for name, label in METRICS.items():
         if name in before or name in after:
             shown.add_row(label, _text(before.get(name)), _text(after.get(name)))
@@ -165,81 +179,10 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
     if gain is not None:
         what = "reward, paired over prompts" if "reward" in after else "Jaccard, paired over patients"
         console.print(f"gain of GRPO in sampled {what}: {gain.value:+.3f} {gain.interval}", markup=False)
+    for reason, names in missing_metrics(summary).items():
+        console.print(f"not computed: {names}: {reason}", markup=False, soft_wrap=True)
     if summary.get("simulated") is True:
         console.print("These are scores on a simulated cohort: they mean nothing clinically.")
-
-
-def _headline(summary: Mapping[str, Any]) -> str:
-    before, after = policy_metrics(summary, "sft"), policy_metrics(summary, "grpo")
-    if not before and not after:
-        return ""
-    gain = estimate(block(summary, "evaluation").get("gain"))
-    cards = []
-    for name, label in (
-        ("jaccard", "Jaccard, sampled"),
-        ("jaccard_greedy", "Jaccard, greedy"),
-        ("f1_macro", "F1, macro"),
-        ("parse_rate", "Well-formed, greedy"),
-        ("reward", "Reward, sampled"),
-        ("reward_greedy", "Reward, greedy"),
-    ):
-        first, last = before.get(name), after.get(name)
-        shown = last or first
-        if shown is not None:
-            earlier = f"{first.value:.3f}" if first is not None and last is not None else ""
-            under = f"95 % interval {shown.interval}"
-            if name in ("jaccard", "reward") and gain is not None:
-                under = f"paired gain {gain.value:+.3f} {gain.interval}"
-            cards.append(card(label, f"{shown.value:.3f}", earlier, under))
-    rows = [
-        [cell(label), _cell(before.get(name)), _cell(after.get(name)), _change(name, before.get(name), after.get(name))]
-        for name, label in METRICS.items()
-        if name in before or name in after
-    ]
-    if gain is not None:
-        rows.append(
-            [
-                cell(f"Paired gain of GRPO, sampled {'reward' if 'reward' in after else 'Jaccard'}"),
-                cell(""),
-                cell(""),
-                cell(f"{gain.value:+.3f}", gain.interval),
-            ]
-        )
-    studies = block(summary, "evaluation", "grpo").get("num_studies") or block(summary, "evaluation", "sft").get(
-        "num_studies"
-    )
-    size = f" on {studies} held-out studies" if studies else ""
-    words = (
-        f'<p class="note">Means{size}, with 95 % bootstrap intervals over patients. An answer that breaks the format '
-        "counts as wrong. Sampled: at the training temperature. Changes in colour: the intervals do not overlap.</p>"
-    )
-    shown_table = table(["", BEFORE, AFTER, "change"], rows)
-    return f'<div class="cards">{"".join(cards)}</div><p></p>{shown_table}{words}{_paper(summary)}'
-
-
-def _paper(summary: Mapping[str, Any]) -> str:
-    """The numbers as the published evaluation computes them, folded."""
-    first, last = block(summary, "evaluation", "sft", "paper"), block(summary, "evaluation", "grpo", "paper")
-    names = {"f1_micro": "F1, micro", "f1_macro": "F1, macro", "auc": "AUC of 0/1 answers"}
-    rows = [
-        [cell(label), _cell(estimate(first.get(name))), _cell(estimate(last.get(name)))]
-        for name, label in names.items()
-        if name in first or name in last
-    ]
-    note = '<p class="note">Leaves out answers that break the format. For comparison with published numbers only.</p>'
-    return details("As the published evaluation computes them", table(["", BEFORE, AFTER], rows) + note if rows else "")
-
-
-def _by_disease(summary: Mapping[str, Any]) -> str:
-    before, after = per_disease(summary, "sft"), per_disease(summary, "grpo")
-    names = list(dict.fromkeys([*before, *after]))
-    rows = [
-        IntervalRow(label=name, values=[one.triple if one else None for one in (before.get(name), after.get(name))])
-        for name in names
-    ]
-    chart = interval_chart("F1 by disease, greedy answer", [BEFORE, AFTER], rows, "Dots: F1; bars: 95 % intervals.")
-    numbers = table(["", BEFORE, AFTER], [[cell(n), _cell(before.get(n)), _cell(after.get(n))] for n in names])
-    return f'<div class="charts">{chart}</div>{details("as numbers", numbers)}' if names else ""
 
 
 def _ablations(summary: Mapping[str, Any]) -> str:
@@ -351,16 +294,3 @@ def _real_data(config_yaml: str) -> bool:
 
 def _text(found: Estimate | None) -> str:
     return f"{found.value:.3f} {found.interval}".replace("[", r"\[") if found is not None else "-"
-
-
-def _cell(found: Estimate | None) -> str:
-    return cell(f"{found.value:.3f}", found.interval) if found is not None else cell("-")
-
-
-def _change(name: str, before: Estimate | None, after: Estimate | None) -> str:
-    if before is None or after is None:
-        return cell("-")
-    change = after.value - before.value
-    apart = before.high < after.low or after.high < before.low
-    better = (change > 0) != (name in LOWER_IS_BETTER)
-    return cell(f"{change:+.3f}", css=("up" if better else "down") if apart else "")

@@ -25,6 +25,7 @@ METRICS = {
     "auc": "AUC of sampled shares",
     "average_precision": "Average precision of sampled shares",
     "brier": "Brier score (lower is better)",
+    "calibration_error": "Calibration error (lower is better)",
     "parse_rate_sampled": "Well-formed answers, sampled",
     "parse_rate": "Well-formed answers, greedy",
     "findings_f1_ecg": "F1 of findings named, ECG",
@@ -33,7 +34,20 @@ METRICS = {
     "reward": "Reward, sampled answers",
     "reward_greedy": "Reward, greedy answer",
 }
-LOWER_IS_BETTER = {"brier"}
+LOWER_IS_BETTER = {"brier", "calibration_error"}
+PAPER = {
+    "precision": "precision, mean over answers",
+    "recall": "recall, mean over answers",
+    "f1": "F1, mean over answers",
+    "auc": "AUC of 0/1 answers",
+    "bleu": "BLEU, mean over answers",
+    "rouge_l_recall": "ROUGE-L recall",
+    "meteor": "METEOR",
+    "bertscore_recall": "BERTScore recall",
+    "bleu_corpus": "BLEU, all answers together",
+    "f1_micro": "F1, micro",
+    "f1_macro": "F1, macro",
+}
 PER_DISEASE = "f1/"
 Curves = dict[str, dict[str, list[tuple[float, float | None]]]]
 
@@ -83,6 +97,32 @@ def policy_metrics(summary: Mapping[str, Any], policy: str) -> dict[str, Estimat
     values = block(evaluated, "metrics") or evaluated
     found = {name: estimate(values.get(name)) for name in METRICS}
     return {name: one for name, one in found.items() if one is not None}
+
+
+def paper_first(summary: Mapping[str, Any]) -> bool:
+    """Whether the numbers of the published evaluation were asked for."""
+    return block(summary, "evaluation").get("metrics") == "paper"
+
+
+def paper_metrics(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:
+    """Metric of the published evaluation -> estimate of `policy`, in the order of PAPER."""
+    values = block(summary, "evaluation", policy, "paper")
+    found = {name: estimate(values.get(name)) for name in PAPER}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def answers_dropped(summary: Mapping[str, Any], policy: str) -> int | None:
+    """How many answers of `policy` the published evaluation leaves out."""
+    found = estimate(block(summary, "evaluation", policy, "paper").get("answers_dropped"))
+    return None if found is None else round(found.value)
+
+
+def missing_metrics(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Why metrics that were asked for could not be computed -> which ones, in words."""
+    names: dict[str, list[str]] = {}
+    for name, reason in block(summary, "evaluation", "notes").items():
+        names.setdefault(str(reason), []).append(PAPER.get(name, name))
+    return {reason: "; ".join(missing) for reason, missing in names.items()}
 
 
 def per_disease(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:

@@ -1,8 +1,8 @@
 """Reading a completion: its reasoning, the names in its answer, and when two names mean the same disease.
 
 Owns: the format `<think> reasoning </think><answer> A; B </answer>`, shared by rewards and evaluation, so that both
-judge the same text alike. Does not own: what a reward or a metric makes of it, or the list of diseases
-(data/labels.py).
+judge the same text alike. Does not own: what a reward or a metric makes of it, the other names of a disease
+(synonyms.py), or the list of diseases (data/labels.py).
 """
 
 from __future__ import annotations
@@ -11,44 +11,15 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from medtvt_rl.rewards.synonyms import standing_for
+
 _COMPLETION = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
-_TAG = re.compile(r"</?(?:think|answer)>")
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _NO_LETTER = re.compile(r"[\W_]+")
+_BEHIND = re.compile(r"(?P<name>[^()]*)\((?P<inside>[^()]*)\)\s*\.?\s*")
+_LIGATURES = str.maketrans({"æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE"})
 
-SYNONYMS: dict[str, str] = {
-    "cad": "coronary artery disease",
-    "coronary heart disease": "coronary artery disease",
-    "coronary disease": "coronary artery disease",
-    "coronary atherosclerosis": "coronary artery disease",
-    "ischemic heart disease": "coronary artery disease",
-    "ischaemic heart disease": "coronary artery disease",
-    "arf": "acute renal failure",
-    "aki": "acute renal failure",
-    "acute kidney injury": "acute renal failure",
-    "acute kidney failure": "acute renal failure",
-    "htn": "hypertension",
-    "high blood pressure": "hypertension",
-    "arterial hypertension": "hypertension",
-    "essential hypertension": "hypertension",
-    "af": "atrial fibrillation",
-    "afib": "atrial fibrillation",
-    "a fib": "atrial fibrillation",
-    "auricular fibrillation": "atrial fibrillation",
-    "pna": "pneumonia",
-    "dm": "diabetes mellitus",
-    "diabetes": "diabetes mellitus",
-    "type 1 diabetes": "diabetes mellitus",
-    "type 2 diabetes": "diabetes mellitus",
-    "type 1 diabetes mellitus": "diabetes mellitus",
-    "type 2 diabetes mellitus": "diabetes mellitus",
-    "diabetes mellitus type 1": "diabetes mellitus",
-    "diabetes mellitus type 2": "diabetes mellitus",
-    "septicemia": "sepsis",
-    "septicaemia": "sepsis",
-}
-"""Normalised name -> the normalised name that it stands for. Names of other conditions stand for themselves."""
-
-NOTHING = frozenset({"none", "no diagnosis"})
+NOTHING = frozenset({"none", "nil", "n a", "no diagnosis", "no diagnoses", "no disease", "no diseases"})
 """Normalised names that say that there is nothing to name."""
 
 
@@ -78,10 +49,23 @@ def parse_answer(text: str) -> ParsedAnswer | None:
     Returns:
         None for a completion that breaks the format.
     """
+    # Counted first: with tags repeated a thousand times the pattern alone would try every pair of them.
+    if any(text.count(tag) != 1 for tag in _TAGS):
+        return None
     match = _COMPLETION.fullmatch(text)
-    if match is None or _TAG.search(match["reasoning"]) or _TAG.search(match["answer"]):
+    if match is None:
         return None
     return ParsedAnswer(reasoning=match["reasoning"].strip(), names=split_names(match["answer"]))
+
+
+def first_answer(text: str) -> str | None:
+    """What stands between the first `<answer>` and the next `</answer>`, whatever surrounds them; None without both.
+
+    As the published implementation (https://arxiv.org/abs/2506.18512) finds an answer.
+    """
+    _, _, behind = text.partition("<answer>")
+    inside, closing, _ = behind.partition("</answer>")
+    return inside if closing else None
 
 
 def split_names(answer: str) -> tuple[str, ...]:
@@ -90,13 +74,30 @@ def split_names(answer: str) -> tuple[str, ...]:
 
 
 def normalise(name: str) -> str:
-    """A name without case, white space, punctuation or accents, synonyms replaced; "" if nothing is left."""
-    decomposed = unicodedata.normalize("NFKD", name)
-    plain = "".join(character for character in decomposed if not unicodedata.combining(character))
-    words = _NO_LETTER.sub(" ", plain.casefold()).strip()
-    return SYNONYMS.get(words, words)
+    """A name without case, white space, punctuation or accents, synonyms replaced; "" if nothing is left.
+
+    Characters that are not seen (zero-width spaces, soft hyphens) do not count. An abbreviation in brackets behind
+    a name, "Coronary Artery Disease (CAD)", is left out where both stand for the same; other brackets are words.
+    """
+    behind = _BEHIND.fullmatch(name)
+    if behind is not None:
+        outside, inside = (standing_for(_words(behind[part])) for part in ("name", "inside"))
+        if outside == inside:
+            return outside
+    return standing_for(_words(name))
 
 
 def normalised_names(names: tuple[str, ...]) -> frozenset[str]:
-    """The set of normalised names, without blanks and without the words for "nothing"."""
-    return frozenset(normal for name in names if (normal := normalise(name)) and normal not in NOTHING)
+    """The set of normalised names, without blanks and without the words for "nothing".
+
+    A semicolon of another script (full-width, Greek) separates, too.
+    """
+    parts = (part for name in names for part in unicodedata.normalize("NFKC", name).split(";"))
+    return frozenset(normal for part in parts if (normal := normalise(part)) and normal not in NOTHING)
+
+
+def _words(text: str) -> str:
+    """Lower-case letters and digits, one space between words."""
+    decomposed = unicodedata.normalize("NFKD", text.translate(_LIGATURES))
+    seen = "".join(c for c in decomposed if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
+    return _NO_LETTER.sub(" ", seen.casefold()).strip()

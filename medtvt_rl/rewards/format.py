@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 
-_FORM = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+_OPENING = re.compile(r"\s*<think>")
+_BETWEEN = re.compile(r"</think>\s*<answer>")
+_CLOSING = "</answer>"
 
 
 def format_reward(completion: str, ground_truth: str = "") -> float:
@@ -17,4 +19,6 @@ def format_reward(completion: str, ground_truth: str = "") -> float:
     As in https://arxiv.org/abs/2506.18512: white space may stand before and between the parts, not after them, and
     the parts may hold further tags. The ground truth is not looked at.
     """
-    return 1.0 if _FORM.fullmatch(completion) else 0.0
+    opening = _OPENING.match(completion)
+    between = _BETWEEN.search(completion, opening.end()) if opening else None
+    return 1.0 if between and completion.endswith(_CLOSING, between.end()) else 0.0

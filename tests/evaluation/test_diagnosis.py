@@ -94,10 +94,16 @@ def test_findings_are_compared_only_where_known():
 
 def test_paper_mode_drops_what_does_not_parse():
     result = evaluator().evaluate(ANSWERS)
-    assert result.paper["f1_micro"].value == pytest.approx(6 / (6 + 1)), "the miss of s1 is gone"
-    assert result.paper["f1_micro"].value > result.metrics["f1_micro"].value
-    # over s0, s2, s3: Sepsis and Pneumonia ranked right; no Hypertension left
-    assert result.paper["auc"].value == 1.0
+    assert result.paper_dropped == 1, "s1 has no answer tag"
+    found = {name: interval.value for name, interval in result.paper.items()}
+    # s0 names Sepsis, and PNA, which is no name to the letter: 1/2, 1/2. s2 Sepsis, Gout: 1/2, 1. s3 has nothing: 0, 0.
+    assert found["precision"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    assert found["recall"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert found["f1"] == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
+    # of 21 pairs 3 are true, 2 of them named; of the other 18 Hypertension was named for s3
+    assert found["auc"] == pytest.approx((2 / 3 + 17 / 18) / 2)
+    assert found["f1_micro"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1)), "the miss of s1 is gone"
+    assert found["f1_macro"] == pytest.approx((1 + 0 + 0) / 3)
 
 
 def test_ranking_by_the_share_of_samples():
@@ -107,13 +113,65 @@ def test_ranking_by_the_share_of_samples():
     assert found["average_precision"] == pytest.approx((0.5 * 1 + 0.5 * 0.5 + 1 + 1) / 3)
     # squared errors: s0 Pneumonia .25; s1 Sepsis .25 and Hypertension .25; s2 Sepsis .25; s3 Sepsis .25
     assert found["brier"] == pytest.approx(5 * 0.25 / 7 / 4)
+    # of 28 pairs .5 is said of 5: s0 Pneumonia (true), s1 Sepsis, s1 Hypertension (true), s2 Sepsis (true), s3 Sepsis;
+    # 1 is said of s0 Sepsis, which is true, and 0 of 22, none of them true
+    assert found["calibration_error"] == pytest.approx(abs(5 * 0.5 - 3) / 28)
+
+
+def test_each_disease_by_hand():
+    result = evaluator().evaluate(ANSWERS)
+    sepsis, hypertension = result.diseases["Sepsis"], result.diseases["Hypertension"]
+    assert (sepsis.positives, sepsis.negatives) == (2, 2)
+    found = {name: interval.value for name, interval in sepsis.metrics.items()}
+    assert found["precision"] == found["recall"] == found["f1"] == 1.0
+    # shares 1, .5, .5, .5 where s0 and s2 are true
+    assert found["auc"] == pytest.approx((2 + 0.5 + 0.5) / 4)
+    assert found["average_precision"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
+    assert found["brier"] == pytest.approx(3 * 0.25 / 4)
+    wrong = {name: interval.value for name, interval in hypertension.metrics.items()}
+    assert wrong["precision"] == wrong["recall"] == wrong["f1"] == 0.0 and wrong["auc"] == 1.0
+    assert result.metrics["f1/Sepsis"] == sepsis.metrics["f1"], "one number, shown in two places"
+
+
+def test_a_disease_that_nobody_has_is_undefined_and_says_how_many_had_it():
+    result = evaluator().evaluate(ANSWERS)
+    nobody = result.diseases["Diabetes Mellitus"].to_dict()
+    assert (nobody["positives"], nobody["negatives"]) == (0, 4)
+    for name in ("auc", "average_precision", "f1", "precision", "recall"):
+        assert nobody[name] == {"value": None, "low": None, "high": None}, name
+    assert nobody["brier"]["value"] == 0.0
+    everybody = evaluator().evaluate({"s2": ANSWERS["s2"]}).diseases["Sepsis"].to_dict()
+    assert (everybody["positives"], everybody["negatives"]) == (1, 0)
+    assert everybody["auc"]["value"] is None and everybody["f1"]["value"] == 1.0
+    assert result.to_dict()["diseases_in_mean"] == {"f1": 3, "auc": 3, "average_precision": 3}
+
+
+def test_no_answer_that_parses_at_all():
+    broken = {i: StudyAnswers(sampled=("no", "no"), greedy="no") for i in TRUTHS}
+    result = evaluator().evaluate(broken)
+    found = values(result)
+    assert found["f1_micro"] == found["parse_rate"] == found["jaccard"] == 0.0
+    assert found["auc"] == 0.5, "every study is named with the same share, 0"
+    assert result.paper_dropped == 4
+    assert all(np.isnan(interval.value) for interval in result.paper.values())
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_reliability_by_hand():
+    bins = evaluator().evaluate(ANSWERS).reliability
+    assert [(b.said, b.pairs, b.observed.value) for b in bins] == [(0.0, 22, 0.0), (0.5, 5, 0.6), (1.0, 1, 1.0)]
+    assert bins[1].observed.low < 0.6 < bins[1].observed.high
 
 
 def test_greedy_only_leaves_out_what_needs_samples():
     greedy = {study_id: StudyAnswers(sampled=(), greedy=answer.greedy) for study_id, answer in ANSWERS.items()}
     found = values(evaluator().evaluate(greedy))
-    assert not {"jaccard", "parse_rate_sampled", "auc", "average_precision", "brier"} & found.keys()
+    assert (
+        not {"jaccard", "parse_rate_sampled", "auc", "average_precision", "brier", "calibration_error"} & found.keys()
+    )
     assert found["jaccard_greedy"] == pytest.approx(0.375)
+    result = evaluator().evaluate(greedy)
+    assert result.reliability == [] and set(result.diseases["Sepsis"].metrics) == {"precision", "recall", "f1"}
 
 
 def test_data_without_findings_has_no_findings_metrics():

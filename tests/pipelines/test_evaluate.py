@@ -15,7 +15,7 @@ from medtvt_rl.evaluation.diagnosis import StudyAnswers
 from medtvt_rl.evaluation.rewards import RewardEvaluator
 from medtvt_rl.types import Prompt
 from pipelines.answers import Asker, make_evaluator, prompts_at_once
-from pipelines.evaluate import _ablations, _evaluate, held_out_prompts
+from pipelines.evaluate import _ablated_answers, _evaluate, held_out_prompts
 from pipelines.reporter import Reporter
 from pipelines.stages import StageError, write_json
 
@@ -96,4 +96,4 @@ def test_plain_text_has_no_ablations_and_a_task_may_leave_its_evaluator_out(conf
     evaluator = make_evaluator(config, [prompt("x", None)], "test")
     assert isinstance(evaluator, RewardEvaluator)
     nobody: Any = None
-    assert asyncio.run(_ablations(config, nobody, evaluator, [], None)) == {}
+    assert asyncio.run(_ablated_answers(config, nobody, [])) == {}
