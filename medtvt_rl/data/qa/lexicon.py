@@ -12,7 +12,7 @@ import re
 from medtvt_rl.data.labels import DISEASES, PHRASES
 from medtvt_rl.data.labs import LAB_IDS, LAB_ITEMS
 from medtvt_rl.data.simulate.findings import LAB_THRESHOLDS
-from medtvt_rl.rewards.answer import SYNONYMS
+from medtvt_rl.rewards.synonyms import SYNONYMS
 
 FINDING_OF = {
     "atrial fibrillation": "afib",
