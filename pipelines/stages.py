@@ -61,6 +61,8 @@ def run_stage(name: str, config: Config, reporter: Reporter) -> dict[str, Any]:
         cost = {key: earlier[key] for key in cost}  # what was found ready cost what it cost then
     result = {**result, **cost}
     write_json(_marker(name, config), {"settings": selected(resolved_settings(config), SETTINGS_OF[name]), **result})
+    if hasattr(stage, "finished"):
+        stage.finished(config)
     write_summary(config)
     reporter.finish(name, seconds)
     return result
@@ -93,9 +95,14 @@ def check_finished(names: Sequence[str], config: Config) -> None:
 
 def start_model(config: Config) -> Path:
     """The folder that GRPO starts from: what SFT left, else `model.init`. Raises StageError if there is neither."""
-    if config.model.init and "sft" not in config.run.stages and not _marker("sft", config).is_file():
+    if config.model.init and "sft" not in config.run.stages and not is_finished("sft", config):
         return Path(config.model.init)
     return trained_model("sft", config)
+
+
+def is_finished(name: str, config: Config) -> bool:
+    """Whether a stage is finished, with whatever settings."""
+    return _marker(name, config).is_file()
 
 
 def trained_model(name: str, config: Config) -> Path:
@@ -104,11 +111,11 @@ def trained_model(name: str, config: Config) -> Path:
     folder = config.stage_folder(name) / "model"
     if not folder.is_dir():
         missing = f"there is no {folder}"
-    elif not _marker(name, config).is_file():
+    elif not is_finished(name, config):
         missing = f"{folder} is of an unfinished or outdated {name} stage"
     else:
         return folder
-    instead = ", or take sft out of run.stages and set model.init" if name == "sft" else ""
+    instead = f", or take {name} out of run.stages and set model.init" if name in ("pretrain", "sft") else ""
     raise StageError(f"{missing}; run `medtvt-rl {name}` with the same configuration first{instead}")
 
 

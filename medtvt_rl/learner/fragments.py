@@ -1,7 +1,7 @@
 """Which elements of which parameter this rank holds in full precision, under each ZeRO stage (arXiv 1910.02054).
 
-Owns: the way through DeepSpeed's partitions to named pieces of weights and optimizer state, and back. Does not own: what
-becomes of the pieces (training_state.py), or DeepSpeed's set-up (deepspeed_engine.py).
+Owns: the way through DeepSpeed's partitions to named pieces of weights and optimizer state, and back. Does not own:
+what becomes of the pieces (training_state.py), or DeepSpeed's set-up (deepspeed_engine.py).
 
     stage 0     every rank holds every parameter, the optimizer works on the parameters themselves
     stage 1, 2  parameters lie one behind the other in a flat buffer, of which each rank's optimizer holds one stretch
@@ -80,9 +80,7 @@ def held_fragments(optimizer: Any, policy: nn.Module, stage: int, rank: int) -> 
     trained = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
     if stage == 0:
         return [
-            Fragment(
-                name=name, shape=tuple(p.shape), start=0, numel=p.numel(), held=p, offset=0, optimizer=optimizer
-            )
+            Fragment(name=name, shape=tuple(p.shape), start=0, numel=p.numel(), held=p, offset=0, optimizer=optimizer)
             for name, p in trained
         ]
     parts = _parts_of_parameters if stage == 3 else _parts_of_the_flat_buffer

@@ -1,6 +1,6 @@
 """A learner's state in files that nobody has to trust: named pieces of float32 tensors and JSON, no pickle.
 
-    rank_00000.safetensors    pieces of parameters and moments ("exp_avg|0|model.norm.weight": kind, first element, name)
+    rank_00000.safetensors    pieces of parameters and moments, "exp_avg|0|model.norm.weight": kind, first element, name
                               metadata: parameters with their shapes, optimizer steps, random state of the rank
 
 A rank writes what it holds and reads what it needs, by name and element. So a state is no matter of how many ranks or
@@ -40,14 +40,12 @@ class TrainingState:
     """What one rank keeps of a moment of training.
 
     Attributes:
-        tensors: in host memory; copies, or the live ones where nothing may train before they are written.
+        tensors: copies in host memory, or the live ones, where nothing may train before they are written.
         metadata: what else belongs to it, JSON-ready.
-        is_copy: whether training may go on while it is written.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
-    is_copy: bool
 
     @classmethod
     def of(
@@ -60,7 +58,7 @@ class TrainingState:
             shapes: of every parameter that trains.
         """
         tensors = {
-            f"{kind}|{fragment.start}|{fragment.name}": _on_host(values, copy)
+            f"{kind}|{fragment.start}|{fragment.name}": _copy_on_host(values) if copy else values.detach()
             for fragment in fragments
             for kind, values in fragment.values().items()
         }
@@ -77,7 +75,12 @@ class TrainingState:
             "python_random": random.getstate(),
             "numpy_random": [_plain(part) for part in np.random.get_state()],
         }
-        return cls(tensors=tensors, metadata=metadata, is_copy=copy)
+        return cls(tensors=tensors, metadata=metadata)
+
+    @property
+    def num_bytes(self) -> int:
+        """What a copy of the tensors takes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, path: Path) -> None:
         """Writes the file of a rank, so that it survives a power cut."""
@@ -181,9 +184,8 @@ class StateReader:
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
 
 
-def _on_host(values: Tensor, copy: bool) -> Tensor:
-    values = values.detach()
-    return values.clone() if copy and values.device.type == "cpu" else values.cpu()
+def _copy_on_host(values: Tensor) -> Tensor:
+    return values.detach().clone() if values.device.type == "cpu" else values.detach().cpu()
 
 
 def _plain(part: Any) -> Any:
