@@ -169,12 +169,12 @@ class CheckpointStore:
         )
 
     def rotate(self, keep: int, also: Sequence[int] = ()) -> None:
-        """Removes all but the newest so many, the best on held-out answers, and those of `also`."""
+        """Removes all but the newest so many, the best on held-out answers, and those of `also`; what was cut short
+        goes, too. None may be being written.
+        """
         best = self.best()
         kept = {*self.versions()[:keep], *also, *([] if best is None else [best[0]])}
-        for each in self.versions():
-            if each not in kept:
-                self._remove(each)
+        self._remove_all_but(kept)
 
     def mark(self, version: int, metric: str, value: float) -> None:
         """Notes the held-out score of a checkpoint."""
@@ -207,14 +207,16 @@ class CheckpointStore:
     def clear(self) -> int:
         """Removes every checkpoint and the mark of a finished stage; returns how many there were."""
         found = self.versions()
-        for each in found:
-            self._remove(each)
+        self._remove_all_but(set())
         self._storage.remove(FINISHED)
         return len(found)
 
-    def _remove(self, version: int) -> None:
-        self._storage.remove(f"{folder_name(version)}/{MANIFEST}")
-        self._storage.remove(folder_name(version))
+    def _remove_all_but(self, kept: set[int]) -> None:
+        names = {folder_name(version) for version in kept}
+        for name in self._storage.names():
+            if name.lstrip(".").startswith(PREFIX) and name not in names:
+                self._storage.remove(f"{name}/{MANIFEST}")
+                self._storage.remove(name)
 
     def _unfinished(self, version: int) -> str:
         return f".{folder_name(version)}.writing" if self._storage.is_local else folder_name(version)
