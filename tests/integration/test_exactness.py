@@ -117,6 +117,8 @@ def test_an_asynchronous_run_that_is_told_to_stop_goes_on_with_more_ranks_and_lo
     settings = [
         *("run.name=stopped", "run.stages=[grpo]", f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"),
         *("grpo.max_staleness=2", "grpo.steps=8", "grpo.checkpoint_every=100", "grpo.held_out.every_steps=0"),
+        # The learner is the slower one, so that groups wait for it.
+        *("grpo.updates_per_batch=8", "rollout.num_generators=2"),
     ]
     process, log = start(root, *settings)
     wait_for_steps(root, "stopped", 2, process, log)
@@ -130,6 +132,7 @@ def test_an_asynchronous_run_that_is_told_to_stop_goes_on_with_more_ranks_and_lo
     assert [path.name for path in (run / "checkpoints").iterdir()] == [folder.name]
     with safe_open(folder / "groups.safetensors", framework="np") as file:
         kept = [group["group_id"] for group in json.loads(file.metadata()["groups"])]
+    assert kept, "groups waited for the learner"
     resumed = medtvt_rl(root, "grpo", *SMALL, *settings, "learner.num_workers=2", "learner.zero_stage=1")
     assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
     assert f"grpo: goes on from step {at} " in resumed.stdout
