@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayError
 
 from actors.deadline import within
-from actors.failure import cause_of, with_log
+from actors.failure import ActorError, cause_of, with_log
 from actors.learner_worker import LearnerShard, LearnerWorker, RankHealth, WeightHeader
 from actors.placement import Placement
 from actors.process import Whereabouts
@@ -28,6 +28,7 @@ from actors.weight_transfer import BroadcastWeights, LearnerSender
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
+from medtvt_rl.storage import Digest
 from medtvt_rl.types import GroupHeader, LearnerStep
 
 HEALTH_TIMEOUT_S = 10.0
@@ -164,13 +165,27 @@ class LearnerGang:
             "learner.step_timeout_s",
         )
 
-    async def save_checkpoint(self, folder: Path) -> None:
-        """Writes weights, optimizer and random state into a folder that every rank reaches."""
-        await self._everywhere("save_checkpoint", str(Path(folder).resolve()))
+    async def snapshot(self) -> bool:
+        """Every rank keeps its present state for `write_snapshot`; False: nothing may train before that is done."""
+        return all(await self._everywhere("snapshot"))
 
-    async def load_checkpoint(self, folder: Path) -> None:
-        """Restores what `save_checkpoint` wrote."""
-        await self._everywhere("load_checkpoint", str(Path(folder).resolve()))
+    async def write_snapshot(self, folder: str) -> dict[str, Digest]:
+        """Writes what `snapshot` kept into a folder or URL that every rank reaches; returns checksums by file.
+
+        Training may go on meanwhile. A failure here ends no rank. Raises DeadlineError or ActorError.
+        """
+        timeout_s, setting = self._config.grpo.checkpoint_timeout_s, "grpo.checkpoint_timeout_s"
+        answers = [worker.write_snapshot.remote(folder) for worker in self._workers]
+        what = f"learner ranks to write a checkpoint to {folder}"
+        try:
+            with self._timeline.span("checkpoint", "write"):
+                return dict(await within(asyncio.gather(*map(_wait, answers)), timeout_s, what, setting))
+        except RayError as error:
+            raise ActorError(f"writing a checkpoint to {folder}: {cause_of(error)}") from error
+
+    async def load_checkpoint(self, folder: str) -> None:
+        """Restores what the ranks of any gang wrote into a folder or URL."""
+        await self._everywhere("load_checkpoint", folder)
 
     async def health(self) -> list[RankHealth]:
         """What every rank is doing."""
@@ -182,10 +197,10 @@ class LearnerGang:
         for worker in self._workers:
             ray.kill(worker, no_restart=True)
 
-    async def _everywhere(self, call: str, folder: str) -> None:
-        await self._all(
+    async def _everywhere(self, call: str, *arguments: str) -> list[Any]:
+        return await self._all(
             call,
-            lambda worker, _: getattr(worker, call).remote(folder),
+            lambda worker, _: getattr(worker, call).remote(*arguments),
             self._config.learner.step_timeout_s,
             "learner.step_timeout_s",
         )

@@ -34,6 +34,7 @@ from actors.supervision import Incidents, Restarts
 from actors.weight_transfer import BroadcastWeights
 from medtvt_rl.config import Config
 from medtvt_rl.faults import Incident, Outcome, RoleLostError
+from medtvt_rl.storage import Digest
 from medtvt_rl.types import LearnerStep
 
 T = TypeVar("T")
@@ -56,9 +57,9 @@ class StepNote:
 class Shelf(Protocol):
     """The checkpoints of this run."""
 
-    def newest(self, version: int) -> tuple[Path, int] | None:
-        """The learners' folder and the version of the newest whole one, not later than `version`; None is the model
-        that the run started from. May take long."""
+    def newest(self, version: int) -> tuple[str, int] | None:
+        """Place of the learners' part, and version, of the newest whole one not later than `version`; None is
+        the model that the run started from. May take long."""
 
 
 class RecoveryError(RuntimeError):
@@ -117,9 +118,13 @@ class LearnerSupervisor:
         """See LearnerGang."""
         await self._call(lambda gang: gang.save_model(folder))
 
-    async def save_checkpoint(self, folder: Path) -> None:
+    async def snapshot(self) -> bool:
         """See LearnerGang."""
-        await self._call(lambda gang: gang.save_checkpoint(folder))
+        return await self._call(lambda gang: gang.snapshot())
+
+    async def write_snapshot(self, folder: str) -> dict[str, Digest]:
+        """See LearnerGang; not made again where it fails, for what was kept is gone with the gang."""
+        return await self._gang.write_snapshot(folder)
 
     async def health(self) -> list[RankHealth]:
         """See LearnerGang."""
@@ -200,7 +205,7 @@ class LearnerSupervisor:
         self._gang = gang  # type: ignore[assignment]
         return words
 
-    async def _caught_up(self, gang: LearnerGang, found: tuple[Path, int] | None, version: int) -> str:
+    async def _caught_up(self, gang: LearnerGang, found: tuple[str, int] | None, version: int) -> str:
         first = 0
         if found is not None:
             folder, first = found

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import ray
 from numpy.typing import NDArray
 
@@ -26,6 +27,7 @@ from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.storage import Digest, Storage, digest_of
 from medtvt_rl.types import LearnerStep, RolloutGroup, TrainingSequence
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
@@ -33,6 +35,7 @@ from medtvt_rl.weights import WeightBuffer
 if TYPE_CHECKING:
     from medtvt_rl.learner.grpo_learner import GrpoLearner
     from medtvt_rl.learner.nccl_sender import WeightSender
+    from medtvt_rl.learner.training_state import TrainingState
 
 # What setting up a rank imports, the larger part of a start.
 IMPORTS = (
@@ -89,7 +92,7 @@ class RankHealth:
     step_s: float
 
 
-@ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
+@ray.remote(concurrency_groups={"health": 1, "checkpoint": 1})  # type: ignore[call-overload]
 class LearnerWorker:
     """Rank `rank` of `world_size`. Apart from `warm`, `whereabouts`, `address`, `health` and the methods of rank 0
     alone, every method is called on all ranks at once.
@@ -103,6 +106,7 @@ class LearnerWorker:
         self._device: Any = None
         self._model_folder = ""
         self._busy: tuple[str, float] | None = None
+        self._snapshot: TrainingState | None = None
 
     def warm(self, devices: str | None, anyway: bool) -> bool:
         """Imports what `setup` needs, and waits to become its rank; False, with nothing done, where the node is short
@@ -248,15 +252,33 @@ class LearnerWorker:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
 
-    def save_checkpoint(self, folder: str) -> None:
-        """Writes weights, optimizer and random state of this rank."""
-        with self._working("save_checkpoint") as learner:
-            learner.save_checkpoint(Path(folder))
+    def snapshot(self) -> bool:
+        """Keeps the present state for `write_snapshot`; returns whether training may go on meanwhile."""
+        with self._working("snapshot") as learner:
+            grpo = self._config.grpo
+            live = learner.state(copy=False)
+            copy = has_memory_for(live, grpo.checkpoint_in_background, self._world_size)
+            self._snapshot = learner.state(copy=True) if copy else live
+            return copy
+
+    @ray.method(concurrency_group="checkpoint")
+    def write_snapshot(self, folder: str) -> tuple[str, Digest]:
+        """Writes the state kept last into a folder or URL, beside training; returns the file and its checksum."""
+        from medtvt_rl.learner.training_state import rank_file
+
+        state, self._snapshot = self._snapshot, None
+        if state is None:
+            raise RuntimeError(f"learner rank {self._rank}: write_snapshot before snapshot")
+        name = rank_file(Path(), self._rank).name
+        with Storage(folder).writing(name) as path:
+            state.write(path)
+            return name, digest_of(path)
 
     def load_checkpoint(self, folder: str) -> None:
-        """Restores what `save_checkpoint` wrote."""
-        with self._working("load_checkpoint") as learner:
-            learner.load_checkpoint(Path(folder))
+        """Restores what the ranks of a gang wrote into a folder or URL."""
+        storage = Storage(folder)
+        with self._working("load_checkpoint") as learner, storage.local_copy(storage.names()) as local:
+            learner.load_checkpoint(local)
 
     @ray.method(concurrency_group="health")
     def health(self) -> RankHealth:
@@ -280,6 +302,13 @@ class LearnerWorker:
             yield self._learner
         finally:
             self._busy = None
+
+
+def has_memory_for(state: TrainingState, in_background: str, num_ranks: int) -> bool:
+    """Whether a state is copied, so that it can be written beside training; all ranks may be on one node."""
+    if in_background != "auto":
+        return in_background == "always"
+    return psutil.virtual_memory().available >= 2 * state.num_bytes * num_ranks
 
 
 def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearner:

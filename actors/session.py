@@ -42,7 +42,7 @@ def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
-            "local",  # never another's cluster that happens to run on this machine
+            address="local",  # never a cluster that happens to run on this machine
             num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
             include_dashboard=False,
             object_store_memory=config.cluster.object_store_bytes,

@@ -151,9 +151,11 @@ class Config:
         """Where a stage keeps its model and its marker."""
         return self.folder / "stages" / stage
 
-    def checkpoint_folder(self, version: int) -> Path:
-        """The checkpoint of the learners after so many GRPO steps."""
-        return self.folder / "checkpoints" / f"step_{version:06d}"
+    @property
+    def checkpoint_root(self) -> str:
+        """Where the checkpoints of the GRPO stage lie: a folder, or an fsspec URL."""
+        root = self.grpo.checkpoint_root
+        return str(self.folder / "checkpoints") if root is None else f"{root.rstrip('/')}/{self.run.name}"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

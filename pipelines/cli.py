@@ -36,7 +36,8 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 failed, 2 a mistake in the arguments or the configuration."""
+    """Entry point; returns the exit code: 0 done, 1 failed, 2 a mistake in the arguments or the configuration, 130 or
+    143 asked to stop."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser(given[0] if given else "").parse_args(given)
     if args.stage in COMMANDS:

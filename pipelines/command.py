@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.reporter import Reporter
 
 JOB_FOLDER = "runtime_resources/working_dir_files"
-EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def load(path: str, overrides: Sequence[str]) -> Config:
@@ -71,14 +71,18 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
     from actors.placement import logical_cpus
     from actors.session import ray_session
     from pipelines.reporter import Reporter
+    from pipelines.stopping import Stopped, stop_at_once
 
     try:
         session = ray_session(config, logical_cpus(config)) if with_ray else nullcontext()
         with Reporter(config.folder) as reporter, session:
             quiet_third_parties(config.folder / "logs")
+            stop_at_once()  # Ray has set a handler of its own
             work(reporter)
     except KeyboardInterrupt:
-        return fail("interrupted; finished stages are kept, and the same command goes on from there", EXIT_FAILED)
+        return fail("interrupted; finished stages are kept, and the same command goes on from there", EXIT_INTERRUPTED)
+    except Stopped as stopped:
+        return fail(str(stopped), stopped.exit_code)
     except Exception as error:
         return fail(f"{_one_line(error)} (details: {_save_traceback(config)})", EXIT_FAILED)
     return 0

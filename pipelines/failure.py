@@ -11,15 +11,16 @@ from pathlib import Path
 
 from medtvt_rl.config import Config
 from medtvt_rl.faults import RoleLostError
+from pipelines.checkpoints import CheckpointStore
 from pipelines.stages import write_json
 
 FAILURE_FILE = "failure.json"
 
 
-def write_failure(config: Config, error: RoleLostError) -> RoleLostError:
+def write_failure(config: Config, store: CheckpointStore, error: RoleLostError) -> RoleLostError:
     """Writes the report: role, node, cause and last words of each loss, and where the run goes on. The error to raise
     in its place names the file."""
-    newest = max((path.name for path in config.checkpoint_folder(0).parent.glob("step_*")), default=None)
+    newest = next((store.place(version) for version in store.versions()), None)
     path = config.folder / FAILURE_FILE
     write_json(
         path,
@@ -30,7 +31,7 @@ def write_failure(config: Config, error: RoleLostError) -> RoleLostError:
             "checkpoint": newest,
         },
     )
-    goes_on = f"the same command goes on from checkpoints/{newest}" if newest else "there is no checkpoint yet"
+    goes_on = f"the same command goes on from {newest}" if newest else "there is no checkpoint yet"
     told = RoleLostError(f"{_short(str(error))}; {goes_on}; report: {path}", error.incidents)
     told.__cause__ = error
     return told

@@ -8,13 +8,12 @@ RolloutGenerator x N --group--> RewardScorer x M, ReferencePolicy x R --> Learne
 from __future__ import annotations
 
 import asyncio
-import shutil
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import ray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.learner_supervisor import LearnerSupervisor
@@ -29,15 +28,22 @@ from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.types import Prompt
-from pipelines import checkpoints
+from pipelines.checkpoint_keeper import CheckpointKeeper
+from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.failure import forget_failure, write_failure
-from pipelines.grpo_loop import EQUAL_REWARDS, GrpoLoop
+from pipelines.group_ledger import EQUAL_REWARDS, GroupLedger
+from pipelines.grpo_loop import GrpoLoop
 from pipelines.grpo_roles import FinishedGroup, LoopResult, TrainedStep, TrainingGroup
 from pipelines.held_out import HeldOutMeasurement
-from pipelines.journal import Journal, failures
-from pipelines.learner_start import CheckpointShelf, start_learner
-from pipelines.reporter import Reporter
+from pipelines.identity import identity_of
+from pipelines.journal import Journal, failures, fetch
+from pipelines.learner_start import start_learner
+from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
+from pipelines.resume import find_resume
 from pipelines.stages import start_model
+from pipelines.stopping import Stop, Stopped, stop_on_signals
+
+GOES_ON = "The same command goes on from there"
 
 
 def run(config: Config, reporter: Reporter) -> dict[str, Any]:
@@ -45,86 +51,129 @@ def run(config: Config, reporter: Reporter) -> dict[str, Any]:
     return asyncio.run(_train(config, reporter))
 
 
+def finished(config: Config) -> None:
+    """Marks the stage as done: a later one does not go on from its checkpoints."""
+    CheckpointStore.of(config).finish()
+
+
 async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
-    folder = start_model(config)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    sampler = PromptSampler(load_prompts(config, tokenizer, "train"), config.run.seed)
-    bundles = plan(config, grpo_roles(config))
-    reporter.line(f"grpo: starting {len(bundles)} actors")
-    found = _found(config, reporter)
-    first = 0 if found is None else found.version
-    reporter.forget("grpo", first)
-    placement = place(bundles, config.placement.timeout_s)
-    timeline, incidents = Timeline(), Incidents(lambda text: reporter.line(f"grpo: {text}"))
-    forget_failure(config)
-    try:
-        rollouts, scoring, reference, (learner, shelf) = await asyncio.gather(
-            RolloutPool.start(config, placement, folder, incidents, timeline, with_spares=True),
-            ScorerPool.start(config, placement, folder, incidents, timeline),
-            _start_reference(config, placement, folder, incidents, timeline),
-            start_learner(config, placement, folder, timeline, incidents, found),
-        )
-        if found is not None:
-            weights, checksum = await learner.export(first)
-            await rollouts.update_weights(weights, first, checksum)
-        reporter.start("grpo", config.grpo.steps, "step")
-        with Journal(config.folder / "journal", tokenizer, first_step=first) as journal:
-            incidents.record = journal.incident
-            report = StepReport(reporter, journal, Alarms(config.alarms), incidents)
-            held_out = _held_out(config, rollouts, tokenizer)
-            limit = config.rollout.sampling.max_new_tokens
-            keeper = Keeper(config, learner, shelf)
-            loop = GrpoLoop(
-                config.grpo, limit, sampler, rollouts, scoring, reference, learner, report, held_out, keeper
-            )
-            if found is not None:
-                loop.load_state_dict(found.loop)
-            result = await loop.run()
+    stop = Stop()
+    with stop_on_signals(stop):
+        try:
+            return await _Stage(config, reporter, stop).run()
+        except asyncio.CancelledError:
+            raise Stopped(stop.number, f"asked twice to stop. {GOES_ON}") from None
+
+
+class _Stage:
+    """One run of the stage, from what it starts from or goes on from to the saved policy."""
+
+    def __init__(self, config: Config, reporter: Reporter, stop: Stop) -> None:
+        self._config, self._reporter, self._stop = config, reporter, stop
+        self._folder = start_model(config)
+        self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        self._prompts = load_prompts(config, self._tokenizer, "train")
+        self._store = CheckpointStore.of(config)
+        self._timeline, self._incidents = Timeline(), Incidents(self._tell)
+
+    async def run(self) -> dict[str, Any]:
+        """Returns what the summary says of the stage."""
+        config = self._config
+        identity = await asyncio.to_thread(identity_of, config, self._folder, self._prompts)
+        found = await asyncio.to_thread(find_resume, config, self._store, identity, self._tell)
+        bundles = plan(config, grpo_roles(config))
+        self._tell(f"starting {len(bundles)} actors")
+        self._reporter.forget("grpo", _first(found))
+        forget_failure(config)
+        placement = place(bundles, config.placement.timeout_s)
+        try:
+            roles = await self._stop.unless(self._start(placement, found), None)
+            if roles is None:
+                raise Stopped(self._stop.number, f"no step was taken. {GOES_ON}")
+            rollouts, scoring, reference, learner = roles
+            if found is None:
+                await asyncio.to_thread(self._store.clear)
+            else:
+                weights, checksum = await learner.export(found.version)
+                await rollouts.update_weights(weights, found.version, checksum)
+            keeper = CheckpointKeeper(config, self._store, learner, identity, self._tell, fetch)
+            summary = await self._loop(found, rollouts, scoring, reference, learner, keeper)
             await learner.save_model(config.stage_folder("grpo") / "model")
-        for role in (rollouts, scoring, reference, learner):
-            if role is not None:
-                role.stop()
-    except RoleLostError as error:
-        raise write_failure(config, error) from error
-    finally:
-        placement.release()
-        timeline.write(config.folder / "timeline.json")
-    return {"summary": {"grpo": {**summarise(result), "alarms": report.sounded, **incidents.metrics()}}}
+            for role in (rollouts, scoring, reference, learner):
+                if role is not None:
+                    role.stop()
+        except RoleLostError as error:
+            raise write_failure(config, self._store, error) from error
+        finally:
+            placement.release()
+            self._timeline.write(config.folder / "timeline.json")
+        return {"summary": {"grpo": {**summary, **self._best()}}}
+
+    def _start(self, placement: Placement, found: Checkpoint | None) -> Awaitable[Any]:
+        where, told = (self._config, placement, self._folder), (self._incidents, self._timeline)
+        needs_reference = grpo_roles(self._config)["reference"] > 0
+        return asyncio.gather(
+            RolloutPool.start(*where, *told, with_spares=True),
+            ScorerPool.start(*where, *told),
+            ReferencePool.start(*where, *told) if needs_reference else asyncio.sleep(0),
+            start_learner(*where, *told, self._store, found),
+        )
+
+    async def _loop(
+        self,
+        found: Checkpoint | None,
+        rollouts: RolloutPool,
+        scoring: ScorerPool,
+        reference: ReferencePool | None,
+        learner: LearnerSupervisor,
+        keeper: CheckpointKeeper,
+    ) -> dict[str, Any]:
+        config, reporter = self._config, self._reporter
+        sampler = PromptSampler(self._prompts, config.run.seed)
+        reporter.start("grpo", config.grpo.steps, "step")
+        is_known = None if found is None else GroupLedger.known(found.loop)
+        folder, limit = config.folder / "journal", config.rollout.sampling.max_new_tokens
+        with Journal(folder, self._tokenizer, first_step=_first(found), is_known=is_known) as journal:
+            self._incidents.record = journal.incident
+            report = StepReport(reporter, journal, Alarms(config.alarms), self._incidents)
+            report.show_again(read_metrics(config.folder / METRICS_FILE))
+            held_out = _held_out(config, rollouts, self._tokenizer)
+            collaborators = sampler, rollouts, scoring, reference, learner, report, held_out, keeper, self._stop
+            loop = GrpoLoop(config.grpo, limit, *collaborators)
+            if found is not None:
+                groups = await asyncio.to_thread(found.groups, GroupLedger.prompts(found.loop, sampler), ray.put)
+                loop.load_state_dict(found.loop, groups)
+                keeper.newest = found.version
+            result = await loop.run()
+            if self._stop.requested:
+                raise Stopped(self._stop.number, _where(keeper, result))
+            await keeper.close()
+        return {**summarise(result), "alarms": report.sounded, **self._incidents.metrics()}
+
+    def _best(self) -> dict[str, Any]:
+        """The best checkpoint on held-out answers, with a line for the reader."""
+        best, metric = self._store.best(), self._config.grpo.held_out.best_by
+        if best is None:
+            return {}
+        step, value = best
+        self._tell(f"best checkpoint by held-out {metric}: step {step}, {value:.4g} ({self._store.place(step)})")
+        return {"best_checkpoint": {"step": step, metric: value}}
+
+    def _tell(self, text: str) -> None:
+        self._reporter.line(f"grpo: {text}")
 
 
-async def _start_reference(
-    config: Config, placement: Placement, folder: Path, incidents: Incidents, timeline: Timeline
-) -> ReferencePool | None:
-    needed = grpo_roles(config)["reference"] > 0
-    return await ReferencePool.start(config, placement, folder, incidents, timeline) if needed else None
+def _first(found: Checkpoint | None) -> int:
+    """The first step of the run."""
+    return 0 if found is None else found.version
 
 
-def _found(config: Config, reporter: Reporter) -> checkpoints.Checkpoint | None:
-    """Where an interrupted stage goes on, with a line for the reader."""
-    if config.resume == "never":
-        return None
-    found = checkpoints.newest(config, lambda text: reporter.line(f"grpo: {text}"))
-    if found is not None:
-        changed = checkpoints.check_settings(found, config)
-        settings = f", with {'; '.join(changed)}" if changed else ""
-        reporter.line(f"grpo: goes on from step {found.version} ({found.folder}){settings}")
-    return found
-
-
-class Keeper:
-    """Writes checkpoints: the learners their part, then the loop's state and the manifest."""
-
-    def __init__(self, config: Config, learner: LearnerSupervisor, shelf: CheckpointShelf) -> None:
-        self._config, self._learner, self._shelf = config, learner, shelf
-
-    async def save(self, version: int, state: dict[str, Any]) -> None:
-        """See Checkpoints."""
-        folder = checkpoints.unfinished(self._config, version)
-        shutil.rmtree(folder, ignore_errors=True)
-        await self._learner.save_checkpoint(folder / checkpoints.LEARNER)
-        keep = self._config.grpo.keep_checkpoints
-        await asyncio.to_thread(checkpoints.complete, self._config, version, state, keep)
-        self._shelf.add(version)
+def _where(keeper: CheckpointKeeper, result: LoopResult) -> str:
+    """From where a stopped run goes on."""
+    if keeper.newest is None:
+        return f"no checkpoint was written, {result.steps} steps are lost. {GOES_ON}"
+    lost = f", {result.steps - keeper.newest} steps are lost" if keeper.newest < result.steps else ""
+    return f"the newest checkpoint is that of step {keeper.newest}{lost}. {GOES_ON}"
 
 
 def _held_out(config: Config, rollouts: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> HeldOutMeasurement | None:
@@ -181,6 +230,13 @@ class StepReport:
         self._reporter, self._journal, self._alarms = reporter, journal, alarms
         self._incidents = incidents
         self.sounded: list[str] = []
+
+    def show_again(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The steps before a resume: the alarms go on from there."""
+        for row in rows:
+            if row["stage"] == "grpo":
+                metrics = {name: value for name, value in row.items() if isinstance(value, float)}
+                self.sounded.extend(self._alarms.check(int(row["step"]), metrics))
 
     def step(self, trained: TrainedStep) -> None:
         """The step's metrics, its groups, and what was wrong with it."""

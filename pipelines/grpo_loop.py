@@ -8,7 +8,10 @@ Two tasks share one asyncio loop and one AdmissionBuffer; what is measured of a 
     _produce  consumes admissions, produces finished groups; waits for free slots; a published version unblocks it.
     _train    consumes a step's finished groups, produces a version; waits for them; a finished group unblocks it.
 It moves headers and references, never tensors, and knows nothing of medicine, Ray, vLLM or DeepSpeed: its collaborators
-are the Protocols of grpo_roles.py.
+are the Protocols of grpo_roles.py. Where each group stands is the GroupLedger's matter (group_ledger.py).
+
+Asked to stop (stopping.py), it ends the step that the learner has begun, waits for nothing else, and writes a
+checkpoint.
 
 At `max_staleness: 0` the order of everything that reaches an engine or the learner is fixed: groups go out in waves
 that an engine begins with as a whole, and the checks after a publication run before the next wave. The same seed on the
@@ -18,19 +21,19 @@ same machine then gives the same weights, bit for bit.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from medtvt_rl.algorithm.advantages import has_signal
 from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.learner.schedule import linear_decay
-from medtvt_rl.rollout.buffer import AdmissionBuffer
 from medtvt_rl.types import LearnerStep, Prompt
+from pipelines.group_ledger import GroupLedger
 from pipelines.grpo_roles import (
     Checkpoints,
     FinishedGroup,
@@ -46,11 +49,11 @@ from pipelines.grpo_roles import (
 )
 from pipelines.measuring import Measuring, Probe, engine_gap
 from pipelines.step_metrics import StepClock, role_metrics, rollout_metrics
+from pipelines.stopping import Stop, cancelled
 from pipelines.training_groups import with_advantages
 
 MAX_DISCARDED_IN_A_ROW = 8
 MAX_SKIPPED_IN_A_ROW = 5
-EQUAL_REWARDS = "all rewards equal"
 
 
 class LoopError(RuntimeError):
@@ -62,6 +65,7 @@ class GrpoLoop:
 
     Args:
         max_new_tokens: length limit of a completion.
+        stop: when the run is asked to stop; None: never.
     """
 
     def __init__(
@@ -76,20 +80,16 @@ class GrpoLoop:
         observer: Observer,
         held_out: HeldOut | None = None,
         checkpoints: Checkpoints | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self._config, self._max_new_tokens = config, max_new_tokens
-        self._sampler, self._observer = sampler, observer
+        self._ledger, self._observer = GroupLedger(config, sampler), observer
         self._rollouts, self._scoring = rollouts, scoring
         self._reference, self._learner = reference, learner
-        self._checkpoints = checkpoints
+        self._checkpoints, self._stop = checkpoints, stop or Stop()
         self._on_policy = config.max_staleness == 0
-        self._buffer: AdmissionBuffer[FinishedGroup] = AdmissionBuffer(config.groups_per_step, config.max_staleness)
         self._changed = asyncio.Condition()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._in_flight: set[int] = set()
-        self._undecided: dict[int, FinishedGroup | None] = {}
-        self._prompt_of: dict[int, int] = {}
-        self._again: list[tuple[int, Prompt]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._measuring = Measuring(held_out, config.held_out, config.steps, self._on_policy)
         self._conclusion: asyncio.Task[None] | None = None
         self._stats: list[dict[str, float]] = []
@@ -97,86 +97,78 @@ class GrpoLoop:
         self._counted_before_step = (0, 0)
         self._last_failure = LoopError("no group has failed")
         self._lost: RoleLostError | None = None
-        self.result = LoopResult()
+
+    @property
+    def result(self) -> LoopResult:
+        """Totals so far."""
+        return self._ledger.result
 
     async def run(self) -> LoopResult:
-        """Runs to the last step; whatever ends it, no task of its own stays behind."""
-        await self._measuring.begin(self._buffer.version)
+        """Runs to the last step, or to where it is asked to stop; whatever ends it, no task of its own stays behind."""
+        await self._stop.unless(self._measuring.begin(self._ledger.buffer.version), None)
+        self._sift()
         producer = asyncio.create_task(self._produce(), name="produce")
         trainer = asyncio.create_task(self._train(), name="train")
+        stopper = asyncio.create_task(self._stop.wait(), name="stop")
         try:
-            done, _ = await asyncio.wait({producer, trainer}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            done, _ = await asyncio.wait({producer, trainer, stopper}, return_when=asyncio.FIRST_COMPLETED)
+            if stopper in done:
+                await self._wind_up(producer, trainer)
+            for task in done - {stopper}:
                 task.result()
         finally:
-            leftover: list[asyncio.Task[Any]] = [producer, trainer, *self._tasks]
+            leftover: list[asyncio.Task[Any]] = [producer, trainer, stopper, *self._tasks]
             leftover += [task for task in (self._conclusion, self._measuring.task) if task is not None]
-            for each in leftover:
-                each.cancel()
-            await asyncio.gather(*leftover, return_exceptions=True)
+            await cancelled(leftover)
         return self.result
 
-    def state_dict(self, version: int) -> dict[str, Any]:
-        """What a checkpoint of the learners' `version` needs beside it; JSON-ready. Groups that those weights have not
-        seen are kept by id and prompt, and made again with the same seeds."""
-        buffer = self._buffer.state_dict(version)
-        return {
-            "buffer": buffer,
-            "sampler": self._sampler.state_dict(),
-            "prompts": {str(group_id): self._prompt_of[group_id] for group_id in buffer["pending"]},
-            "result": asdict(self.result),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was taken; engines and learners hold the weights of its version."""
-        self._sampler.load_state_dict(state["sampler"])
-        self.result = LoopResult(**state["result"])
+    def load_state_dict(self, state: Mapping[str, Any], groups: Sequence[FinishedGroup]) -> None:
+        """Goes on where a checkpoint was taken; engines and learners hold the weights of its version."""
+        self._ledger.load_state_dict(state, groups)
         self._counted_before_step = (self.result.discarded, self.result.replaced)
-        for group_id in self._buffer.load_state_dict(state["buffer"]):
-            self._prompt_of[group_id] = state["prompts"][str(group_id)]
-            self._expect(group_id)
-            self._again.append((group_id, self._sampler.prompt(self._prompt_of[group_id])))
+
+    async def _wind_up(self, producer: asyncio.Task[None], trainer: asyncio.Task[int]) -> None:
+        """Lets the learner end its step, and keeps what is there then."""
+        producer.cancel()
+        async with self._changed:
+            self._changed.notify_all()
+        await self._keep_last(await trainer)
+
+    async def _keep_last(self, version: int) -> None:
+        """Leaves a checkpoint of the last step, where there are checkpoints."""
+        if self._checkpoints is not None and self._config.checkpoint_every > 0 and version > 0:
+            if self._checkpoints.newest != version:
+                await self._keep(version)
+            await self._checkpoints.settle()
+
+    async def _keep(self, version: int) -> dict[str, float]:
+        """Writes a checkpoint; returns how long training waited for it."""
+        assert self._checkpoints is not None
+        started = time.monotonic()
+        await self._checkpoints.save(version, *self._ledger.state_dict(version))
+        return {"checkpoint/blocked_s": time.monotonic() - started}
 
     # From prompt to buffer.
 
     async def _produce(self) -> None:
-        wave = self._again
         while True:
-            if not wave:
-                async with self._changed:
-                    await self._changed.wait_for(self._may_start_wave)
-                    wave = self._admit_wave()
+            async with self._changed:
+                await self._changed.wait_for(self._may_start_wave)
+                wave = self._ledger.start_wave()
             if self._on_policy:
                 self._rollouts.together([group_id for group_id, _ in wave], self._config.group_size)
             for group_id, prompt in wave:
-                task = asyncio.create_task(self._roll(group_id, prompt), name=f"group {group_id}")
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-            wave = []
+                self._spawn(self._roll(group_id, prompt), f"group {group_id}")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _may_start_wave(self) -> bool:
-        return self._may_admit() and not (self._on_policy and self._in_flight)
-
-    def _may_admit(self) -> bool:
-        if self._failing():
-            return False
-        wanted = self._config.steps * self._config.groups_per_step
-        counts = self._buffer.counts
-        return self._buffer.can_admit() and counts.admitted - counts.discarded < wanted
-
-    def _admit_wave(self) -> list[tuple[int, Prompt]]:
-        """Every group that may be started now, with its prompt."""
-        wave = []
-        while self._may_admit():
-            group_id = self._buffer.admit()
-            _, self._prompt_of[group_id], prompt = self._sampler.next()
-            self._expect(group_id)
-            wave.append((group_id, prompt))
-        return wave
-
-    def _expect(self, group_id: int) -> None:
-        self._in_flight.add(group_id)
-        self._undecided[group_id] = None
+        waits = self._failing() or (self._on_policy and bool(self._ledger.in_flight))
+        return not waits and self._ledger.may_start()
 
     async def _roll(self, group_id: int, prompt: Prompt) -> None:
         """One group from prompt to buffer; one that fails is discarded with its reason, and another takes its place."""
@@ -185,15 +177,13 @@ class GrpoLoop:
         except Exception as failure:
             group, error = None, failure
         async with self._changed:
-            self._in_flight.discard(group_id)
             if isinstance(error, RoleLostError):
                 self._lost = error  # the group stays, for a resume
             elif group is None:
-                del self._undecided[group_id]
                 self._discard(group_id, prompt, error)
             else:
                 self._discarded_in_a_row = 0
-                self._undecided[group_id] = group
+                self._ledger.finish(group)
             self._sift()
             self._changed.notify_all()
 
@@ -210,92 +200,73 @@ class GrpoLoop:
     def _discard(self, group_id: int, prompt: Prompt, error: Exception | None) -> None:
         reason = f"{type(error).__name__}: {error}"
         self._observer.discarded(group_id, prompt.prompt_id, reason)
-        self._buffer.discard(group_id, reason.splitlines()[0])
-        del self._prompt_of[group_id]
-        self.result.discarded += 1
+        self._ledger.discard(group_id, reason.splitlines()[0])
         self._discarded_in_a_row += 1
         self._last_failure = LoopError(f"group {group_id}: {error}")
         self._last_failure.__cause__ = error
 
     def _sift(self) -> None:
-        """Hands finished groups to the buffer; with dynamic sampling those of equal rewards make way for others.
-
-        They are then judged in id order, so that it does not hang on a group's speed which ones are replaced.
-        """
-        in_order = self._config.dynamic_sampling.max_replaced > 0
-        for group_id, group in list(self._undecided.items()):
-            if group is None:
-                if in_order:
-                    return
-                continue
-            del self._undecided[group_id]
-            if self._is_replaceable(group):
-                self._buffer.discard(group_id, EQUAL_REWARDS)
-                del self._prompt_of[group_id]
-                self.result.replaced += 1
-                self._observer.replaced(group)
-            else:
-                self._buffer.finish(group_id, group, group.header.oldest_version)
-
-    def _is_replaceable(self, group: FinishedGroup) -> bool:
-        allowed = self._config.dynamic_sampling.max_replaced * (self._buffer.steps_taken + 1)
-        return self.result.replaced < allowed and not has_signal(group.rewards.total)
+        for group in self._ledger.sift():
+            self._observer.replaced(group)
 
     def _failing(self) -> bool:
         return self._lost is not None or self._discarded_in_a_row >= MAX_DISCARDED_IN_A_ROW
 
     # From buffer to published weights.
 
-    async def _train(self) -> None:
-        self._stats = await self._rollouts.stats()
+    async def _train(self) -> int:
+        """Returns the version that the learner has reached when the run ends or is asked to stop."""
+        self._stats = await self._stop.unless(self._rollouts.stats(), [])
         clock: StepClock | None = None
-        for step in range(self._buffer.version, self._config.steps):
+        blocked: dict[str, float] = {}
+        for step in range(self._ledger.buffer.version, self._config.steps):
             clock, version, rate = StepClock(clock), step + 1, self._learning_rate(step)
             taken = groups = await self._take()
+            if not taken:
+                await self._concluded()
+                return step
             clock.lap("wait_groups")
             groups, outcome = await self._learn(groups, rate, step)
             clock.lap("train")
             await self._concluded()
             weights, checksum = await self._learner.export(version)
-            try:
-                await self._rollouts.update_weights(weights, version, checksum)
-            except RoleLostError as error:
-                self._lost = error  # the step ends as it should before the run does
+            publication = self._spawn(self._publish(weights, version, checksum), f"publish {version}")
+            await self._stop.unless(asyncio.shield(publication), None)
             clock.lap("publish")
             clock.end()
             if not self._on_policy:
                 await self._release(version)
-            probe = await self._probe(groups)
+            probe = None if self._stop.requested else await self._probe(groups)
             clock.lap("probe")
             trained = TrainedStep(
                 step=step,
                 groups=tuple(groups),
                 learning_rate=rate,
                 checksum=checksum,
-                metrics={**outcome.metrics, **clock.seconds},
+                metrics={**outcome.metrics, **clock.seconds, **blocked},
             )
             self._conclusion = asyncio.create_task(self._conclude(trained, outcome, probe), name=f"conclude {step}")
             keeps = self._is_kept(version)
-            if self._on_policy or keeps or version == self._config.steps:
+            if self._on_policy or keeps or version == self._config.steps or self._stop.requested:
                 await self._concluded()
-            for group in taken:
-                del self._prompt_of[group.group_id]
-            if keeps and self._checkpoints is not None:
-                await self._checkpoints.save(version, self.state_dict(version))
+            self._ledger.forget([group.group for group in taken])
+            if self._stop.requested:
+                return version
+            blocked = await self._keep(version) if keeps else {}
             if self._on_policy:
                 await self._release(version)
+        return self._config.steps
 
-    async def _end(self, error: RoleLostError) -> None:
-        """Leaves a checkpoint of the last step, and raises."""
-        await self._concluded()
-        version = self._buffer.steps_taken
-        if self._checkpoints is not None and version > 0:
-            await self._checkpoints.save(version, self.state_dict(version))
-        raise error
+    async def _publish(self, weights: Any, version: int, checksum: int) -> None:
+        try:
+            await self._rollouts.update_weights(weights, version, checksum)
+        except RoleLostError as error:
+            self._lost = error  # the step ends as it should before the run does
 
     def _is_kept(self, version: int) -> bool:
         every = self._config.checkpoint_every
-        return self._checkpoints is not None and every > 0 and version % every == 0 and version < self._config.steps
+        due = every > 0 and (version % every == 0 or self._measuring.is_due(version))
+        return self._checkpoints is not None and due and version < self._config.steps
 
     def _learning_rate(self, step: int) -> float:
         config = self._config
@@ -308,14 +279,19 @@ class GrpoLoop:
             await task
 
     async def _take(self) -> list[TrainingGroup]:
-        """A step's groups with their advantages, once they are there."""
+        """A step's groups with their advantages, once they are there; none where the run is asked to stop."""
+        buffer = self._ledger.buffer
         async with self._changed:
-            await self._changed.wait_for(lambda: self._buffer.ready() or self._failing())
+            await self._changed.wait_for(lambda: self._stop.requested or buffer.ready() or self._failing())
+            if self._stop.requested:
+                return []
             if self._lost is not None:
-                await self._end(self._lost)
-            if not self._buffer.ready():
+                await self._concluded()
+                await self._keep_last(self._ledger.buffer.steps_taken)
+                raise self._lost
+            if not buffer.ready():
                 raise self._last_failure
-            taken = [group for _, group in self._buffer.take()]
+            taken = self._ledger.take()
         return [with_advantages(group, self._config, self._max_new_tokens) for group in taken]
 
     async def _learn(
@@ -343,7 +319,7 @@ class GrpoLoop:
 
     async def _release(self, version: int) -> None:
         async with self._changed:
-            self._buffer.published(version)
+            self._ledger.buffer.published(version)
             self._changed.notify_all()
 
     async def _probe(self, groups: list[TrainingGroup]) -> Probe | None:
@@ -359,10 +335,12 @@ class GrpoLoop:
         then run on the engines."""
         metrics = {"sync_gap_max": 0.0}
         try:
-            metrics = {"sync_gap_max": await engine_gap(self._rollouts, probe)}
-            metrics |= await self._measuring.ready(trained.step + 1)
-            before, self._stats = self._stats, await self._rollouts.stats()
-            metrics |= role_metrics(before, self._stats, trained.groups, trained.metrics)
+            metrics = {"sync_gap_max": await self._stop.unless(engine_gap(self._rollouts, probe), 0.0)}
+            measured = await self._stop.unless(self._measuring.ready(trained.step + 1), {})
+            if measured and self._checkpoints is not None:
+                self._checkpoints.scored(measured)
+            before, self._stats = self._stats, await self._stop.unless(self._rollouts.stats(), self._stats)
+            metrics |= measured | role_metrics(before, self._stats, trained.groups, trained.metrics)
         except RoleLostError as error:
             self._lost = error
         self._tell(replace(trained, metrics={**trained.metrics, **metrics}))

@@ -7,7 +7,7 @@ DeepSpeed; payloads are opaque handles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -123,8 +123,19 @@ class Learner(Protocol):
 class Checkpoints(Protocol):
     """Where a run keeps what it goes on from."""
 
-    async def save(self, version: int, state: dict[str, Any]) -> None:
-        """Writes the learners' state of `version` and that of the loop, whole or not at all."""
+    newest: int | None
+    """The version of the last one that was written, or gone on from."""
+
+    async def save(self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
+        """Keeps the learners' state of `version`, that of the loop and the groups that wait, whole or not at all.
+
+        Returns when training may go on; the one before is then written."""
+
+    async def settle(self) -> None:
+        """Returns when none is being written."""
+
+    def scored(self, metrics: Mapping[str, float]) -> None:
+        """Held-out answers were measured."""
 
 
 class HeldOut(Protocol):

@@ -20,7 +20,7 @@ import ray
 from transformers import PreTrainedTokenizerBase
 
 from medtvt_rl.faults import Incident
-from medtvt_rl.types import Completion, RolloutGroup
+from medtvt_rl.types import Completion
 from pipelines.grpo_roles import TrainedStep, TrainingGroup
 from pipelines.json_lines import keep_rows
 
@@ -29,10 +29,9 @@ SAMPLE_EVERY_STEPS = 10
 FETCH_TIMEOUT_S = 60.0
 
 
-def fetch_group(payload: Any) -> RolloutGroup:
-    """The group behind a handle of the loop."""
-    group: RolloutGroup = ray.get(payload, timeout=FETCH_TIMEOUT_S)
-    return group
+def fetch(payload: Any) -> Any:
+    """What is behind a handle of the loop: a RolloutGroup, or its reference log-probs."""
+    return ray.get(payload, timeout=FETCH_TIMEOUT_S)
 
 
 class Journal:
@@ -41,28 +40,37 @@ class Journal:
     Args:
         fetch: from the payload of a finished group to the group; called for the few whose text is written.
         first_step: where the run goes on; what the journal holds of this and later steps is forgotten.
+        is_known: whether a group that was given up stays so; None: none was, the run starts anew.
     """
 
     def __init__(
         self,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
-        fetch: Callable[[Any], RolloutGroup] = fetch_group,
+        fetch: Callable[[Any], Any] = fetch,
         first_step: int = 0,
+        is_known: Callable[[int], bool] | None = None,
     ) -> None:
         self._folder = folder
         self._tokenizer = tokenizer
         self._fetch = fetch
-        self._first_step = first_step
+        self._first_step, self._is_known = first_step, is_known
         self._files: dict[str, IO[str]] = {}
 
     def __enter__(self) -> Journal:
         self._folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             path = self._folder / f"{name}.jsonl"
-            keep_rows(path, lambda row: row.get("step", -1) < self._first_step and self._first_step > 0)
+            keep_rows(path, self._is_kept)
             self._files[name] = path.open("a", encoding="utf-8")
         return self
+
+    def _is_kept(self, row: dict[str, Any]) -> bool:
+        if "step" in row:
+            return int(row["step"]) < self._first_step
+        if self._is_known is None:
+            return False
+        return "group_id" not in row or self._is_known(int(row["group_id"]))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -16,35 +16,30 @@ from actors.spares import Spares
 from actors.supervision import Incidents
 from actors.timeline import Timeline
 from medtvt_rl.config import Config
-from pipelines import checkpoints
+from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.journal import read_steps
 
 
 class CheckpointShelf:
-    """The checkpoints that this run wrote or went on from; others in the folder may be of a run before it.
+    """The checkpoints that this run wrote or went on from; those of a run before it are gone when it starts anew.
 
     Args:
         report: told in one line of each that is damaged.
     """
 
-    def __init__(self, config: Config, report: Callable[[str], None], first: int = 0) -> None:
-        self._config, self._report = config, report
-        self._versions = {first} if first else set[int]()
+    def __init__(self, store: CheckpointStore, report: Callable[[str], None]) -> None:
+        self._store, self._report = store, report
 
-    def add(self, version: int) -> None:
-        """One was completed."""
-        self._versions.add(version)
-
-    def newest(self, version: int) -> tuple[Path, int] | None:
+    def newest(self, version: int) -> tuple[str, int] | None:
         """See Shelf."""
-        for known in sorted((each for each in self._versions if each <= version), reverse=True):
-            folder = self._config.checkpoint_folder(known)
+        for known in self._store.versions():
+            if known > version:
+                continue
             try:
-                return checkpoints.read(folder).learner, known
-            except FileNotFoundError:
-                continue  # it made room for newer ones
-            except (OSError, ValueError, KeyError) as error:
-                self._report(f"checkpoint {folder} is damaged and passed over: {error}")
+                return self._store.read(known).learner, known
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                if self._store.has(known):  # else it made room for newer ones
+                    self._report(f"checkpoint {self._store.place(known)} is damaged and passed over: {error}")
         return None
 
 
@@ -64,11 +59,12 @@ async def start_learner(
     config: Config,
     placement: Placement,
     folder: Path,
-    timeline: Timeline,
     incidents: Incidents,
-    found: checkpoints.Checkpoint | None,
-) -> tuple[LearnerSupervisor, CheckpointShelf]:
-    """The learners with the weights of `folder`, or of a checkpoint, and the shelf that new checkpoints go on."""
+    timeline: Timeline,
+    store: CheckpointStore,
+    found: Checkpoint | None,
+) -> LearnerSupervisor:
+    """The learners with the weights of `folder`, or of a checkpoint; their restarts begin at those of `store`."""
     settings = config.learner
     spares = Spares(
         "learner",
@@ -77,8 +73,7 @@ async def start_learner(
         settings.start_timeout_s,
         "learner.start_timeout_s",
     )
-    first = 0 if found is None else found.version
-    shelf = CheckpointShelf(config, incidents.report, first)
+    shelf = CheckpointShelf(store, incidents.report)
 
     async def start() -> LearnerGang:
         return await LearnerGang.start(config, placement, folder, timeline, spares)
@@ -86,5 +81,5 @@ async def start_learner(
     gang = await start()
     if found is not None:
         await gang.load_checkpoint(found.learner)
-    steps = earlier_steps(config, first)
-    return LearnerSupervisor(config, start, gang, shelf, steps, incidents, spares), shelf
+    steps = earlier_steps(config, 0 if found is None else found.version)
+    return LearnerSupervisor(config, start, gang, shelf, steps, incidents, spares)

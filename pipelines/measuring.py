@@ -41,6 +41,11 @@ class Measuring:
         self._held_out, self._settings, self._last, self._alone = held_out, settings, last, alone
         self.task: asyncio.Task[dict[str, float]] | None = None
 
+    def is_due(self, version: int) -> bool:
+        """Whether a version is measured, if the engines are free for it."""
+        every = self._settings.every_steps
+        return self._held_out is not None and every > 0 and version % every == 0
+
     async def begin(self, version: int) -> None:
         """Measures the policy that the run starts with."""
         self._start(version)
@@ -53,7 +58,7 @@ class Measuring:
         if last and self.task is not None:
             await self.task  # an earlier one that is late makes way for the last
             self.task = None
-        if self._settings.every_steps > 0 and (version % self._settings.every_steps == 0 or last):
+        if self.is_due(version) or last:
             self._start(version)
         if self.task is not None and (self._alone or last or self.task.done()):
             task, self.task = self.task, None

@@ -18,7 +18,7 @@ from actors.learner_gang import LearnerGang
 from actors.placement import place, plan
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.learner.step_record import STEPS_FOLDER, step_file
-from pipelines.checkpoints import LEARNER
+from pipelines.checkpoints import LEARNER, CheckpointStore
 from pipelines.command import EXIT_USAGE, check_named, fail, in_session
 from pipelines.journal import read_steps
 from pipelines.reporter import Reporter
@@ -62,10 +62,17 @@ def check(config: Config, first: int, last: int | None) -> list[dict[str, Any]]:
     last = len(lines) if last is None else last
     if not 0 <= first < last <= len(lines):
         raise ReplayError(f"steps {first} to {last}: the journal has steps 0 to {len(lines)}; choose A < B among them")
-    checkpoint = config.checkpoint_folder(first)
-    if first > 0 and not checkpoint.is_dir():
-        there = sorted(int(path.name.removeprefix("step_")) for path in checkpoint.parent.glob("step_*[0-9]"))
-        raise ReplayError(f"--from-step {first}: there is no {checkpoint}; there are checkpoints of {[0, *there]}")
+    if first > 0:
+        store = CheckpointStore.of(config)
+        there = [0, *sorted(store.versions())]
+        if first not in there:
+            raise ReplayError(
+                f"--from-step {first}: there is no {store.place(first)}; there are checkpoints of {there}"
+            )
+        try:
+            store.read(first)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ReplayError(f"--from-step {first}: {store.place(first)} is damaged: {error}") from error
     folder = config.folder / "journal" / STEPS_FOLDER
     for line in lines[first:last]:
         for rank in range(config.learner.num_workers):
@@ -86,7 +93,7 @@ async def _replay(config: Config, lines: list[dict[str, Any]], reporter: Reporte
     try:
         gang = await LearnerGang.start(config, placement, start_model(config))
         if first > 0:
-            await gang.load_checkpoint(config.checkpoint_folder(first) / LEARNER)
+            await gang.load_checkpoint(f"{CheckpointStore.of(config).place(first)}/{LEARNER}")
         reporter.start("replay", len(lines), "step")
         for done, line in enumerate(lines, start=1):
             if not line["skipped"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medtvt_rl.config import Config
-from pipelines.stages import StageError
+from pipelines.stages import is_finished, trained_model
 from pipelines.supervised import Reporter, train
 
 
@@ -21,15 +21,9 @@ def run(config: Config, reporter: Reporter) -> dict[str, Any]:
 
 
 def _start_folder(config: Config) -> Path:
-    pretrained = config.stage_folder("pretrain") / "model"
-    if pretrained.is_dir():
-        return pretrained
-    if config.model.init and "pretrain" not in config.run.stages:
+    if config.model.init and "pretrain" not in config.run.stages and not is_finished("pretrain", config):
         return Path(config.model.init)
-    raise StageError(
-        f"there is no {pretrained}; run `medtvt-rl pretrain` with the same configuration first, "
-        "or take pretrain out of run.stages and set model.init to a MedTVT folder"
-    )
+    return trained_model("pretrain", config)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ def run_stage(name: str, config: Config, reporter: Reporter) -> dict[str, Any]:
         cost = {key: earlier[key] for key in cost}  # what was found ready cost what it cost then
     result = {**result, **cost}
     _finish(name, config, result)
+    if hasattr(stage, "finished"):
+        stage.finished(config)
     reporter.finish(name, seconds)
     return result
 
@@ -126,9 +128,14 @@ def check_finished(names: Sequence[str], config: Config) -> None:
 
 def start_model(config: Config) -> Path:
     """The folder that GRPO starts from: what SFT left, else `model.init`. Raises StageError if there is neither."""
-    if config.model.init and "sft" not in config.run.stages and not _marker("sft", config).is_file():
+    if config.model.init and "sft" not in config.run.stages and not is_finished("sft", config):
         return Path(config.model.init)
     return trained_model("sft", config)
+
+
+def is_finished(name: str, config: Config) -> bool:
+    """Whether a stage is finished, with whatever settings."""
+    return _marker(name, config).is_file()
 
 
 def trained_model(name: str, config: Config) -> Path:
@@ -137,11 +144,11 @@ def trained_model(name: str, config: Config) -> Path:
     folder = config.stage_folder(name) / "model"
     if not folder.is_dir():
         missing = f"there is no {folder}"
-    elif not _marker(name, config).is_file():
+    elif not is_finished(name, config):
         missing = f"{folder} is of an unfinished or outdated {name} stage"
     else:
         return folder
-    instead = ", or take sft out of run.stages and set model.init" if name == "sft" else ""
+    instead = f", or take {name} out of run.stages and set model.init" if name in ("pretrain", "sft") else ""
     raise StageError(f"{missing}; run `medtvt-rl {name}` with the same configuration first{instead}")
 
 

@@ -70,11 +70,14 @@ class HeldOutConfig:
     Attributes:
         every_steps: 0 measures never.
         max_prompts: of the split, the first so many; one answer is sampled for each and one greedy.
+        best_by: the metric (the higher, the better) whose best checkpoint is kept, as metrics.jsonl names it behind
+            "held_out/".
     """
 
     every_steps: int = 15
     max_prompts: int = 50
     split: str = "validation"
+    best_by: str = "jaccard"
 
 
 @dataclass
@@ -100,8 +103,14 @@ class GrpoConfig:
         final_lr_share: the learning rate falls linearly to this share of its start.
         max_nonfinite_groups: groups that may be left out of a run because their loss or gradient was not finite.
         record_steps: the learners' inputs are kept, so that `medtvt-rl replay` can repeat a step bit for bit.
-        checkpoint_every: steps between two checkpoints, from which an interrupted run goes on; 0 writes none.
-        keep_checkpoints: the newest so many are kept.
+        checkpoint_every: steps between two checkpoints, from which an interrupted run goes on; 0 writes none. Steps
+            whose policy is measured on held-out answers get one, too.
+        keep_checkpoints: the newest so many are kept, and the best on held-out answers (`held_out.best_by`).
+        checkpoint_root: folder or fsspec URL (s3://BUCKET/FOLDER needs `pip install s3fs`) below which they lie, in a
+            folder named as the run; null: `checkpoints` in the run folder. Every learner must reach it.
+        checkpoint_in_background: "always": a checkpoint is copied in host memory and written while training goes on;
+            "never": training waits; "auto": copied where the node has twice the memory free that this takes.
+        checkpoint_timeout_s: deadline for writing one.
     """
 
     steps: int = 100
@@ -121,3 +130,6 @@ class GrpoConfig:
     record_steps: bool = True
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
+    checkpoint_root: str | None = None
+    checkpoint_in_background: Literal["auto", "always", "never"] = "auto"
+    checkpoint_timeout_s: float = 600.0

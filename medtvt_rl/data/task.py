@@ -17,9 +17,10 @@ from medtvt_rl.data.errors import DataError
 from medtvt_rl.data.labels import answer_text
 from medtvt_rl.data.labs import NUM_LABS
 from medtvt_rl.data.medtvt_qa import QAKind, parse_diagnoses
-from medtvt_rl.data.study_build import store_folder
+from medtvt_rl.data.study_build import STUDIES, store_folder
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.tokenizer import MODALITY_TOKENS
+from medtvt_rl.storage import digest_of
 from medtvt_rl.types import MODALITIES, Prompt, Study
 
 ABLATION = "|without="
@@ -74,6 +75,10 @@ class StudyItems:
     def __init__(self, config: Config) -> None:
         self._store = StudyStore.open(store_folder(config.data))
         self._num_channels = config.model.cxr.num_channels
+
+    def fingerprint(self) -> str:
+        """Checksum of the content that the items are made of, wherever and whenever it was stored."""
+        return str(digest_of(self._store.path / STUDIES)[1])
 
     def get(self, item_id: str) -> dict[str, NDArray[Any]]:
         """The item of `study_item`. Raises DataError for an unknown study, ValueError for an unknown modality."""

@@ -1,14 +1,13 @@
 """The training engine over DeepSpeed, ZeRO stages 0 to 3 (arXiv 1910.02054), on CPUs (gloo) or GPUs (NCCL).
 
-Owns: DeepSpeed's settings, gradient scaling, the guard against steps that are not finite, checkpoints with random
-state.
-Does not own: the process group (process_group.py: `prepare_environment` and `join` come first), the loss, the schedule.
+Owns: DeepSpeed's settings, gradient scaling, the guard against steps that are not finite.
+Does not own: the process group (process_group.py: `prepare_environment` and `join` come first), the loss, the schedule,
+the form of its state in files (training_state.py).
 """
 
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from medtvt_rl.learner.engine import StepOutcome
+from medtvt_rl.learner.fragments import Fragment, held_fragments, restore_policy
 from medtvt_rl.learner.scoring import ScoringModule, TokenBatch
+from medtvt_rl.learner.training_state import StateReader, TrainingState
 
-TAG = "state"
 NEVER = 10**9
 
 
@@ -170,50 +170,36 @@ class DeepSpeedEngine:
         with self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self.shards_parameters):
             yield
 
-    def save(self, folder: Path) -> None:
-        """Writes what trains, its optimizer and each rank's random state. Frozen parameters stay in the model
-        folder.
+    def state(self, copy: bool) -> TrainingState:
+        """What this rank keeps: its part of what trains and of the optimizer, and its random state. Frozen parameters
+        stay in the model folder. No collective.
         """
-        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={}, exclude_frozen_parameters=True)
-        torch.save(_random_state(), folder / TAG / f"random_{self.rank}.pt")
-        dist.barrier()
+        whole = self._settings.effective_stage == 0
+        fragments = [] if whole and self.rank > 0 else self._fragments()
+        return TrainingState.of(fragments, self._shapes(), self.world_size, copy)
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, into an engine that has not trained yet.
+        """Restores what any gang wrote, into an engine that has not trained yet; bitwise where number of ranks and ZeRO
+        stage are the same.
 
         Raises:
-            ValueError: it was written by another number of ranks, or lacks a trainable parameter.
+            ValueError: it is damaged, or of another model.
         """
-        found = len(list((folder / TAG).glob("random_*.pt")))
-        if found != self.world_size:
-            raise ValueError(
-                f"checkpoint {folder}: written by {found} ranks, this gang has {self.world_size}; "
-                f"set learner.num_workers={found}"
-            )
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=_load_what_trains)
-        if path is None:
-            raise ValueError(f"checkpoint {folder}: DeepSpeed found nothing to load; start from an earlier checkpoint")
-        state = torch.load(folder / TAG / f"random_{self.rank}.pt", weights_only=False)
-        torch.set_rng_state(state["torch"])
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        if state["cuda"] is not None:
-            torch.cuda.set_rng_state(state["cuda"])
+        stage = self._settings.effective_stage
+        with StateReader(folder) as reader:
+            reader.check_parameters(self._shapes())
+            for fragment in self._fragments():
+                fragment.restore(reader.read, reader.moments, reader.steps)
+            restore_policy(self._engine.optimizer, self.policy, stage, reader.read)
+            reader.restore_random(self.rank)
+        dist.barrier()
 
+    def _fragments(self) -> list[Fragment]:
+        return held_fragments(self._engine.optimizer, self.policy, self._settings.effective_stage, self.rank)
 
-def _load_what_trains(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Like a strict load_state_dict, but frozen parameters may be absent."""
-    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
-    missing, unexpected = dst.load_state_dict(src, strict=False)
-    absent = sorted(set(missing) - frozen)
-    if absent or unexpected:
-        raise ValueError(f"checkpoint: lacks {absent}, holds unknown {sorted(unexpected)}; it is of another model")
-
-
-def _random_state() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.policy.named_parameters()
+            if parameter.requires_grad
+        }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from medtvt_rl.learner.scoring import TokenBatch
+from medtvt_rl.learner.training_state import TrainingState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +63,8 @@ class TrainingEngine(Protocol):
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         """Within it every rank sees whole parameters (all ranks)."""
 
-    def save(self, folder: Path) -> None:
-        """Writes weights, optimizer and random state (all ranks)."""
+    def state(self, copy: bool) -> TrainingState:
+        """This rank's part of weights and optimizer, and its random state: a copy, or the live tensors."""
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, bitwise (all ranks)."""
+        """Restores what the ranks of a gang wrote of their states (all ranks)."""

@@ -29,6 +29,7 @@ from medtvt_rl.learner.engine import StepOutcome, TrainingEngine
 from medtvt_rl.learner.export import export_weights
 from medtvt_rl.learner.measures import Measures, measure, report
 from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, ScoringModule, TokenBatch, build_batch
+from medtvt_rl.learner.training_state import TrainingState
 from medtvt_rl.rollout.config import Sent
 from medtvt_rl.types import Completion, LearnerStep, Prompt, TrainingSequence
 from medtvt_rl.weights import WeightBuffer
@@ -183,13 +184,12 @@ class GrpoLearner:
                 policy.save(folder)
         self.engine.all_reduce(torch.zeros(1), "sum")
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Writes weights, optimizer and random state of every rank."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.engine.save(folder)
+    def state(self, copy: bool) -> TrainingState:
+        """What this rank keeps of the present moment, see TrainingEngine."""
+        return self.engine.state(copy)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Restores what `save_checkpoint` wrote; training then continues bitwise as it would have."""
+        """Restores the states that a gang wrote; training then continues bitwise as it would have."""
         self.engine.load(folder)
         self.engine.policy.eval()
 

@@ -42,7 +42,9 @@ class BufferCounts:
 
 @dataclass(slots=True, kw_only=True)
 class _Slot(Generic[T]):
-    admission_version: int
+    """`admission_version`: no token is older; None for a group of an earlier run that was not begun again."""
+
+    admission_version: int | None
     item: T | None = None
     oldest_version: int | None = None
 
@@ -54,7 +56,9 @@ class _Slot(Generic[T]):
 class AdmissionBuffer(Generic[T]):
     """Admits groups, holds finished ones, hands out whole steps.
 
-    Life of a group: `admit` -> `finish` -> `take` -> `published`, or `discard` instead of or after `finish`.
+    Life of a group: `admit` -> `finish` -> `take` -> `published`, or `discard` instead of or after `finish`. After a
+    resume, in place of `admit`: `begin`, once `can_begin`, or at once `finish` with the item of the run before, where
+    `can_restore`.
 
     Args:
         groups_per_step: N, groups of one step.
@@ -89,8 +93,7 @@ class AdmissionBuffer(Generic[T]):
 
     def can_admit(self) -> bool:
         """Whether another group may be started now."""
-        limit = (self.version + self.max_staleness + 1) * self.groups_per_step - self.look_ahead
-        return self.counts.admitted - self.counts.discarded < limit
+        return self.counts.admitted - self.counts.discarded < self._limit()
 
     def admit(self) -> int:
         """Starts a group and returns its id, unique over the run and its resumes. Check `can_admit` first."""
@@ -111,6 +114,8 @@ class AdmissionBuffer(Generic[T]):
         slot = self._slot(group_id)
         assert not slot.finished, f"group {group_id} finished twice"
         slot.item, slot.oldest_version = item, oldest_version
+        if slot.admission_version is None:
+            slot.admission_version = oldest_version
         self.counts.finished += 1
 
     def discard(self, group_id: int, reason: str) -> None:
@@ -196,7 +201,8 @@ class AdmissionBuffer(Generic[T]):
         """Goes on from a checkpoint whose weights the engines hold.
 
         Returns:
-            Ids of the groups to generate again, admitted already: same ids, so same prompts and seeds.
+            Ids of the groups to restore, or to begin again: same ids, so same prompts and seeds. They are admitted, but
+            under a bound that may have been another.
         """
         assert self.counts.admitted == 0, "load_state_dict on a buffer that is in use"
         self.version = self.steps_taken = int(state["completed_steps"])
@@ -206,8 +212,29 @@ class AdmissionBuffer(Generic[T]):
         self.staleness_histogram = Counter({int(age): n for age, n in state["staleness_histogram"].items()})
         self.discard_reasons = Counter(state["discard_reasons"])
         pending = tuple(int(group_id) for group_id in state["pending"])
-        self._waiting = {group_id: _Slot(admission_version=self.version) for group_id in pending}
+        self._waiting = {group_id: _Slot(admission_version=None) for group_id in pending}
         return pending
+
+    def can_restore(self, group_id: int, oldest_version: int) -> bool:
+        """Whether a finished group of the run before can still be trained within the bound of now."""
+        return self.steps_taken + self._place(group_id) // self.groups_per_step - oldest_version <= self.max_staleness
+
+    def can_begin(self, group_id: int) -> bool:
+        """Whether a group of the run before may be started now: it waits where fewer may be under way than then."""
+        return self.steps_taken * self.groups_per_step + self._place(group_id) < self._limit()
+
+    def begin(self, group_id: int) -> None:
+        """Starts a group of the run before again. Check `can_begin` first."""
+        self._slot(group_id).admission_version = self.version
+
+    def _place(self, group_id: int) -> int:
+        """How many groups wait before this one."""
+        self._slot(group_id)
+        return list(self._waiting).index(group_id)
+
+    def _limit(self) -> int:
+        """Groups, not discarded, that may have been started by now."""
+        return (self.version + self.max_staleness + 1) * self.groups_per_step - self.look_ahead
 
     def _slot(self, group_id: int) -> _Slot[T]:
         assert group_id in self._waiting, (
@@ -225,7 +252,8 @@ class AdmissionBuffer(Generic[T]):
         left = [slot for group_id, slot in self._waiting.items() if group_id not in taken]
         next_step = self.steps_taken + 1
         in_time = all(
-            slot.admission_version + self.max_staleness >= next_step + position // self.groups_per_step
+            slot.admission_version is None
+            or slot.admission_version + self.max_staleness >= next_step + position // self.groups_per_step
             for position, slot in enumerate(left)
         )
         return chosen if in_time else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from small_run import PROJECT, SMALL, medtvt_rl
 
 
@@ -64,30 +66,81 @@ def test_the_steps_of_an_asynchronous_run_are_repeated_bit_for_bit(root: Path) -
     assert wrong.returncode == 1 and "step 1: weights of version 2 have checksum" in wrong.stderr
 
 
+def start(root: Path, *settings: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """A GRPO stage as a process of its own, and its output."""
+    name = settings[0].removeprefix("run.name=")
+    log = root / f"{name}.log"
+    command = [sys.executable, "-m", "pipelines.grpo", "-c", "configs/quickstart.yaml", f"run.root={root}", *SMALL]
+    with log.open("w") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*command, *settings], cwd=PROJECT, env=environment, stdout=file, stderr=file), log
+
+
+def wait_for_steps(root: Path, name: str, count: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Returns when so many steps are told."""
+    metrics, deadline = root / name / "metrics.jsonl", time.monotonic() + 300
+    while not metrics.is_file() or metrics.read_text().count('"grpo"') < count:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.mark.cluster
 def test_an_on_policy_run_that_was_killed_goes_on_and_ends_in_equal_weights(root: Path) -> None:
     """Killed after its third step, it goes on from the checkpoint behind the second. The run before it is whole."""
-    whole = json.loads((root / "exact_a" / "journal" / "steps.jsonl").read_text().splitlines()[-1])
-    command = [sys.executable, "-m", "pipelines.grpo", "-c", "configs/quickstart.yaml", f"run.root={root}"]
-    command += [*SMALL, *on_policy_settings(root, "killed")]
-    metrics = root / "killed" / "metrics.jsonl"
-    with (root / "killed.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 240
-    while not metrics.is_file() or metrics.read_text().count('"grpo"') < 3:
-        assert process.poll() is None and time.monotonic() < deadline, (root / "killed.log").read_text()[-3000:]
-        time.sleep(0.05)
+    whole = rows(root / "exact_a" / "journal" / "steps.jsonl")[-1]
+    settings = on_policy_settings(root, "killed")
+    process, log = start(root, *settings)
+    wait_for_steps(root, "killed", 3, process, log)
     process.kill()
     process.wait()
     damaged = root / "killed" / "checkpoints" / "step_000004"
     damaged.mkdir()
     (damaged / "manifest.json").write_text("{}")
-    done = medtvt_rl(root, "grpo", *SMALL, *on_policy_settings(root, "killed"))
+    done = medtvt_rl(root, "grpo", *SMALL, *settings)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "step_000004 is damaged and passed over" in done.stdout
     assert "grpo: goes on from step 2" in done.stdout
-    steps = [json.loads(line) for line in (root / "killed" / "journal" / "steps.jsonl").read_text().splitlines()]
+    steps = rows(root / "killed" / "journal" / "steps.jsonl")
     assert [step["step"] for step in steps] == [0, 1, 2, 3]
     assert steps[-1]["checksum"] == whole["checksum"]
-    other = medtvt_rl(root, "grpo", *SMALL, *on_policy_settings(root, "killed"), "grpo.steps=5", "grpo.group_size=2")
+    assert (root / "killed" / "checkpoints" / "finished.json").is_file()
+    other = medtvt_rl(root, "grpo", *SMALL, *settings, "grpo.steps=5", "grpo.group_size=2")
     assert other.returncode == 1 and "grpo.group_size: 4 then, 2 now" in other.stderr
+
+
+@pytest.mark.cluster
+def test_an_asynchronous_run_that_is_told_to_stop_goes_on_with_more_ranks_and_loses_nothing(root: Path) -> None:
+    settings = [
+        *("run.name=stopped", "run.stages=[grpo]", f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"),
+        *("grpo.max_staleness=2", "grpo.steps=8", "grpo.checkpoint_every=100", "grpo.held_out.every_steps=0"),
+        # The learner is the slower one, so that groups wait for it.
+        *("grpo.updates_per_batch=8", "rollout.num_generators=2"),
+    ]
+    process, log = start(root, *settings)
+    wait_for_steps(root, "stopped", 2, process, log)
+    process.terminate()
+    assert process.wait(timeout=60) == 143, log.read_text()[-3000:]
+    run = root / "stopped"
+    done_before = rows(run / "journal" / "steps.jsonl")
+    at = len(done_before)
+    assert f"SIGTERM: the newest checkpoint is that of step {at}. " in log.read_text()
+    folder = run / "checkpoints" / f"step_{at:06d}"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [folder.name]
+    with safe_open(folder / "groups.safetensors", framework="np") as file:
+        kept = [group["group_id"] for group in json.loads(file.metadata()["groups"])]
+    assert kept, "groups waited for the learner"
+    resumed = medtvt_rl(root, "grpo", *SMALL, *settings, "learner.num_workers=2", "learner.zero_stage=1")
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
+    assert f"grpo: goes on from step {at} " in resumed.stdout
+    assert "learner.num_workers: 1 then, 2 now; learner.zero_stage: 2 then, 1 now" in resumed.stdout
+    assert rows(run / "journal" / "steps.jsonl")[:at] == done_before
+    groups = rows(run / "journal" / "groups.jsonl")
+    ids = [group["group_id"] for group in groups]
+    assert len(ids) == len(set(ids)) == 32 and set(kept) <= {*ids}
+    assert {group["step"] for group in groups} == set(range(8))
+    assert all(0 <= group["step"] - group["oldest_version"] <= 2 for group in groups)
+    assert all(group["newest_version"] <= at for group in groups if group["group_id"] in kept)

@@ -10,11 +10,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from small_run import PROJECT, SMALL
+
+from pipelines.checkpoints import CheckpointStore
 
 BIN = Path(sys.executable).parent
 
@@ -40,6 +43,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TMPDIR": str(session),
         "OMP_NUM_THREADS": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }
     port, dashboard = free_port(), free_port()
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=5", "--object-store-memory=500000000"]
@@ -92,3 +96,25 @@ def test_a_submitted_job_leaves_the_same_run_folder(head: dict[str, str], tmp_pa
     assert summary["grpo"]["steps"] == 3
     assert (run / "report.html").is_file()
     assert (run / "model" / "config.json").is_file()
+    _stop_a_job(head, tmp_path / "runs")
+
+
+def _stop_a_job(head: dict[str, str], root: Path) -> None:
+    """`ray job stop` in the middle of GRPO leaves the checkpoint of its last step."""
+    entry = ["python", "-m", "pipelines.grpo", "-c", "configs/quickstart.yaml", f"run.root={root}", *SMALL]
+    entry += ["run.name=stopped", "run.stages=[grpo]", f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"]
+    entry += ["grpo.steps=500", "grpo.checkpoint_every=1000", "grpo.held_out.every_steps=0"]
+    submit = [BIN / "ray", "job", "submit", "--no-wait", "--submission-id", "stopped", "--working-dir", "."]
+    subprocess.run([*submit, "--", *entry], cwd=PROJECT, env=head, capture_output=True, timeout=120, check=True)
+    run, deadline = root / "stopped", time.monotonic() + 200
+    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count('"grpo"') < 2:
+        assert time.monotonic() < deadline, "no second step"
+        time.sleep(0.1)
+    subprocess.run([BIN / "ray", "job", "stop", "stopped"], env=head, capture_output=True, timeout=120, check=True)
+    said = subprocess.run(
+        [BIN / "ray", "job", "logs", "stopped"], env=head, capture_output=True, text=True, timeout=120, check=True
+    )
+    steps = len((run / "journal" / "steps.jsonl").read_text().splitlines())
+    assert f"SIGTERM: the newest checkpoint is that of step {steps}." in said.stdout
+    found = CheckpointStore(str(run / "checkpoints")).newest(print)
+    assert found is not None and found.version == steps

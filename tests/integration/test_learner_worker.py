@@ -14,6 +14,7 @@ import ray
 import torch
 from tiny_llama import tiny_llama
 
+from actors.failure import ActorError
 from actors.learner_gang import LearnerError, LearnerGang, shard_groups
 from actors.placement import place, plan
 from actors.reference_policy import ReferencePolicy
@@ -21,6 +22,7 @@ from medtvt_rl.config import Config
 from medtvt_rl.learner.scoring import ScoredSequence, score_sequences
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import load_policy
+from medtvt_rl.storage import digest_of
 from medtvt_rl.types import Completion, GroupHeader, Prompt, RolloutGroup
 
 pytestmark = pytest.mark.cluster
@@ -128,10 +130,16 @@ async def _life(model_folder: Path, config: Config, groups: list[RolloutGroup]) 
     gang = await LearnerGang.start(config, placement, model_folder)
     batch = _to_train(groups)
     found["first"] = (await gang.train_step(batch, 1e-3, 0)).metrics
-    await gang.save_checkpoint(folder / "checkpoint")
+    found["copied"] = await gang.snapshot()
     spoilt = replace(batch[1], advantages=np.full(GROUP_SIZE, np.nan, dtype=np.float32))
-    found["spoilt"] = await gang.train_step([batch[0], spoilt, batch[2]], 1e-3, 1)
-    await gang.train_step(batch, 1e-3, 1)
+
+    async def go_on() -> None:
+        found["spoilt"] = await gang.train_step([batch[0], spoilt, batch[2]], 1e-3, 1)
+        await gang.train_step(batch, 1e-3, 1)
+
+    found["files"], _ = await asyncio.gather(gang.write_snapshot(str(folder / "checkpoint")), go_on())
+    with pytest.raises(ActorError, match="write_snapshot before snapshot"):
+        await gang.write_snapshot(str(folder / "checkpoint"))
     weights, found["checksum"] = await gang.export(2)
     found["weights"] = ray.get(weights)
     await gang.save_model(folder / "saved")
@@ -141,7 +149,7 @@ async def _life(model_folder: Path, config: Config, groups: list[RolloutGroup]) 
         await gang.train_step(batch, 1e-3, 2)
     found["error"] = str(error.value)
     again = await LearnerGang.start(config, placement, model_folder)
-    await again.load_checkpoint(folder / "checkpoint")
+    await again.load_checkpoint(str(folder / "checkpoint"))
     await again.train_step(batch, 1e-3, 1)
     _, found["resumed_checksum"] = await again.export(2)
     config.learner.step_timeout_s = 0.0
@@ -181,7 +189,12 @@ def test_exported_weights_are_those_saved(trained: dict[str, Any], config: Confi
     assert (config.folder / "saved" / "tokenizer.json").read_text() == "{}"
 
 
-def test_a_new_gang_resumes_bitwise(trained: dict[str, Any]) -> None:
+def test_a_new_gang_resumes_bitwise_from_what_was_written_beside_training(
+    trained: dict[str, Any], config: Config
+) -> None:
+    folder = config.folder / "checkpoint"
+    assert trained["copied"] and trained["files"] == {path.name: digest_of(path) for path in sorted(folder.iterdir())}
+    assert sorted(trained["files"]) == ["rank_00000.safetensors", "rank_00001.safetensors"]
     assert trained["resumed_checksum"] == trained["checksum"]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
 from medtvt_rl.learner import process_group
+from medtvt_rl.learner.training_state import rank_file
 from medtvt_rl.model.policy import TextPolicy
 from medtvt_rl.types import LearnerStep, TrainingSequence
 
@@ -134,18 +136,32 @@ class Rank:
             "last": self.weights(learner),
         }
 
-    def resume(self, stage: int) -> dict[str, Any]:
-        learner, folder = self.learner(stage), self._folder / f"checkpoint_{stage}"
+    def resume(self, stage: int, dtype: torch.dtype) -> dict[str, Any]:
+        """Two steps, of which the second is repeated by learners that load the first: one of the same stage, and one of
+        another."""
+        learner, folder = self.learner(stage, dtype), self._folder / f"checkpoint_{stage}_{dtype}"
         self.train(learner)
-        learner.save_checkpoint(folder)
-        drawn = (torch.rand(3), np.random.rand(3))
+        learner.state(copy=True).write(rank_file(folder, self._rank))
+        torch.distributed.barrier()
+        drawn = (torch.rand(3), np.random.rand(3), random.random())
         self.train(learner)
-        straight = self.weights(learner)
-        fresh = self.learner(stage)
-        fresh.load_checkpoint(folder)
-        redrawn = (torch.rand(3), np.random.rand(3))
-        self.train(fresh)
-        return {"straight": straight, "resumed": self.weights(fresh), "drawn": drawn, "redrawn": redrawn}
+        found: dict[str, Any] = {"straight": self.weights(learner), "drawn": drawn}
+        for name, other in (("resumed", stage), ("crossed", (stage + 1) % 4)):
+            fresh = self.learner(other, dtype)
+            fresh.load_checkpoint(folder)
+            if name == "resumed":
+                found["redrawn"] = (torch.rand(3), np.random.rand(3), random.random())
+                found["held"] = self.weights(fresh)
+            self.train(fresh)
+            found[name] = self.weights(fresh)
+        return found
+
+    def of_one_rank(self) -> dict[str, torch.Tensor]:
+        """Goes on from what a gang of one wrote, see test_deepspeed_engine."""
+        learner = self.learner(2)
+        learner.load_checkpoint(self._folder / "one_rank")
+        self.train(learner)
+        return self.weights(learner)
 
 
 def main() -> None:
@@ -162,8 +178,10 @@ def main() -> None:
         dtype, stage = getattr(torch, name[:-2]), int(name[-1])
         for cause in ("advantage", "gradient"):
             results[f"{cause}-{name}"] = this.not_finite(stage, dtype, cause)
-    for stage in (1, 2):
-        results[f"resume-{stage}"] = this.resume(stage)
+    for stage in (0, 1, 2, 3):
+        results[f"resume-float32-{stage}"] = this.resume(stage, torch.float32)
+    results["resume-bfloat16-2"] = this.resume(2, torch.bfloat16)
+    results["of-one-rank"] = this.of_one_rank()
     torch.save(results, folder / f"results_{rank}.pt")
     process_group.leave()
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from medtvt_rl.learner.deepspeed_engine import parameter_groups
 from medtvt_rl.learner.engine import StepOutcome
+from medtvt_rl.learner.fragments import Fragment, held_fragments
 from medtvt_rl.learner.scoring import ScoringModule, TokenBatch
+from medtvt_rl.learner.training_state import StateReader, TrainingState
 from medtvt_rl.model.token_tree import TokenTree
 from medtvt_rl.types import Completion, Prompt, TrainingSequence
 
@@ -132,13 +134,20 @@ class PlainEngine:
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
-    def save(self, folder: Path) -> None:
-        torch.save((self.policy.state_dict(), self._optimizer.state_dict()), folder / "plain.pt")
+    def state(self, copy: bool) -> TrainingState:
+        return TrainingState.of(self._fragments(), self._shapes(), 1, copy)
 
     def load(self, folder: Path) -> None:
-        policy, optimizer = torch.load(folder / "plain.pt", weights_only=True)
-        self.policy.load_state_dict(policy)
-        self._optimizer.load_state_dict(optimizer)
+        with StateReader(folder) as reader:
+            reader.check_parameters(self._shapes())
+            for fragment in self._fragments():
+                fragment.restore(reader.read, reader.moments, reader.steps)
+
+    def _fragments(self) -> list[Fragment]:
+        return held_fragments(self._optimizer, self.policy, 0, 0)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self.policy.named_parameters() if p.requires_grad}
 
 
 def make_sequences(count: int, seed: int = 0, version: int = 3, with_reference: bool = True) -> list[TrainingSequence]:

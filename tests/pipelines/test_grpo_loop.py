@@ -16,8 +16,10 @@ from medtvt_rl.algorithm.config import DynamicSamplingConfig, GrpoConfig, HeldOu
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import GroupHeader, LearnerStep, Prompt, ReferenceHeader
+from pipelines.group_ledger import GroupLedger
 from pipelines.grpo_loop import GrpoLoop, LoopError
 from pipelines.grpo_roles import FinishedGroup, TrainedStep, TrainingGroup
+from pipelines.stopping import Stop
 
 
 class FakeScorers:
@@ -87,15 +89,19 @@ class FakeCluster:
         skip: frozenset[int] = frozenset(),
         train_s: float = 0.002,
         sick: frozenset[int] = frozenset(),
+        first: int = 0,
     ) -> None:
         self.skip, self.train_s = skip, train_s
         self.sick = sick
         self.waves: list[list[int]] = []
         self.checkpoints: list[int] = []
-        self.states: dict[int, dict[str, object]] = {}
+        self.states: dict[int, tuple[dict[str, object], list[FinishedGroup]]] = {}
+        self.scores: dict[int, float] = {}
+        self.newest: int | None = None
+        self.first = first
         self.last_batch: list[TrainingGroup] = []
         self.gap = gap
-        self.version = 0
+        self.version = first
         self.random = random.Random(seed)
         self.fail = fail
         self.trained: list[list[int]] = []
@@ -119,10 +125,16 @@ class FakeCluster:
         skipped = "the gradient norm, inf, is not finite" if version in self.skip else None
         return LearnerStep(metrics={"skipped": float(version in self.skip)}, skipped=skipped)
 
-    async def save(self, version: int, state: dict[str, object]) -> None:
-        assert version == self.version
+    async def save(self, version: int, state: dict[str, object], groups: list[FinishedGroup]) -> None:
+        assert version == len(self.trained) + self.first
         self.checkpoints.append(version)
-        self.states[version] = json.loads(json.dumps(state))
+        self.states[version] = (json.loads(json.dumps(state)), list(groups))
+        self.newest = version
+
+    async def settle(self) -> None: ...
+
+    def scored(self, metrics: dict[str, float]) -> None:
+        self.scores[int(metrics["held_out/version"])] = metrics["held_out/jaccard"]
 
     async def export(self, version: int) -> tuple[int, int]:
         return version, 0
@@ -175,9 +187,12 @@ def run_loop(
     told: Told | None = None,
     equal: frozenset[int] = frozenset(),
     held_out: FakeHeldOut | None = None,
-    state: dict[str, object] | None = None,
+    state: tuple[dict[str, object], list[FinishedGroup]] | None = None,
+    end: str = "",
+    after_s: float = 0.0,
     **settings: object,
 ) -> GrpoLoop:
+    """Runs to the last step; or for a while, and is then stopped or killed."""
     every = HeldOutConfig(every_steps=2)
     config = GrpoConfig(steps=6, groups_per_step=4, group_size=4, held_out=every, **settings)  # type: ignore[arg-type]
     prompts = [
@@ -187,10 +202,19 @@ def run_loop(
 
     async def run() -> GrpoLoop:
         sampler, engines, scorers = PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(equal)
-        loop = GrpoLoop(config, 3, sampler, engines, scorers, cluster, cluster, told or Told(), held_out, cluster)
+        stop = Stop()
+        roles = sampler, engines, scorers, cluster, cluster, told or Told(), held_out, cluster, stop
+        loop = GrpoLoop(config, 3, *roles)
         if state is not None:
-            loop.load_state_dict(state)
-        await asyncio.wait_for(loop.run(), 20)
+            loop.load_state_dict(*state)
+        running = asyncio.create_task(loop.run())
+        if end:
+            await asyncio.wait({running}, timeout=after_s)
+            stop.request() if end == "stop" else running.cancel()
+        try:
+            await asyncio.wait_for(running, 20)
+        except asyncio.CancelledError:
+            assert end == "kill"
         return loop
 
     return asyncio.run(run())
@@ -371,8 +395,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_loses_and_repeats_no_group(
     first, told = FakeCluster(seed, fail=fail, train_s=0.001), Told()
     run_loop(first, told, equal, **settings)
     assert first.checkpoints == [1, 2, 3, 4, 5]
-    later, told_later = FakeCluster(seed + 1, fail=fail, train_s=0.001), Told(first_step=at)
-    later.version = at
+    later, told_later = FakeCluster(seed + 1, fail=fail, train_s=0.001, first=at), Told(first_step=at)
     loop = run_loop(later, told_later, equal, state=first.states[at], **settings)
     assert loop.result.steps == 6 and len(loop.result.rewards) == 6 and loop.result.completions == 96
     trained = [group for step in [*first.trained[:at], *later.trained] for group in step]
@@ -388,9 +411,55 @@ def test_a_run_that_goes_on_from_a_checkpoint_loses_and_repeats_no_group(
 
 
 def test_prompts_are_drawn_once_an_epoch_across_a_resume() -> None:
-    first, later = FakeCluster(), FakeCluster(1)
+    first, later = FakeCluster(), FakeCluster(1, first=2)
     run_loop(first, checkpoint_every=2, max_staleness=2)
-    later.version = 2
     run_loop(later, Told(first_step=2), state=first.states[2], checkpoint_every=2, max_staleness=2)
     prompts = [{**first.asked, **later.asked}[group] for group in range(20)]
     assert all(sorted(prompts[start : start + 5]) == [f"p{i}" for i in range(5)] for start in range(0, 20, 5))
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 2**32),
+    st.lists(
+        st.tuples(st.sampled_from(["kill", "stop"]), st.floats(0.0, 0.03), st.integers(0, 3)), min_size=1, max_size=6
+    ),
+    st.integers(1, 3),
+    st.integers(0, 3),
+    GROUPS,
+    GROUPS,
+)
+def test_a_run_that_is_killed_and_stopped_again_and_again_trains_each_group_once(
+    seed: int,
+    ends: list[tuple[str, float, int]],
+    every: int,
+    last_bound: int,
+    fail: frozenset[int],
+    equal: frozenset[int],
+) -> None:
+    """Each life has a bound on staleness of its own. What the journal says of the steps of a checkpoint stays."""
+    journal, ended, asked = list[list[int]](), set[int](), dict[int, str]()
+    state, at, before = None, 0, 0
+    limit = DynamicSamplingConfig(max_replaced=1)
+    for life, (end, after_s, bound) in enumerate([*ends, ("", 0.0, last_bound)]):
+        cluster, told = FakeCluster(seed + life, fail=fail, train_s=0.001, first=at), Told(first_step=at)
+        settings = {"max_staleness": bound, "checkpoint_every": every, "dynamic_sampling": limit}
+        run_loop(cluster, told, equal, state=state, end=end, after_s=after_s, **settings)
+        assert max(cluster.staleness, default=0) <= bound
+        assert all(asked.setdefault(group, prompt) == prompt for group, prompt in cluster.asked.items())
+        if state is not None and bound >= before:
+            assert not {group.header.group_id for group in state[1]} & cluster.asked.keys(), "finished, and made again"
+        if end == "stop" and 0 < len(cluster.trained) < 6 - at:
+            assert cluster.newest == at + len(cluster.trained) == at + len(told.metrics), "a stop loses no step"
+        last = 6 if not end else cluster.newest if cluster.newest is not None else at
+        journal += cluster.trained[: last - at]
+        ended |= {*(group for group, _, _ in told.given_up), *told.made_way}
+        if end and last > at:
+            state, at, before = cluster.states[last], last, bound
+        if end:
+            is_known = GroupLedger.known(state[0]) if state is not None else lambda group: False
+            ended = {group for group in ended if is_known(group)}
+    trained = [group for step in journal for group in step]
+    assert len(trained) == len(set(trained)) == 24
+    assert not set(trained) & ended
+    assert set(trained) | ended | cluster.asked.keys() >= set(range(max(trained))), "no prompt is skipped"

@@ -84,3 +84,18 @@ def test_every_tenth_step_leaves_a_sample(tmp_path: Path) -> None:
     steps = read_steps(tmp_path)
     assert steps[3] == {"step": 3, "learning_rate": 0.5, "skipped": True, "group_ids": [3], "checksum": 80}
     assert [line["skipped"] for line in steps].count(True) == 1
+
+
+def test_a_run_that_goes_on_forgets_what_is_made_again(tmp_path: Path) -> None:
+    def given_up(**resume: Any) -> list[int]:
+        with Journal(tmp_path, Tokenizer(), rollout, **resume):  # type: ignore[arg-type]
+            return [json.loads(line)["group_id"] for line in (tmp_path / "discarded.jsonl").read_text().splitlines()]
+
+    with Journal(tmp_path, Tokenizer(), rollout) as journal:  # type: ignore[arg-type]
+        for step in range(3):
+            journal.write(trained_step(step, training_group(step), updates=1.0))
+        for group_id in (4, 9, 12):
+            journal.discarded(group_id, f"p{group_id}", "it died")
+    assert given_up(first_step=2, is_known=lambda group_id: group_id not in (9, 12)) == [4]
+    assert [row["step"] for row in read_steps(tmp_path)] == [0, 1]
+    assert given_up() == [] and read_steps(tmp_path) == []

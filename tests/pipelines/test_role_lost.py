@@ -10,6 +10,7 @@ from test_grpo_loop import FakeCluster, FakeEngines, FakeScorers, Told, run_loop
 
 from medtvt_rl.config import Config, RunConfig
 from medtvt_rl.faults import Incident, RoleLostError
+from pipelines.checkpoints import CheckpointStore
 from pipelines.failure import forget_failure, write_failure
 
 LOST = RoleLostError("no reward actor is left; reward 0 is lost: ActorDiedError", ())
@@ -59,7 +60,8 @@ def test_generators_that_are_gone_let_the_step_in_hand_end_first(monkeypatch: py
 
 def test_the_report_names_role_node_cause_log_and_where_the_run_goes_on(tmp_path: Path) -> None:
     config = Config(run=RunConfig(name="r", root=str(tmp_path)))
-    config.checkpoint_folder(20).mkdir(parents=True)
+    store = CheckpointStore.of(config)
+    Path(store.place(20)).mkdir(parents=True)
     incident = Incident(
         role="reward",
         index=0,
@@ -71,13 +73,13 @@ def test_the_report_names_role_node_cause_log_and_where_the_run_goes_on(tmp_path
         seconds=1.0,
         groups=1,
     )
-    told = write_failure(config, RoleLostError("no reward actor is left", (incident,)))
+    told = write_failure(config, store, RoleLostError("no reward actor is left", (incident,)))
     assert str(told) == (
-        "no reward actor is left; the same command goes on from checkpoints/step_000020; report: "
+        f"no reward actor is left; the same command goes on from {store.place(20)}; report: "
         f"{config.folder / 'failure.json'}"
     )
     report = json.loads((config.folder / "failure.json").read_text())
-    assert report["checkpoint"] == "step_000020" and report["reason"] == "no reward actor is left"
+    assert report["checkpoint"] == store.place(20) and report["reason"] == "no reward actor is left"
     assert report["incidents"][0] == {**report["incidents"][0], "node": "10.0.0.7", "log_tail": ["out of memory"]}
     forget_failure(config)
     assert not (config.folder / "failure.json").exists()

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import pipelines.cohort
+import pipelines.grpo
 import pipelines.sft
 from medtvt_rl.config import Config, load_config
+from pipelines.checkpoints import CheckpointStore
 from pipelines.reporter import Reporter
 from pipelines.stages import (
     StageError,
@@ -73,6 +75,33 @@ def test_grpo_starts_from_a_given_model_where_sft_is_left_out(tmp_path: Path) ->
     assert start_model(config) == Path("given")
     left = leave(config, "sft")
     assert start_model(config) == left
+
+
+def test_sft_starts_from_a_finished_pretrain_stage_or_from_a_given_model(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"run `medtvt-rl pretrain` .* or take pretrain out of run.stages"):
+        pipelines.sft._start_folder(config)
+    left = leave(config, "pretrain", finish=False)
+    with pytest.raises(StageError, match="unfinished or outdated pretrain stage"):
+        pipelines.sft._start_folder(config)
+    given = load_config(QUICKSTART, [f"run.root={tmp_path}", "model.init=given", "run.stages=[sft,grpo]"])
+    assert pipelines.sft._start_folder(given) == Path("given")
+    write_json(left.parent / "finished.json", {})
+    assert pipelines.sft._start_folder(given) == pipelines.sft._start_folder(config) == left
+
+
+def test_nothing_goes_on_from_the_checkpoints_of_a_finished_grpo_stage(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore.of(config)
+
+    def train(config: Config, reporter: Reporter) -> dict[str, object]:
+        assert not store.is_finished
+        return {"summary": {}}
+
+    monkeypatch.setattr(pipelines.grpo, "run", train)
+    with Reporter(config.folder) as reporter:
+        run_stage("grpo", config, reporter)
+    assert store.is_finished
 
 
 def test_stages_behind_an_unfinished_one_are_not_asked(config: Config) -> None:

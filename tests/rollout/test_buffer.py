@@ -155,9 +155,10 @@ class Simulation:
     def __init__(self, data: st.DataObject) -> None:
         self.data = data
         self.num_groups = data.draw(st.integers(1, 5), "groups_per_step")
-        self.bound = data.draw(st.integers(0, 3), "max_staleness")
-        self.look_ahead = data.draw(st.integers(0, self.bound * self.num_groups), "look_ahead")
+        self.widest = 0
         self.buffer = self.new()
+        self.oldest: dict[int, int] = {}
+        self.held_back: list[int] = []
         self.running: dict[int, int] = {}
         self.trained: list[int] = []
         self.waiting: set[int] = set()
@@ -167,6 +168,10 @@ class Simulation:
         self.resumes = 0
 
     def new(self) -> AdmissionBuffer[str]:
+        """With a bound of its own: a run may go on under another."""
+        self.bound = self.data.draw(st.integers(0, 3), "max_staleness")
+        self.widest = max(self.widest, self.bound)
+        self.look_ahead = self.data.draw(st.integers(0, self.bound * self.num_groups), "look_ahead")
         return AdmissionBuffer(self.num_groups, self.bound, self.look_ahead)
 
     def admit(self) -> None:
@@ -180,8 +185,8 @@ class Simulation:
             self.buffer.discard(group_id, "drawn")
             self.discarded.add(group_id)
         else:
-            oldest = self.data.draw(st.integers(admitted_at, self.buffer.version), "oldest")
-            self.buffer.finish(group_id, f"item {group_id}", oldest)
+            self.oldest[group_id] = self.data.draw(st.integers(admitted_at, self.buffer.version), "oldest")
+            self.buffer.finish(group_id, f"item {group_id}", self.oldest[group_id])
             self.waiting.add(group_id)
 
     def discard_finished(self) -> None:
@@ -212,15 +217,27 @@ class Simulation:
         for step in [s for s in self.steps if s >= completed]:
             undone = self.steps.pop(step)
             self.trained = [group_id for group_id in self.trained if group_id not in undone]
-        self.buffer = self.new()
-        self.running = dict.fromkeys(self.buffer.load_state_dict(state), completed)
-        self.waiting = set()
+        self.buffer, waiting = self.new(), self.waiting
+        self.running, self.waiting, self.held_back = {}, set(), []
+        for group_id in self.buffer.load_state_dict(state):
+            if group_id in waiting and self.buffer.can_restore(group_id, self.oldest[group_id]):
+                self.buffer.finish(group_id, f"item {group_id}", self.oldest[group_id])
+                self.waiting.add(group_id)
+            else:
+                self.held_back.append(group_id)
+
+    def begin_again(self) -> None:
+        group_id = self.held_back.pop(0)
+        self.buffer.begin(group_id)
+        self.running[group_id] = self.buffer.version
 
     def events(self) -> list:
         """What can happen now; without the resume, one of these is always possible."""
         possible = []
         if self.buffer.can_admit():
             possible.append(self.admit)
+        if self.held_back and self.buffer.can_begin(self.held_back[0]):
+            possible.append(self.begin_again)
         if self.running:
             possible.append(self.end_one)
         if self.buffer.ready():
@@ -234,17 +251,17 @@ class Simulation:
 
     def check(self) -> None:
         buffer = self.buffer
-        live = buffer.counts.admitted - buffer.counts.discarded
+        live = buffer.counts.admitted - buffer.counts.discarded - len(self.held_back)
         assert live <= (buffer.version + self.bound + 1) * self.num_groups
         assert len(self.trained) == len(set(self.trained)) == buffer.steps_taken * self.num_groups
         assert not self.discarded & set(self.trained)
-        assert max(buffer.staleness_histogram, default=0) <= self.bound
+        assert max(buffer.staleness_histogram, default=0) <= self.widest
         assert sum(buffer.staleness_histogram.values()) == len(self.trained)
         assert buffer.counts.trained == buffer.version * self.num_groups
         assert buffer.counts.discarded == len(self.discarded)
         assert buffer.counts.finished == len(self.trained) + len(self.waiting) + self.discarded_finished
         waiting = {*buffer.state_dict(buffer.steps_taken)["pending"]}
-        assert waiting == self.running.keys() | self.waiting
+        assert waiting == self.running.keys() | self.waiting | {*self.held_back}
         everything = waiting | set(self.trained) | self.discarded
         assert everything == set(range(len(everything))), "a group was lost"
         assert len(everything) == buffer.counts.admitted

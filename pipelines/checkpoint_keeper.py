@@ -1,0 +1,121 @@
+"""Writes checkpoints beside training: the learners copy their state, training goes on, the rest happens behind it.
+
+    save: wait for the one before -> learners copy (training waits until here) -> write, check, let appear, rotate
+
+Owns: the order of these, the one checkpoint being written, the scores of held-out answers by version. Does not own: the
+files (checkpoints.py), what is in them, or when one is due (grpo_loop.py). One that cannot be written is told, and
+costs the run nothing else: the one before stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+
+from medtvt_rl.config import Config
+from medtvt_rl.storage import Digest
+from pipelines.checkpoints import LEARNER, CheckpointStore
+from pipelines.grpo_roles import FinishedGroup
+
+
+class Snapshots(Protocol):
+    """The learner gang."""
+
+    async def snapshot(self) -> bool:
+        """Keeps the present state; False where nothing may train before `write_snapshot` is done."""
+
+    async def write_snapshot(self, folder: str) -> dict[str, Digest]:
+        """Writes what was kept; checksums by file."""
+
+
+class CheckpointKeeper:
+    """The Checkpoints of the loop.
+
+    Args:
+        identity: see identity.py.
+        report: told in one line what went wrong.
+        fetch: from a handle of the loop to what is behind it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: CheckpointStore,
+        learners: Snapshots,
+        identity: Mapping[str, str],
+        report: Callable[[str], None],
+        fetch: Callable[[Any], Any],
+    ) -> None:
+        self._config, self._store, self._learners = config, store, learners
+        self._identity, self._report, self._fetch = identity, report, fetch
+        self._task: asyncio.Task[None] | None = None
+        self._scores: dict[int, float] = {}
+        self._knows_metric = True
+        self.newest: int | None = None
+
+    async def save(self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
+        """Returns when training may go on."""
+        await self.settle()
+        in_background = await self._learners.snapshot()
+        self._task = asyncio.create_task(self._write(version, state, groups), name=f"checkpoint {version}")
+        if not in_background:
+            await self.settle()
+
+    async def settle(self) -> None:
+        """Returns when no checkpoint is being written."""
+        if self._task is not None:
+            task, self._task = self._task, None
+            try:
+                await task
+            finally:
+                task.cancel()
+
+    def scored(self, metrics: Mapping[str, float]) -> None:
+        """Takes the score of a measurement on held-out answers."""
+        name = f"held_out/{self._config.grpo.held_out.best_by}"
+        if name in metrics:
+            self._scores[int(metrics["held_out/version"])] = metrics[name]
+        elif metrics and self._knows_metric:
+            self._knows_metric = False
+            known = ", ".join(sorted(key.removeprefix("held_out/") for key in metrics))
+            best_by = self._config.grpo.held_out.best_by
+            self._report(f"grpo.held_out.best_by is {best_by!r}, measured are {known}: no best checkpoint is kept")
+
+    async def _write(self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
+        timeout_s = self._config.grpo.checkpoint_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                place = await asyncio.to_thread(self._store.begin, version)
+                files = await self._learners.write_snapshot(f"{place}/{LEARNER}")
+                await asyncio.to_thread(self._finish, version, state, groups, files)
+        except (OSError, RuntimeError, SafetensorError) as error:  # the disk, the store behind a URL, a learner
+            kept = "there is none yet" if self.newest is None else f"the newest is that of step {self.newest}"
+            late = f"not done in {timeout_s:g} s (grpo.checkpoint_timeout_s)"
+            reason = " ".join(str(error).split()) or late
+            self._report(f"the checkpoint of step {version} could not be written ({reason}); {kept}")
+            return
+        self.newest = version
+
+    def _finish(
+        self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup], files: Mapping[str, Digest]
+    ) -> None:
+        self._store.complete(self._config, version, state, groups, files, self._identity, self._fetch)
+        self.tidy()
+
+    async def close(self) -> None:
+        """Returns when all is written and tidy: the run is at its end."""
+        await self.settle()
+        await asyncio.to_thread(self.tidy)
+
+    def tidy(self) -> None:
+        """Notes scores beside their checkpoints, and removes those that need not be kept."""
+        grpo = self._config.grpo
+        for version in sorted(self._scores.keys() & {*self._store.versions()}):
+            self._store.mark(version, grpo.held_out.best_by, self._scores.pop(version))
+        every = grpo.held_out.every_steps
+        measured = [each for each in self._store.versions() if every > 0 and each % every == 0]
+        # The newest one that is measured may still wait for its score.
+        self._store.rotate(grpo.keep_checkpoints, measured[:1])

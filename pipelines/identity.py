@@ -1,0 +1,48 @@
+"""Checksums of what a GRPO stage is trained from and on: of content, wherever it lies.
+
+Owns: the checksums of model folder, prompts and items. Does not own: what is made of a difference (resume.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from medtvt_rl.config import Config
+from medtvt_rl.dotted import resolve
+from medtvt_rl.storage import digest_of
+from medtvt_rl.types import Prompt
+
+THREADS = 4
+
+
+def identity_of(config: Config, model_folder: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Model and tokenizer, prompts in their order, and the items behind them where their source has a method
+    `fingerprint() -> str`."""
+    found = {"model": _of_folder(model_folder), "prompts": _of_prompts(prompts)}
+    if config.task.items is not None:
+        items: Any = resolve(config.task.items, "task.items")(config)
+        fingerprint = getattr(items, "fingerprint", None)
+        if fingerprint is not None:
+            found["items"] = fingerprint()
+    return found
+
+
+def _of_folder(folder: Path) -> str:
+    """Names and contents of the files of a model folder; weights are large, and hashing lets other threads run."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(digest_of, paths))
+    return _checksum([[path.name, *digest] for path, digest in zip(paths, digests)])
+
+
+def _of_prompts(prompts: Sequence[Prompt]) -> str:
+    return _checksum([[p.prompt_id, p.token_ids.tolist(), p.item_id, p.ground_truth] for p in prompts])
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,91 @@
+"""Whether and where an interrupted GRPO stage goes on.
+
+Owns: which settings may differ, what else must be the same (model, tokenizer, data), the words for the reader. Does not
+own: which checkpoints are whole (checkpoints.py), or taking their state over (grpo.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from medtvt_rl.config import Config
+from pipelines.checkpoints import Checkpoint, CheckpointStore, packages
+from pipelines.stages import differences, resolved_settings, selected
+
+# Another value of one of these would train something else with the state of this run.
+BINDING = (
+    "run.seed",
+    "task",
+    "data",
+    "cohort",
+    "model",
+    "rewards",
+    "rollout.sampling",
+    "grpo.group_size",
+    "grpo.groups_per_step",
+    "learner.dtype",
+)
+# Places and speeds; content is compared instead.
+PLACES = (("data", "root"), ("data", "store"), ("data", "num_workers"), ("model", "init"))
+WORDS = {
+    "model": "the model or tokenizer that the run started from",
+    "prompts": "the prompts that the data and the tokenizer give",
+    "items": "the data behind the prompts",
+}
+
+
+class ResumeError(RuntimeError):
+    """A checkpoint that this run must not go on from; the message names what differs, and the mend."""
+
+
+def find_resume(
+    config: Config, store: CheckpointStore, identity: Mapping[str, str], report: Callable[[str], None]
+) -> Checkpoint | None:
+    """The checkpoint to go on from, with a line for the reader; None where the stage starts anew.
+
+    Raises:
+        ResumeError: what its state depends on has changed.
+    """
+    if config.resume == "never":
+        return None
+    if store.is_finished:
+        report(f"starts anew: the checkpoints in {config.checkpoint_root} are of a finished stage")
+        return None
+    found = store.newest(report)
+    if found is not None:
+        changed = check_same(found, config, identity)
+        report(f"goes on from step {found.version} ({found.place}){', with ' if changed else ''}{'; '.join(changed)}")
+    return found
+
+
+def check_same(checkpoint: Checkpoint, config: Config, identity: Mapping[str, str]) -> list[str]:
+    """What differs from the run that wrote it, where that is allowed.
+
+    Raises:
+        ResumeError: something differs that its state depends on.
+    """
+    mend = "take that back, choose another run.name, or start anew with resume=never"
+    before, now = checkpoint.settings, resolved_settings(config)
+    binding = differences(_binding(before), _binding(now))
+    if binding:
+        raise ResumeError(
+            f"checkpoint {checkpoint.place} is of a run with other settings ({'; '.join(binding[:5])}); {mend}"
+        )
+    other = [WORDS[key] for key, value in identity.items() if checkpoint.identity.get(key, value) != value]
+    if other:
+        raise ResumeError(f"checkpoint {checkpoint.place}: {' and '.join(other)} changed since then; {mend}")
+    if checkpoint.version > config.grpo.steps:
+        raise ResumeError(
+            f"checkpoint {checkpoint.place} has {checkpoint.version} steps, and grpo.steps is {config.grpo.steps}; "
+            f"set at least {checkpoint.version}, or start anew with resume=never"
+        )
+    libraries = {name: value for name, value in packages().items() if name in checkpoint.packages}
+    return differences(before, now) + differences({name: checkpoint.packages[name] for name in libraries}, libraries)
+
+
+def _binding(settings: dict[str, Any]) -> dict[str, Any]:
+    found = selected(settings, BINDING)
+    for key, name in PLACES:
+        found[key].pop(name, None)
+    return found

@@ -1,0 +1,117 @@
+"""The keeper: training waits for the copy alone, one checkpoint is written at a time, a failure costs nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from stored_examples import a_config, fetch, finished_group
+
+from medtvt_rl.storage import Digest, Storage
+from pipelines.checkpoint_keeper import CheckpointKeeper
+from pipelines.checkpoints import CheckpointStore
+
+
+class SlowLearners:
+    """Writing waits until it is allowed; notes what happens, in order."""
+
+    def __init__(self, copies: bool = True) -> None:
+        self.copies, self.may_write = copies, asyncio.Event()
+        self.events: list[str] = []
+        self.error: Exception | None = None
+
+    async def snapshot(self) -> bool:
+        self.events.append("copied")
+        return self.copies
+
+    async def write_snapshot(self, folder: str) -> dict[str, Digest]:
+        await self.may_write.wait()
+        if self.error is not None:
+            Storage(folder).write("rank_00000.safetensors", b"ha")
+            raise self.error
+        self.events.append("written")
+        Storage(folder).write("rank_00000.safetensors", b"state")
+        return {"rank_00000.safetensors": Storage(folder).digest("rank_00000.safetensors")}
+
+
+def keeper_at(root: Path, learners: SlowLearners, said: list[str]) -> CheckpointKeeper:
+    config = a_config(root, "grpo.held_out.every_steps=4", "grpo.keep_checkpoints=1")
+    return CheckpointKeeper(config, CheckpointStore.of(config), learners, {}, said.append, fetch)
+
+
+def test_training_waits_for_the_copy_and_the_next_checkpoint_for_this_one(tmp_path: Path) -> None:
+    async def run() -> None:
+        learners, said = SlowLearners(), list[str]()
+        keeper = keeper_at(tmp_path, learners, said)
+        await asyncio.wait_for(keeper.save(1, {}, [finished_group(3)]), 5)
+        assert learners.events == ["copied"] and keeper.newest is None
+        second = asyncio.create_task(keeper.save(2, {}, []))
+        await asyncio.sleep(0.05)
+        assert not second.done() and learners.events == ["copied"]
+        learners.may_write.set()
+        await asyncio.wait_for(second, 5)
+        assert learners.events[:3] == ["copied", "written", "copied"] and keeper.newest == 1
+        await keeper.close()
+        assert keeper.newest == 2 and not said
+
+    asyncio.run(run())
+
+
+def test_where_memory_is_scarce_training_waits_for_all_of_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        learners = SlowLearners(copies=False)
+        keeper = keeper_at(tmp_path, learners, [])
+        saving = asyncio.create_task(keeper.save(1, {}, []))
+        await asyncio.sleep(0.05)
+        assert not saving.done()
+        learners.may_write.set()
+        await asyncio.wait_for(saving, 5)
+        assert keeper.newest == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_one_that_cannot_be_written_is_told_and_the_one_before_stays(tmp_path: Path, late: bool) -> None:
+    async def run() -> None:
+        learners, said = SlowLearners(), list[str]()
+        keeper = keeper_at(tmp_path, learners, said)
+        learners.may_write.set()
+        await keeper.save(1, {}, [])
+        await keeper.settle()
+        if late:
+            learners.may_write.clear()
+            keeper._config.grpo.checkpoint_timeout_s = 0.2
+        learners.error = OSError("No space left on device")
+        await keeper.save(2, {}, [])
+        await keeper.close()
+        why = r"not done in 0.2 s (grpo.checkpoint_timeout_s)" if late else "No space left on device"
+        assert said == [f"the checkpoint of step 2 could not be written ({why}); the newest is that of step 1"]
+        assert keeper.newest == 1
+        found = CheckpointStore.of(a_config(tmp_path)).newest(said.append)
+        assert found is not None and found.version == 1 and len(said) == 1
+
+    asyncio.run(run())
+
+
+def test_the_newest_the_best_and_the_one_that_waits_for_its_score_are_kept(tmp_path: Path) -> None:
+    async def run() -> None:
+        learners, said = SlowLearners(), list[str]()
+        learners.may_write.set()
+        keeper = keeper_at(tmp_path, learners, said)
+        store = CheckpointStore.of(a_config(tmp_path))
+        for version in range(1, 12):
+            await keeper.save(version, {}, [])
+            if version in (6, 10):  # the scores of 4 and 8 come late
+                keeper.scored({"held_out/version": version // 4 * 4.0, "held_out/jaccard": 0.9 - 0.05 * version})
+            await keeper.settle()
+            if version == 5:
+                assert store.versions() == [5, 4], "4 is not yet measured"
+        await keeper.close()
+        assert store.versions() == [11, 8, 4] and store.best() == (4, pytest.approx(0.6))
+        keeper.scored({"held_out/version": 12.0, "held_out/reward": 0.5})
+        keeper.scored({"held_out/version": 16.0, "held_out/reward": 0.5})
+        assert said == ["grpo.held_out.best_by is 'jaccard', measured are reward, version: no best checkpoint is kept"]
+
+    asyncio.run(run())

@@ -1,0 +1,76 @@
+"""Whether a run may go on: what must be the same is compared, what may differ is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stored_examples import a_config, prompt_of, store_at, write
+
+from medtvt_rl.config import Config
+from pipelines.identity import identity_of
+from pipelines.resume import ResumeError, check_same, find_resume
+
+
+def found(tmp_path: Path, *overrides: str, identity: str = "abc") -> list[str]:
+    """What is told of going on with these settings."""
+    store = store_at(tmp_path)
+    write(store, 5, config=a_config(tmp_path))
+    return check_same(store.read(5), a_config(tmp_path, *overrides), {"model": identity})
+
+
+def test_what_may_differ_is_told(tmp_path: Path) -> None:
+    ranks = ["learner.num_workers=2", "learner.zero_stage=3", "rollout.num_generators=3", "data.num_workers=7"]
+    changed = found(tmp_path, "grpo.learning_rate=1e-4", "grpo.max_staleness=0", "grpo.steps=50", *ranks)
+    assert "grpo.learning_rate: 0.0002 then, 0.0001 now" in changed and len(changed) == 7
+
+
+@pytest.mark.parametrize(
+    "override", ["run.seed=7", "model.backbone.num_layers=6", "grpo.group_size=4", "data.film.size=128"]
+)
+def test_settings_that_the_state_depends_on_are_refused(tmp_path: Path, override: str) -> None:
+    both = [override, "model.cxr.image_size=128"] if "film" in override else [override]
+    with pytest.raises(ResumeError, match=rf"{override.split('=')[0]}: .* then.*resume=never"):
+        found(tmp_path, *both)
+
+
+def test_another_model_at_the_same_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match=r"the model or tokenizer that the run started from changed since then"):
+        found(tmp_path, identity="abd")
+
+
+def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match=r"has 5 steps, and grpo.steps is 3; set at least 5"):
+        found(tmp_path, "grpo.steps=3")
+
+
+def test_where_a_stage_goes_on(tmp_path: Path) -> None:
+    store, said, identity = store_at(tmp_path), list[str](), {"model": "abc"}
+    config = a_config(tmp_path)
+    assert find_resume(config, store, identity, said.append) is None and not said
+    write(store, 5, config=config)
+    found = find_resume(config, store, identity, said.append)
+    assert found is not None and found.version == 5 and said[-1] == f"goes on from step 5 ({found.place})"
+    assert find_resume(a_config(tmp_path, "resume=never"), store, identity, said.append) is None
+    store.finish()
+    assert find_resume(config, store, identity, said.append) is None
+    assert said[-1].startswith("starts anew: the checkpoints in ") and said[-1].endswith("are of a finished stage")
+
+
+def test_identity_is_of_content_and_not_of_places(tmp_path: Path) -> None:
+    config, prompts = Config(), [prompt_of(1), prompt_of(2)]
+    config.task.items = None
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "tokenizer.json").write_text("{}")
+    before = identity_of(config, folders[0], prompts)
+    assert identity_of(config, folders[1], prompts) == before and set(before) == {"model", "prompts"}
+    (folders[1] / "tokenizer.json").write_text("{ }")
+    assert identity_of(config, folders[1], prompts)["model"] != before["model"]
+    other = [replace(prompts[0], token_ids=np.array([1, 2], dtype=np.int32)), prompts[1]]
+    for changed in (prompts[::-1], prompts[:1], other):
+        assert identity_of(config, folders[0], changed)["prompts"] != before["prompts"]
