@@ -30,6 +30,7 @@ HELP = {
 # Beside the stages. NAME lives in pipelines/NAME.py (with _ for -): add_arguments(parser), command(args) -> exit code.
 COMMANDS = {
     "diagnose": "read one patient's ECG, film and blood values, and name the diagnoses",
+    "import-reference": "turn a published checkpoint into a model folder",
     "replay": "repeat recorded GRPO steps of a run and compare the weights bit for bit",
 }
 
