@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.config_checks import ConfigError, check_config
+from medtvt_rl.config_init import take_over_folder
 from medtvt_rl.data.config import CohortConfig, DataConfig
 from medtvt_rl.evaluation.config import AlarmConfig, EvaluationConfig
 from medtvt_rl.learner.config import EncoderWarmupConfig, LearnerConfig, SupervisedConfig
@@ -178,6 +179,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+    take_over_folder(config)
     check_config(config)
     return config
 

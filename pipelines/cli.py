@@ -31,6 +31,7 @@ HELP = {
 COMMANDS = {
     "build-qa": "make the instruction set from structured labels, by templates or by a language model",
     "diagnose": "read one patient's ECG, film and blood values, and name the diagnoses",
+    "import-reference": "turn a published checkpoint into a model folder",
     "replay": "repeat recorded GRPO steps of a run and compare the weights bit for bit",
 }
 

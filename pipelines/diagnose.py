@@ -124,7 +124,7 @@ def _lab_table(folder: Path, needed: bool) -> PercentileTable:
     if not path.is_file():
         raise ValueError(
             f"model folder: {folder} has no {PERCENTILES_FILE}, which turns laboratory values into percentiles of the "
-            "training patients; train again, or leave the labs out"
+            "training patients; copy that of RUN/model of a run on the same data, or leave the labs out"
         )
     return PercentileTable.load(path)
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from medtvt_rl.data.tokenizer import modality_token_ids
 from medtvt_rl.model.config import ModelConfig
+from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
 from medtvt_rl.types import MODALITIES
 
@@ -42,6 +43,9 @@ def build_model(config: ModelConfig, tokenizer: Any) -> MedTVTForCausalLM:
     found = AutoConfig.from_pretrained(config.init)
     if isinstance(found, MedTVTConfig):
         model = load_exactly(MedTVTForCausalLM, config.init, torch.float32)
+        kept = read_adapter(config.init)
+        if kept is not None:
+            kept.merge_into(model)
         _check_same_tower(config, found, config.init)
     elif isinstance(found, LlamaConfig) and found.model_type == "llama":
         model = _model_on_llama(config, config.init, placeholders)

@@ -94,7 +94,8 @@ class ModelConfig:
     """What is built at the start of a run.
 
     Attributes:
-        init: a Hugging Face folder: a MedTVT model to go on from, or a plain Llama to build upon; None starts fresh.
+        init: a Hugging Face folder: a MedTVT model to go on from, whose ecg, cxr, lab and perception the run then has,
+            or a plain Llama to build upon; None starts fresh.
     """
 
     init: str | None = None

@@ -36,6 +36,7 @@ class MedTVTConfig(LlamaConfig):
     Attributes:
         ecg, cxr, lab, perception: fields of the dataclasses in model/config.py.
         placeholder_token_ids: ids of <ecg>, <cxr>, <lab>.
+        ignored_label: a label that counts as -100 does, for labels padded with it; None where there is none.
     """
 
     model_type = "medtvt"
@@ -45,6 +46,7 @@ class MedTVTConfig(LlamaConfig):
     lab: dict[str, Any] | None = None
     perception: dict[str, Any] | None = None
     placeholder_token_ids: list[int] | None = None
+    ignored_label: int | None = None
 
     @property
     def tokens_per_modality(self) -> int:
@@ -192,21 +194,22 @@ class MedTVTForCausalLM(PreTrainedModel, GenerationMixin):
         ecg: Tensor | None = None,
         cxr: Tensor | None = None,
         lab: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         present: Tensor | None = None,
         item_index: Tensor | None = None,
-        attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where labels are given (-100 ignored), as of any causal language model.
+        """Logits [B, T, V], and the loss where labels [B, T] are given, as of any causal language model.
 
         The study (ecg, cxr, lab, present; see StudyTower.forward) is read with the prompt; steps that continue a cache
-        need none. With `inputs_embeds` the study is the caller's matter.
+        need none. With `inputs_embeds` the study is the caller's matter. Labels of -100 and of `config.ignored_label`
+        do not count. What `attention_mask` [B, T] hides is no placeholder, whatever its id.
         """
         has_past = past_key_values is not None and past_key_values.get_seq_length() > 0
         if inputs_embeds is None:
@@ -216,7 +219,10 @@ class MedTVTForCausalLM(PreTrainedModel, GenerationMixin):
             if ecg is not None and cxr is not None and lab is not None and not has_past:
                 items = {"ecg": ecg, "cxr": cxr, "lab": lab}
                 items |= {} if present is None else {"present": present}
-            inputs_embeds = self.embed(input_ids, items, item_index)
+            mask = attention_mask if attention_mask is not None and attention_mask.shape == input_ids.shape else None
+            inputs_embeds = self.embed(input_ids, items, item_index, mask)
+        if labels is not None and self.config.ignored_label is not None:
+            labels = labels.masked_fill(labels == self.config.ignored_label, -100)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

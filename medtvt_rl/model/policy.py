@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medtvt_rl.model.config import LoraSettings
+from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
 from medtvt_rl.model.named_weights import ADAPTER, named_weights
 from medtvt_rl.model.token_tree import TokenTree, tree_states
@@ -85,10 +86,12 @@ def load_policy(
 
     Args:
         folder: a MedTVT folder, or that of any causal language model of `transformers`.
-        lora: adds fresh adapters where its rank is not 0.
+        lora: adds adapters where its rank is not 0: the one that the folder keeps, else fresh ones. With rank 0 what
+            the folder keeps is merged.
 
     Raises:
-        ValueError: the folder is not one, or its weights and its configuration do not fit each other exactly.
+        ValueError: the folder is not one, or its weights and its configuration do not fit each other exactly, or it
+            keeps an adapter of another rank.
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"model folder: {folder} holds no config.json; expected a Hugging Face model folder")
@@ -97,8 +100,13 @@ def load_policy(
     model = load_exactly(kind, folder, dtype)
     policy = model if isinstance(model, MedTVTForCausalLM) else TextPolicy(model)
     set_encoders_trainable(policy, False)
+    kept = read_adapter(folder)
     if lora is not None and lora.rank > 0:
         add_lora(policy, lora)
+        if kept is not None:
+            kept.load_into(policy, lora.rank, lora.alpha / lora.rank, ADAPTER)
+    elif kept is not None:
+        kept.merge_into(policy)
     return policy.eval()
 
 

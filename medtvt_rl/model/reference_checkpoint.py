@@ -1,186 +1,231 @@
-"""Reads a checkpoint in the layout of the published MedTVT-R1 implementation (arXiv 2506.18512) into this model.
+"""A checkpoint in the layout of the published MedTVT-R1 implementation (arXiv 2506.18512), as weights of this model.
 
-Owns: the renaming of its entries, the merge of its adapters, the reordering of its rotary pairs. What the published
-model computes, the result computes. Does not own: the checkpoint files, which are no part of this project.
+Owns: the file, the check of its entries, the merge of its low-rank pairs, the reordering of its rotary pairs. What the
+published model computes, the result computes. Does not own: names and shapes (published_layout.py), the folder that is
+written (reference_folder.py), or the checkpoint files, which are no part of this project.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Callable, Mapping
+import pickle
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from medtvt_rl.model.config import CxrEncoderConfig, EcgEncoderConfig, LabEncoderConfig, PerceptionConfig
-from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM
+from medtvt_rl.model.perception import STAND_IN_STD
+from medtvt_rl.model.published_layout import WITHOUT_BIAS, PublishedEntry, low_rank_names, published_layout
+from medtvt_rl.model.published_sizes import PublishedSizes
+from medtvt_rl.types import MODALITIES
 
-Rename = tuple[str, str | Callable[[re.Match[str]], str]]
-
-ECG_STAGE_OFFSET = 4
-VIT_HEAD_SIZE = 64
-PUBLISHED_RESIDUAL_SCALE = 0.01
-# Entries that the published model stores but does not use, or stores twice.
-UNUSED = re.compile(r"\.convpath\.|^vit_model\.pooler\.|\.attention\.gate$")
-PROJECTORS = {"ecg_xresnet1d101": "ecg", "cxr_vit": "cxr", "lab_fc": "lab"}
-
-TOWER_NAMES: tuple[Rename, ...] = (
-    (r"^ecg_encoder\.([012])\.", r"ecg_encoder.stem.\1."),
-    (
-        r"^ecg_encoder\.([4-7])\.(\d+)\.(convs|idpath)\.",
-        lambda m: f"ecg_encoder.stages.{int(m[1]) - ECG_STAGE_OFFSET}.{m[2]}.{m[3].replace('idpath', 'shortcut')}.",
-    ),
-    (r"^ecg_xresnet1d101_(rnn|attention)\.", r"ecg_encoder.\1."),
-    (r"^(ecg_xresnet1d101|cxr_vit|lab_fc)_proj\.", lambda m: f"perception.projectors.{PROJECTORS[m[1]]}.linear."),
-    (
-        r"^(ecg_xresnet1d101|cxr_vit|lab_fc)_(norm|f1|f2|f3)_([123])\.",
-        lambda m: f"perception.projectors.{PROJECTORS[m[1]]}.blocks.{int(m[3]) - 1}.{m[2]}.",
-    ),
-    (r"^cxr_vit_agg\.", "cxr_encoder.aggregate."),
-    (r"^vit_model\.(embeddings|layernorm)\.", r"cxr_encoder.vit.\1."),
-    (r"^vit_model\.encoder\.layer\.(\d+)\.", r"cxr_encoder.vit.layers.\1."),
-    (r"\.attention\.attention\.(query|key|value)\.", lambda m: f".attention.{m[1][0]}_proj."),
-    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"(vit\.layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-    (r"^lab_encoder\.fc([123])\.", lambda m: f"lab_encoder.layers.{2 * int(m[1]) - 2}."),
-    (r"^lab_encoder\.layer_norm\.", "lab_encoder.norm."),
-    (r"^DynamicWeighting\.gate\.", "perception.gate."),
-    (r"^CyclicCrossModalAttention\.multihead_attention\.", "perception.attention."),
-    (r"^CyclicCrossModalAttention\.layer_norm\.", "perception.norm."),
-)
-LINEARS = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-# Linear layers without a bias in the published model; a Hugging Face Llama has one on all of q, k, v, o or on none.
-WITHOUT_BIAS = ("self_attn.k_proj", "self_attn.v_proj")
+EMBEDDINGS = "llama.tok_embeddings.weight"
+MAX_LISTED = 50
+ROWS_AT_ONCE = 512
+STAND_IN = "study_tower.perception.stand_in"
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
-    """The entries of a published file: the SFT file wraps them in {"model": ...}, the RL file is bare."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    state = content.get("model", content)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    """The entries of a published file: the SFT file wraps them in {"model": ...}, the RL file is bare.
 
-
-def convert_published(
-    state: Mapping[str, Tensor], llama: Mapping[str, Any], placeholder_token_ids: list[int], max_positions: int = 2048
-) -> MedTVTForCausalLM:
-    """The model of a published checkpoint, in float32, in evaluation mode.
-
-    The stand-ins for missing modalities, which the published model doesn't have, start from small random values.
-
-    Args:
-        state: entries by their published names.
-        llama: Meta's parameter file: n_heads, norm_eps, rope_theta (n_kv_heads isn't applied there, nor here).
-        placeholder_token_ids: of <ecg>, <cxr>, <lab>; 128006, 128007, 128008 in the published tokenizer.
+    The tensors are views on the file, which is mapped into memory, unless it was saved in torch's format of before 1.6.
 
     Raises:
-        ValueError: an entry is missing or unknown.
+        ValueError: it isn't a file that torch saved, or it holds something else than named tensors.
     """
-    model = MedTVTForCausalLM(_config(state, llama, placeholder_token_ids, max_positions))
-    weights = {
-        f"study_tower.{_tower_name(name)}": tensor
-        for name, tensor in state.items()
-        if not name.startswith("llama.") and not UNUSED.search(name)
-    }
-    weights |= _language_model(state, int(llama["n_heads"]))
-    missing, unknown = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if not name.endswith("perception.stand_in")]
-    if missing or unknown:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"published checkpoint: no entry for {missing[:5]} ({len(missing)} in all), and {unknown[:5]} "
-            f"({len(unknown)} in all) are unknown; is it a MedTVT-R1 checkpoint?"
+            f"{path}: not a file of plain tensors ({reason}); load it where it was made, and save its state_dict alone"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path}: not a readable torch checkpoint ({reason}); check the path, or copy it again"
+        ) from error
+    state = content["model"] if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping) else content
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(
+            f'{path}: expected a state_dict of tensors, bare or under "model"; is it a MedTVT-R1 checkpoint?'
         )
-    return model.eval()
+    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _tower_name(name: str) -> str:
-    for pattern, replacement in TOWER_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """One weight of this model, made when it is asked for.
+
+    Attributes:
+        blocks: the weight in consecutive blocks of rows, each contiguous and of that dtype; views on the checkpoint
+            where nothing is computed. A block is valid until the next is taken.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Callable[[], Iterator[Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def _config(
-    state: Mapping[str, Tensor], llama: Mapping[str, Any], placeholders: list[int], max_positions: int
-) -> MedTVTConfig:
-    """Sizes read off the shapes of the entries."""
-    vocab_size, hidden_size = state["llama.tok_embeddings.weight"].shape
-    vit_size, channels, patch, _ = state["vit_model.embeddings.patch_embeddings.projection.weight"].shape
-    num_patches = state["vit_model.embeddings.position_embeddings"].shape[1] - 1
-    film = CxrEncoderConfig(
-        kind="vit",
-        image_size=patch * round(num_patches**0.5),
-        num_channels=channels,
-        hidden_size=vit_size,
-        num_layers=_num_layers(state, r"vit_model\.encoder\.layer\.(\d+)\."),
-        num_heads=vit_size // VIT_HEAD_SIZE,
-        intermediate_size=state["vit_model.encoder.layer.0.intermediate.dense.weight"].shape[0],
-        patch_size=patch,
-    )
-    lab_widths = [state[f"lab_encoder.fc{i}.weight"].shape[0] for i in (1, 2, 3)]
-    perception = PerceptionConfig(residual_scale=PUBLISHED_RESIDUAL_SCALE, projector="gated")
-    return MedTVTConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=state["llama.layers.0.feed_forward.w1.weight"].shape[0],
-        num_hidden_layers=_num_layers(state, r"llama\.layers\.(\d+)\."),
-        num_attention_heads=int(llama["n_heads"]),
-        rms_norm_eps=float(llama["norm_eps"]),
-        rope_parameters={"rope_type": "default", "rope_theta": float(llama["rope_theta"])},
-        max_position_embeddings=max_positions,
-        attention_bias=True,
-        mlp_bias=True,
-        placeholder_token_ids=placeholders,
-        ecg=dataclasses.asdict(EcgEncoderConfig(kind="xresnet1d101")),
-        cxr=dataclasses.asdict(film),
-        lab=dataclasses.asdict(LabEncoderConfig(kind="normalised", widths=lab_widths)),
-        perception=dataclasses.asdict(perception),
-    )
+class PublishedCheckpoint:
+    """A checkpoint whose entries are exactly those of its sizes.
+
+    Attributes:
+        vocab_size: rows of the embedding table.
+        rank: of the low-rank pairs.
+        dtype: the widest of its floating point entries.
+
+    Raises:
+        ValueError: entries are missing, unknown, of another shape or kind; the message lists them.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], sizes: PublishedSizes) -> None:
+        self._state, self._sizes = state, sizes
+        self.vocab_size = sizes.vocab_size or (_rows(state[EMBEDDINGS]) if EMBEDDINGS in state else 0)
+        downs = (name for name in state if ".lora_" in name and name.endswith("_l1.weight"))
+        ranks = Counter(_rows(state[name]) for name in downs)
+        self.rank = max(ranks, key=ranks.__getitem__, default=0)
+        self._layout = published_layout(sizes, self.vocab_size, self.rank)
+        self._check()
+        self.dtype = self._widest()
+
+    def __len__(self) -> int:
+        return len(self._layout)
+
+    def weights(self, merge: bool) -> list[Weight]:
+        """Every weight of the model, in the order of the file.
+
+        A merged weight is summed in float32 and kept in the wider type of weight and pair. The stand-ins for missing
+        modalities, which the published model doesn't have, start from small random values, always the same.
+
+        Args:
+            merge: low-rank pairs are merged; otherwise they are left out.
+        """
+        found = [self._weight(name, entry, merge) for name, entry in self._layout.items() if _is_weight(entry)]
+        for name, entry in self._layout.items():
+            if entry.target is not None and name.removesuffix(".weight").endswith(WITHOUT_BIAS):
+                bias = entry.target.removesuffix("weight") + "bias"
+                found.append(self._made(bias, entry.shape[:1], self._state[name].dtype, torch.zeros))
+        shape = (len(MODALITIES), 1, self._sizes.dim)
+        found.append(self._made(STAND_IN, shape, self.dtype, _stand_in))
+        return found
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The low-rank pair of each adapted weight: what is applied first [r, in], and second [out, r]."""
+        return {
+            str(entry.target): self._pair(name, entry)
+            for name, entry in self._layout.items()
+            if entry.kind in ("linear", "rotary") and name.endswith(".weight")
+        }
+
+    def _pair(self, name: str, entry: PublishedEntry) -> tuple[Tensor, Tensor]:
+        down, up = (self._state[pair] for pair in low_rank_names(name))
+        return down, self._halves(up) if entry.kind == "rotary" else up
+
+    def _weight(self, name: str, entry: PublishedEntry, merge: bool) -> Weight:
+        tensor, dtype = self._state[name], self._state[name].dtype
+        halves = self._halves if entry.kind == "rotary" else torch.Tensor.contiguous
+        if not (merge and name.endswith(".weight") and entry.kind in ("linear", "rotary")):
+            blocks: Callable[[], Iterator[Tensor]] = lambda: iter([halves(tensor)])  # noqa: E731
+        else:
+            for pair in low_rank_names(name):
+                dtype = torch.promote_types(dtype, self._state[pair].dtype)
+            blocks = lambda: (halves(block).to(dtype) for block in self._merged(name))  # noqa: E731
+        return Weight(name=str(entry.target), shape=entry.shape, dtype=dtype, blocks=blocks)
+
+    def _made(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[..., Tensor]) -> Weight:
+        return Weight(name=name, shape=shape, dtype=dtype, blocks=lambda: iter([make(shape, dtype=dtype)]))
+
+    def _merged(self, name: str) -> Iterator[Tensor]:
+        """W + B @ A in float32, without any scale factor, as published, in blocks of whole heads.
+
+        One buffer takes every block: it stays in the processor's cache, and no memory is asked for anew.
+        """
+        weight, head = self._state[name], self._sizes.dim // self._sizes.num_heads
+        down, up = (self._state[pair].float() for pair in low_rank_names(name))
+        step = head * max(1, ROWS_AT_ONCE // head)
+        buffer = torch.empty(step, weight.shape[1])
+        for first in range(0, len(weight), step):
+            block = weight[first : first + step]
+            yield buffer[: len(block)].copy_(block).addmm_(up[first : first + step], down)
+
+    def _halves(self, rows: Tensor) -> Tensor:
+        """Reorders the rows of whole heads from interleaved rotary pairs (Meta) to two halves (Hugging Face)."""
+        half = self._sizes.dim // self._sizes.num_heads // 2
+        return rows.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+
+    def _widest(self) -> torch.dtype:
+        found = {tensor.dtype for tensor in self._state.values() if tensor.is_floating_point()}
+        widest = found.pop()
+        for dtype in found:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+
+    def _check(self) -> None:
+        state, layout = self._state, self._layout
+        wrong = [
+            f"{name} {_described(state[name])} (expected {list(entry.shape)} {'float' if _is_float(name) else 'int64'})"
+            for name, entry in layout.items()
+            if name in state and not _fits(name, state[name], entry)
+        ]
+        faults = {
+            "missing": [name for name in layout if name not in state],
+            "unknown": [name for name in state if name not in layout],
+            "of another shape or type": wrong,
+        }
+        if not any(faults.values()):
+            faults["stored twice with different values"] = self._different_copies()
+        told = [f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults.items() if names]
+        if told:
+            raise ValueError(
+                f"checkpoint: of {len(layout)} entries {'; '.join(told)}. Is it a MedTVT-R1 checkpoint, and are "
+                "the parameter files its own?"
+            )
+
+    def _different_copies(self) -> list[str]:
+        first = {entry.target: name for name, entry in self._layout.items() if entry.kind == "copied"}
+        return [
+            name
+            for name, entry in self._layout.items()
+            if entry.kind == "copy" and not torch.equal(self._state[name], self._state[first[entry.target]])
+        ]
 
 
-def _num_layers(state: Mapping[str, Tensor], pattern: str) -> int:
-    return 1 + max(int(match[1]) for name in state if (match := re.match(pattern, name)))
+def _rows(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 0
 
 
-def _language_model(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """Llama entries under Hugging Face names, adapters merged."""
-    weights = {
-        "language_model.model.embed_tokens.weight": state["llama.tok_embeddings.weight"],
-        "language_model.model.norm.weight": state["llama.norm.weight"],
-        "language_model.lm_head.weight": state["llama.output.weight"],
-    }
-    for layer in range(_num_layers(state, r"llama\.layers\.(\d+)\.")):
-        source, target = f"llama.layers.{layer}", f"language_model.model.layers.{layer}"
-        for published, name in NORMS.items():
-            weights[f"{target}.{name}.weight"] = state[f"{source}.{published}.weight"]
-        for published, name in LINEARS.items():
-            weight = _with_adapter(state, f"{source}.{published}")
-            bias = weight.new_zeros(len(weight)) if name in WITHOUT_BIAS else state[f"{source}.{published}.bias"]
-            if name.endswith(("q_proj", "k_proj")):
-                weight, bias = _halves(weight, num_heads), _halves(bias, num_heads)
-            weights[f"{target}.{name}.weight"] = weight
-            weights[f"{target}.{name}.bias"] = bias
-    return weights
+def _is_weight(entry: PublishedEntry) -> bool:
+    return entry.kind in ("copied", "linear", "rotary")
 
 
-def _with_adapter(state: Mapping[str, Tensor], name: str) -> Tensor:
-    """W + B @ A, without any scale factor, as published."""
-    block, _, linear = name.rpartition(".")
-    down, up = (state[f"{block}.lora_{linear}_l{i}.weight"].float() for i in (1, 2))
-    return state[f"{name}.weight"].float() + up @ down
+def _is_float(name: str) -> bool:
+    return not name.endswith("num_batches_tracked")
 
 
-def _halves(rows: Tensor, num_heads: int) -> Tensor:
-    """Reorders each head's rows from interleaved rotary pairs (Meta) to two halves (Hugging Face)."""
-    return rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+def _fits(name: str, tensor: Tensor, entry: PublishedEntry) -> bool:
+    right_type = tensor.is_floating_point() if _is_float(name) else tensor.dtype == torch.int64
+    return tuple(tensor.shape) == entry.shape and right_type
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
+def _stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return (STAND_IN_STD * values).to(dtype)

@@ -27,6 +27,7 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
 from medtvt_rl.model.medtvt import ITEM_KEYS, MedTVTConfig
+from medtvt_rl.model.vllm_heads import padded_heads
 from medtvt_rl.types import MODALITIES
 
 STUDY = "study"
@@ -162,7 +163,7 @@ class MedTVTForCausalLM(nn.Module, SupportsMultiModal):
         self.num_studies_encoded = 0
         with self._mark_tower_model(vllm_config, STUDY):
             self.study_tower = config.build_tower().eval().requires_grad_(False)
-        with self._mark_language_model(vllm_config):
+        with self._mark_language_model(vllm_config), padded_heads(vllm_config.model_config.get_head_size()):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=config,

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from medtvt_rl.model import vllm_plugin
+from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.rollout.base_weights import merged_weights
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
 from medtvt_rl.types import FinishReason, Prompt
 from medtvt_rl.weight_group import WeightGroup
-from medtvt_rl.weights import WeightBuffer
+from medtvt_rl.weights import WeightBuffer, pack_weights
 
 
 def prepare_environment(threads: int, cpu: bool) -> None:
@@ -120,6 +121,9 @@ class VllmCore:
                 f"vLLM keeps {packed} weights as packed copies that an update in place cannot reach; is the plug-in of "
                 "medtvt_rl registered (VLLM_PLUGINS), and this vLLM version among those it patches?"
             )
+        kept = read_adapter(model_folder)
+        if kept is not None:
+            self.load(pack_weights(0, kept.low_ranks().items()))
 
     def render(self, prompt: Prompt, item: dict[str, Any] | None) -> Any:
         """vLLM's form of a prompt and its item, made once for all completions of a group."""

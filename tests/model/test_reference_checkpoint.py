@@ -1,124 +1,171 @@
-"""This model against numbers read off the published implementation, by a checkpoint in the published layout.
-
-golden/reference_model.json names and shapes every entry; each weight is drawn from its name. The arrays in
-golden/reference_model.npz are the published implementation's outputs, float32 on a CPU, with two studies.
-"""
+"""A published checkpoint through the importer, against numbers read off the published implementation."""
 
 from __future__ import annotations
 
-import json
-import math
-import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_model import DESCRIPTION, TOKENS, golden_arrays, golden_inputs, golden_state, write_files
 from torch import Tensor
 
 from medtvt_rl.model.medtvt import MedTVTForCausalLM
-from medtvt_rl.model.reference_checkpoint import convert_published, read_published
+from medtvt_rl.model.published_layout import published_layout
+from medtvt_rl.model.published_sizes import PublishedSizes
+from medtvt_rl.model.reference_checkpoint import PublishedCheckpoint, read_published
+from medtvt_rl.model.reference_folder import import_reference
 
-GOLDEN = Path(__file__).parent / "golden"
-DESCRIPTION: dict[str, Any] = json.loads((GOLDEN / "reference_model.json").read_text())
 TOLERANCE = 2e-4
-
-
-def generator(key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[DESCRIPTION["seed"], key]))
-
-
-def weight(name: str, shape: list[int], dtype: str) -> Tensor:
-    if dtype == "int64":
-        return torch.zeros(shape, dtype=torch.int64)
-    draw = generator(zlib.crc32(name.replace(".convpath.0.", ".convs.").encode()))
-    x = np.asarray(draw.standard_normal(shape or None, dtype=np.float32), dtype=np.float32)
-    last = name.rsplit(".", 1)[-1]
-    if last == "running_var":
-        x = 1 + 0.1 * np.abs(x)
-    elif last == "running_mean" or x.ndim < 2:
-        x = 0.1 * x if last != "weight" else 1 + 0.1 * x
-    else:
-        x = x / math.sqrt(math.prod(shape[1:]))
-    return torch.from_numpy(np.asarray(x, dtype=np.float32))
+SIZES = PublishedSizes.of(DESCRIPTION["llama_params"], DESCRIPTION["vit"])
+GATE = "DynamicWeighting.gate.bias"
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    return {name: weight(name, *kind) for name, kind in DESCRIPTION["state_dict"].items()}
+    return golden_state()
 
 
 @pytest.fixture(scope="module")
-def model(state: dict[str, Tensor]) -> MedTVTForCausalLM:
+@torch.no_grad()
+def found(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What the imported model computes, under the names of the golden arrays."""
     torch.set_num_threads(1)
-    return convert_published(state, DESCRIPTION["llama_params"], list(DESCRIPTION["special_tokens"].values()))
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / "reference_model.npz") as arrays:
-        return dict(arrays)
-
-
-@pytest.fixture(scope="module")
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    size = DESCRIPTION["batch"]
-    return (
-        torch.from_numpy(generator(1).standard_normal((size, 12, 1000), dtype=np.float32)),
-        torch.from_numpy(generator(2).standard_normal((size, 3, 224, 224), dtype=np.float32)),
-        torch.from_numpy(generator(3).random((size, 100), dtype=np.float32)),
-    )
-
-
-def agree(found: Tensor, golden: np.ndarray) -> None:
-    np.testing.assert_allclose(found.numpy(), golden, atol=TOLERANCE, rtol=0)
-
-
-@torch.no_grad()
-def test_tower_equals_the_published_one(
-    model: MedTVTForCausalLM, golden: dict[str, np.ndarray], inputs: tuple[Tensor, Tensor, Tensor]
-) -> None:
+    root = tmp_path_factory.mktemp("golden")
+    files = write_files(root, state)
+    import_reference(files["checkpoint"], files["params"], files["vit_config"], root / "out", special_tokens=TOKENS)
+    model = MedTVTForCausalLM.from_pretrained(root / "out")
+    golden, inputs = golden_arrays(), golden_inputs()
     tower = model.study_tower
-    agree(tower.ecg_encoder.sequence(inputs[0]).mean(dim=1), golden["ecg_encoder_mean"])
-    present = torch.ones(DESCRIPTION["batch"], 3, dtype=torch.bool)
-    features = [encoder(values) for encoder, values in zip(tower.encoders, inputs)]
-    projected = tower.perception.project(features, present)
+    features = [encoder(values) for encoder, values in zip(tower.encoders, inputs.values())]
+    projected = tower.perception.project(features, torch.ones(DESCRIPTION["batch"], 3, dtype=torch.bool))
     fused = tower.perception.fuse(projected)
-    tokens, gates = model.perceive(*inputs)
-    for m, name in enumerate(("ecg", "cxr", "lab")):
-        agree(projected[m], golden[f"{name}_token"])
-        agree(fused[m], golden[f"fused_{name}"])
-        agree(tokens[:, m : m + 1], golden[f"weighted_{name}"])
-    agree(gates[:, [1, 0, 2]][:, None], golden["gates_cxr_ecg_lab"])
+    tokens, gates = model.perceive(*inputs.values())
+    ids, labels = (torch.from_numpy(golden[name]) for name in ("tokens", "labels"))
+    output = model(ids, *inputs.values(), torch.ones_like(ids), labels)
+    result = {
+        "ecg_encoder_mean": tower.ecg_encoder.sequence(inputs["ecg"]).mean(dim=1),
+        "gates_cxr_ecg_lab": gates[:, [1, 0, 2]][:, None],
+        "logits": output.logits[:, :-1],
+        "loss": output.loss,
+    }
+    for m, name in enumerate(inputs):
+        result[f"{name}_token"], result[f"fused_{name}"] = projected[m], fused[m]
+        result[f"weighted_{name}"] = tokens[:, m : m + 1]
+    return result
 
 
-@torch.no_grad()
-def test_logits_and_loss_equal_the_published_ones(
-    model: MedTVTForCausalLM, golden: dict[str, np.ndarray], inputs: tuple[Tensor, Tensor, Tensor]
+ARRAYS = sorted(set(golden_arrays()) - {"tokens", "labels"})
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_every_array_of_the_published_model_is_reproduced(found: dict[str, Tensor], name: str) -> None:
+    np.testing.assert_allclose(found[name].numpy(), golden_arrays()[name], atol=TOLERANCE, rtol=0)
+
+
+def test_the_layout_is_the_published_one() -> None:
+    layout = published_layout(SIZES, DESCRIPTION["llama_params"]["vocab_size"], rank=16)
+    assert {name: list(entry.shape) for name, entry in layout.items()} == {
+        name: shape for name, (shape, _) in DESCRIPTION["state_dict"].items()
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_both_published_files_are_read(
+    state: dict[str, Tensor], tmp_path: Path, wrapped: bool, prefix: str, zipped: bool
 ) -> None:
-    tokens, labels = (torch.from_numpy(golden[name]).long() for name in ("tokens", "labels"))
-    ecg, cxr, lab = inputs
-    logits = model(input_ids=tokens, ecg=ecg, cxr=cxr, lab=lab).logits[:, :-1]
-    agree(logits, golden["logits"])
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=0)
-    agree(loss, golden["loss"])
-
-
-def test_both_published_files_are_read(state: dict[str, Tensor], tmp_path: Path) -> None:
     some = {name: tensor for name, tensor in state.items() if name.startswith("lab_")}
-    torch.save(some, tmp_path / "rl.pth")
-    torch.save({"model": {f"module.{name}": tensor for name, tensor in some.items()}}, tmp_path / "sft.pth")
-    for file in ("rl.pth", "sft.pth"):
-        read = read_published(tmp_path / file)
-        assert read.keys() == some.keys() and all(torch.equal(read[name], some[name]) for name in some)
+    content = {f"{prefix}{name}": tensor for name, tensor in some.items()}
+    path = tmp_path / "file.pth"
+    torch.save({"model": content} if wrapped else content, path, _use_new_zipfile_serialization=zipped)
+    read = read_published(path)
+    assert read.keys() == some.keys() and all(torch.equal(read[name], some[name]) for name in some)
 
 
-def test_incomplete_checkpoint_is_refused(state: dict[str, Tensor]) -> None:
-    tokens = list(DESCRIPTION["special_tokens"].values())
-    less = {name: tensor for name, tensor in state.items() if name != "DynamicWeighting.gate.bias"}
-    with pytest.raises(ValueError, match=r"perception\.gate\.bias"):
-        convert_published(less, DESCRIPTION["llama_params"], tokens)
-    more = state | {"sonar.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"sonar\.weight"):
-        convert_published(more, DESCRIPTION["llama_params"], tokens)
+def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    with pytest.raises(ValueError, match=r"file\.pth: not a readable"):
+        read_published(path)
+    path.write_bytes(b"nothing that torch saved")
+    with pytest.raises(ValueError, match=r"file\.pth: not a"):
+        read_published(path)
+    torch.save({"model": {"weight": 3}}, path)
+    with pytest.raises(ValueError, match="expected a state_dict of tensors"):
+        read_published(path)
+    torch.save({"model": {}, "args": Path("/")}, path)
+    with pytest.raises(ValueError, match="save its state_dict alone"):
+        read_published(path)
+
+
+def test_missing_unknown_and_misshapen_entries_are_listed_together(state: dict[str, Tensor]) -> None:
+    wrong = {name: tensor for name, tensor in state.items() if name not in (GATE, "vit_model.pooler.dense.bias")}
+    wrong |= {"sonar.weight": torch.zeros(1), "llama.norm.weight": torch.zeros(65)}
+    wrong["lab_fc_proj.bias"] = torch.zeros(64, dtype=torch.int64)
+    with pytest.raises(ValueError) as caught:
+        PublishedCheckpoint(wrong, SIZES)
+    text = str(caught.value)
+    assert f"2 missing: vit_model.pooler.dense.bias, {GATE}; 1 unknown: sonar.weight; 2 of another shape" in text
+    assert "llama.norm.weight [65] float32 (expected [64] float)" in text
+    assert "lab_fc_proj.bias [64] int64 (expected [64] float)" in text
+
+
+@pytest.mark.parametrize("name", [GATE, "llama.tok_embeddings.weight", "llama.layers.1.attention.lora_wk_l2.weight"])
+def test_any_one_entry_is_missed(state: dict[str, Tensor], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"1 missing: {name}"):
+        PublishedCheckpoint({other: tensor for other, tensor in state.items() if other != name}, SIZES)
+
+
+def test_something_else_altogether_is_refused_without_a_flood() -> None:
+    with pytest.raises(ValueError, match=r"entries \d+ missing: .* and \d+ more; 1 unknown: weight\. Is it a MedTVT"):
+        PublishedCheckpoint({"weight": torch.zeros(2, 2)}, SIZES)
+
+
+def test_what_is_stored_twice_must_be_the_same(state: dict[str, Tensor]) -> None:
+    name = "ecg_encoder.5.0.convpath.0.1.0.weight"
+    with pytest.raises(ValueError, match=rf"different values: {name}"):
+        PublishedCheckpoint(state | {name: state[name] + 1}, SIZES)
+
+
+def test_weights_keep_their_type_and_merged_ones_take_the_wider(state: dict[str, Tensor]) -> None:
+    def narrow(name: str, tensor: Tensor) -> Tensor:
+        return tensor.half() if name.startswith("llama.") and "lora" not in name else tensor
+
+    mixed = {name: narrow(name, tensor) for name, tensor in state.items()}
+    weights = {weight.name: weight for weight in PublishedCheckpoint(mixed, SIZES).weights(merge=True)}
+    layer = "language_model.model.layers.0"
+    assert weights["language_model.lm_head.weight"].dtype == torch.float16
+    assert weights[f"{layer}.self_attn.o_proj.bias"].dtype == torch.float16
+    merged = weights[f"{layer}.mlp.down_proj.weight"]
+    source = "llama.layers.0.feed_forward"
+    pair = mixed[f"{source}.lora_w2_l2.weight"] @ mixed[f"{source}.lora_w2_l1.weight"]
+    expected = mixed[f"{source}.w2.weight"].float() + pair
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(torch.cat(list(merged.blocks())), expected, atol=1e-6, rtol=1e-6)
+    plain = {weight.name: weight for weight in PublishedCheckpoint(mixed, SIZES).weights(merge=False)}
+    assert plain[merged.name].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("params", "vit", "message"),
+    [
+        ({"dim": "64"}, {}, "dim is '64', expected a number"),
+        ({"n_heads": 5}, {}, "dim 64 and n_heads 5"),
+        ({}, {"hidden_act": "relu"}, r"hidden_act.*relu.*expected.*gelu"),
+        ({}, {"patch_size": 15}, "patch_size 15 image_size 224"),
+    ],
+)
+def test_parameter_files_that_describe_another_model_are_refused(
+    params: dict[str, object], vit: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        PublishedSizes.of(DESCRIPTION["llama_params"] | params, DESCRIPTION["vit"] | vit)
+
+
+def test_the_published_size() -> None:
+    llama = {"dim": 2048, "n_layers": 16, "n_heads": 32, "vocab_size": -1, "multiple_of": 256}
+    sizes = PublishedSizes.of(
+        {**llama, "ffn_dim_multiplier": 1.5, "norm_eps": 1e-5, "rope_theta": 500000.0}, DESCRIPTION["vit"]
+    )
+    assert (sizes.ffn_size, sizes.vocab_size, sizes.max_positions) == (8192, None, 2048)

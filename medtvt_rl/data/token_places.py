@@ -1,0 +1,168 @@
+"""Gives the tokens of a tokenizer the ids that a checkpoint was trained with.
+
+Owns: which token has which id. Does not own: which ids a checkpoint has (special_tokens.py), or what a task's
+tokenizer must hold (tokenizer.py). The stock Llama 3 tokenizer, for one, has `<|start_header_id|>` where the published
+model has `<ecg>`. Text keeps its ids; only added tokens move, and reserved ones make room for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from medtvt_rl.data.tokenizer import ANSWER_TOKENS, adapt_tokenizer
+
+RESERVED = re.compile(r"reserved|unused")
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+def write_tokenizer(
+    source: Path, target: Path, tokens: Mapping[str, int], num_rows: int
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Writes the tokenizer of the folder `source` to `target`, its tokens at these ids, with what the task needs.
+
+    Returns:
+        ids of bos, eos and pad, under the names of a model's configuration, and the reserved tokens that were left out.
+
+    Raises:
+        ValueError: `source` is no folder of a fast tokenizer, or its tokens cannot be given these ids.
+    """
+    if not (source / "tokenizer_config.json").is_file():
+        raise ValueError(f"--tokenizer: {source} holds no tokenizer_config.json; expected a Hugging Face folder")
+    loaded = AutoTokenizer.from_pretrained(source)
+    if not getattr(loaded, "is_fast", False):
+        raise ValueError(f"--tokenizer: {source} holds no tokenizer.json; save it as a fast tokenizer")
+    if loaded.eos_token_id is None:
+        raise ValueError(f"--tokenizer: {source} has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    tokenizer, left_out = with_places(cast(PreTrainedTokenizerFast, loaded), tokens, num_rows)
+    tokenizer.save_pretrained(target)
+    ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in NAMED[:3]}
+    return {name: token for name, token in ids.items() if token is not None}, left_out
+
+
+def with_places(
+    tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, int], num_rows: int
+) -> tuple[PreTrainedTokenizerFast, tuple[str, ...]]:
+    """The tokenizer with these tokens at these ids and all others below `num_rows`, and the reserved tokens left out.
+
+    Raises:
+        ValueError: an id belongs to text, or there are more tokens than rows.
+    """
+    tokenizer = adapt_tokenizer(tokenizer)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = content["model"].get("vocab")
+    if not isinstance(vocabulary, dict):
+        raise ValueError(
+            f"--tokenizer: a model of type {content['model'].get('type')!r}, expected one with a vocabulary (BPE)"
+        )
+    added = {entry["content"]: entry for entry in content["added_tokens"]}
+    text_size = 1 + max(vocabulary.values(), default=-1)
+    _vacate(vocabulary, added, tokens)
+    places, left_out = _places(
+        {entry["content"]: entry["id"] for entry in added.values()}, vocabulary, tokens, text_size, num_rows
+    )
+    content["added_tokens"] = [
+        {**added.get(name, _new_token(name)), "id": place} for place, name in sorted((p, n) for n, p in places.items())
+    ]
+    _renumber(content.get("post_processor"), {**vocabulary, **places})
+    result = _rebuilt(tokenizer, content)
+    wrong = {name: result.encode(name, add_special_tokens=False) for name in tokens}
+    wrong = {name: ids for name, ids in wrong.items() if ids != [tokens[name]]}
+    if wrong or len(result) > num_rows:
+        raise ValueError(
+            f"--tokenizer: after giving out ids it still reads {wrong or len(result)}; use another tokenizer"
+        )
+    return result, left_out
+
+
+def _vacate(vocabulary: dict[str, int], added: dict[str, dict[str, Any]], tokens: Mapping[str, int]) -> None:
+    """Takes tokens that move out of the model's own vocabulary, where special tokens of a trained one lie, too."""
+    for name, wanted in tokens.items():
+        if vocabulary.get(name, wanted) != wanted:
+            old = vocabulary.pop(name)
+            vocabulary[f"<|unused_{old}|>"] = old
+    at = {place: name for name, place in vocabulary.items()}
+    for name, wanted in tokens.items():
+        found = at.get(wanted, name)
+        if found != name:
+            if found not in added and not RESERVED.search(found):
+                raise ValueError(
+                    f"--tokenizer: id {wanted}, which {name} has in the checkpoint, is the text {found!r}; is it the "
+                    "tokenizer of that model?"
+                )
+            vocabulary[name] = vocabulary.pop(found)
+
+
+def _places(
+    added: dict[str, int], vocabulary: dict[str, int], tokens: Mapping[str, int], text_size: int, num_rows: int
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Added token -> id, without gaps behind the text, and the reserved tokens for which there is no row.
+
+    Tokens keep their ids where these are free; others go to free ids, then to those of reserved tokens.
+    """
+    if text_size > num_rows:
+        raise ValueError(f"--tokenizer: {text_size} tokens, and the checkpoint's embedding table has {num_rows} rows")
+    inside = {name: vocabulary[name] for name in (*added, *tokens) if name in vocabulary}
+    taken = {place: name for name, place in tokens.items() if place >= text_size}
+    homeless = []
+    for name, place in sorted(added.items(), key=lambda item: item[1]):
+        if name in tokens or name in inside:
+            continue
+        if text_size <= place < num_rows and place not in taken:
+            taken[place] = name
+        else:
+            homeless.append(name)
+    needed = [name for name in homeless if not RESERVED.search(name)]
+    free = [place for place in range(text_size, num_rows) if place not in taken]
+    free += [place for place, name in sorted(taken.items()) if RESERVED.search(name)]
+    if len(needed) > len(free):
+        raise ValueError(
+            f"--tokenizer: the checkpoint's embedding table has {num_rows} rows, and none is left for "
+            f"{', '.join(needed[len(free) :])}"
+        )
+    taken |= dict(zip(free, needed))
+    left_out = tuple(name for name in added if name not in inside and name not in taken.values())
+    for place in range(text_size, max(taken, default=text_size)):
+        taken.setdefault(place, f"<|unused_{place}|>")
+    return {**inside, **{name: place for place, name in taken.items()}}, left_out
+
+
+def _new_token(name: str) -> dict[str, Any]:
+    """`<think>` and its kin are not special, so that decoding with skip_special_tokens=True leaves them."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": name, **flags, "special": name not in ANSWER_TOKENS}
+
+
+def _renumber(part: Any, ids: Mapping[str, int]) -> None:
+    """Corrects the ids that a post-processor holds beside tokens, in place."""
+    if isinstance(part, list):
+        for one in part:
+            _renumber(one, ids)
+    elif isinstance(part, dict):
+        if isinstance(part.get("tokens"), list) and isinstance(part.get("ids"), list):
+            part["ids"] = [ids.get(name, old) for name, old in zip(part["tokens"], part["ids"])]
+        for name in ("sep", "cls"):
+            if isinstance(part.get(name), list) and len(part[name]) == 2 and part[name][0] in ids:
+                part[name][1] = ids[part[name][0]]
+        for one in part.values():
+            _renumber(one, ids)
+
+
+def _rebuilt(tokenizer: PreTrainedTokenizerFast, content: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """A tokenizer of this content with the other's named tokens, template and settings."""
+    named = {name: str(getattr(tokenizer, name)) for name in NAMED if getattr(tokenizer, name) is not None}
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+        model_max_length=tokenizer.model_max_length,
+        **named,
+    )
+    result.chat_template = tokenizer.chat_template
+    return result

@@ -1,0 +1,103 @@
+"""`medtvt-rl import-reference` as a user calls it, and the settings of a run that starts from its folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+from golden_model import golden_state, write_files
+from pydicom.data import get_testdata_file
+
+from medtvt_rl.config import load_config, to_yaml
+from medtvt_rl.config_checks import ConfigError
+from medtvt_rl.data.tokenizer import train_tokenizer
+from pipelines import cli
+from pipelines.diagnose import DEFAULT_QUESTION, diagnose
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+FILM = "data.film.size=224"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("files")
+    train_tokenizer([DEFAULT_QUESTION] * 3, 310).save_pretrained(root / "tokenizer")
+    return {**write_files(root, golden_state()), "tokenizer": root / "tokenizer"}
+
+
+def run(files: dict[str, Path], out: Path, *more: str, leave_out: tuple[str, ...] = ()) -> int:
+    given = {name: path for name, path in files.items() if name not in leave_out}
+    words = [word for name, path in given.items() for word in (f"--{name.replace('_', '-')}", str(path))]
+    threads = torch.get_num_threads()
+    try:
+        return cli.main(["import-reference", *words, "--out", str(out), *more])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(files: dict[str, Path]) -> Path:
+    out = files["checkpoint"].parent / "out"
+    assert run(files, out) == 0
+    return out
+
+
+def test_without_a_tokenizer_it_says_so_and_no_run_starts(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(files, tmp_path / "out", "--adapter", leave_out=("tokenizer",)) == 0
+    said = capsys.readouterr().out
+    assert "1391 entries" in said and "rank 16 kept in adapter/" in said and "model.lora.rank=16" in said
+    assert "no tokenizer: the stages and diagnose need one" in said
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(ConfigError, match="it has no tokenizer"):
+        load_config(QUICKSTART, [f"model.init={tmp_path / 'out'}", FILM])
+
+
+def test_what_cannot_be_used_is_one_line(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(files, tmp_path / "out", leave_out=("special_tokens",)) == 2
+    assert run({**files, "params": tmp_path / "absent.json"}, tmp_path / "out") == 2
+    assert run({**files, "checkpoint": files["params"]}, tmp_path / "out") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and all(line.startswith("medtvt-rl: import-reference: ") for line in errors)
+    assert "is 128000, and the checkpoint's embedding table has 320 rows; give --special-tokens" in errors[0]
+    assert "absent.json: not a readable json file" in errors[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_takes_the_tower_of_its_folder(folder: Path, tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, [f"model.init={folder}", FILM])
+    assert (config.model.ecg.kind, config.model.cxr.kind, config.model.lab.kind) == (
+        "xresnet1d101",
+        "vit",
+        "normalised",
+    )
+    assert (config.model.cxr.num_channels, config.model.perception.residual_scale) == (3, 0.01)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"data\.film\.size is 96: the film encoder takes model\.cxr\.image_size = 224"),
+        ([FILM, "model.cxr.num_layers=6"], r"model\.cxr\.num_layers is 6: .* was built with 2; leave it out"),
+        ([FILM, "model.perception.tokens_per_modality=4"], r"tokens_per_modality is 4: .* was built with 1"),
+        ([FILM, "rollout.engine.max_model_len=4096"], r"max_model_len is 4096: .* has 2048 positions"),
+    ],
+)
+def test_settings_that_contradict_the_folder_are_refused(folder: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(QUICKSTART, [f"model.init={folder}", "learner.token_budget=8192", *overrides])
+
+
+def test_the_folder_diagnoses(folder: Path) -> None:
+    ecg, film = (Path(get_testdata_file(name, download=False)) for name in ("waveform_ecg.dcm", "RG1_UNCR.dcm"))
+    found = diagnose(folder, ecg=ecg, cxr=film, max_new_tokens=4)
+    assert found.missing == ("lab",) and all(0 < gate < 1 for gate in found.gates.values())
