@@ -20,23 +20,32 @@ from medtvt_rl.data.medtvt_qa import QAKind, parse_diagnoses
 from medtvt_rl.data.study_build import store_folder
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.tokenizer import MODALITY_TOKENS
+from medtvt_rl.model.config import Normalisation
 from medtvt_rl.types import MODALITIES, Prompt, Study
 
 ABLATION = "|without="
 _NORMALISED = ((np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.25).astype(np.float32)
+_IMAGENET_MEAN, _IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET = np.stack(
+    [(np.arange(256) / 255 - mean) / deviation for mean, deviation in zip(_IMAGENET_MEAN, _IMAGENET_DEVIATION)]
+).astype(np.float32)
 
 
 def study_item(
-    study: Study, lab_means: StudyStore | NDArray[np.float32], num_channels: int = 1
+    study: Study,
+    lab_means: StudyStore | NDArray[np.float32],
+    num_channels: int = 1,
+    normalise: Normalisation = "centred",
 ) -> dict[str, NDArray[Any]]:
     """One study as model input, unbatched.
 
     Args:
         lab_means: [50] float32 mean percentiles that stand where a value was not measured, or the store that has them.
         num_channels: the film is repeated over so many channels.
+        normalise: as model.cxr.normalise; "imagenet" needs three channels.
 
     Returns:
-        "ecg" [12, 1000] float32 mV; "cxr" [C, S, S] float32, (x / 255 - 0.5) / 0.25; "lab" [100] float32, 50
+        "ecg" [12, 1000] float32 mV; "cxr" [C, S, S] float32, normalised; "lab" [100] float32, 50
         percentiles then 50 flags; "present" [3] bool in the order of MODALITIES. A missing modality holds zeros.
         Where the film is missing its side is the store's, or 1 if only means are given.
     """
@@ -47,6 +56,8 @@ def study_item(
     present = np.array(study.present)
     if study.cxr is None:
         film = np.zeros((num_channels, side, side), dtype=np.float32)
+    elif normalise == "imagenet":
+        film = _IMAGENET[:, study.cxr]
     else:
         film = np.repeat(_NORMALISED[study.cxr][None], num_channels, axis=0)
     labs = np.zeros(2 * NUM_LABS, dtype=np.float32)
@@ -73,12 +84,12 @@ class StudyItems:
 
     def __init__(self, config: Config) -> None:
         self._store = StudyStore.open(store_folder(config.data))
-        self._num_channels = config.model.cxr.num_channels
+        self._film = config.model.cxr
 
     def get(self, item_id: str) -> dict[str, NDArray[Any]]:
         """The item of `study_item`. Raises DataError for an unknown study, ValueError for an unknown modality."""
         study_id, ablated, withheld = item_id.partition(ABLATION)
-        item = study_item(self._store.study(study_id), self._store, self._num_channels)
+        item = study_item(self._store.study(study_id), self._store, self._film.num_channels, self._film.normalise)
         return withhold(item, tuple(withheld.split("+"))) if ablated else item
 
 

@@ -122,6 +122,7 @@ def _config(
         kind="vit",
         image_size=patch * round(num_patches**0.5),
         num_channels=channels,
+        normalise="imagenet",
         hidden_size=vit_size,
         num_layers=_num_layers(state, r"vit_model\.encoder\.layer\.(\d+)\."),
         num_heads=vit_size // VIT_HEAD_SIZE,
