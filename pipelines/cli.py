@@ -29,6 +29,7 @@ HELP = {
 }
 # Beside the stages. NAME lives in pipelines/NAME.py (with _ for -): add_arguments(parser), command(args) -> exit code.
 COMMANDS = {
+    "check-data": "walk the data before a GPU is rented: counts, joins, units, labels, lengths, leakage",
     "diagnose": "read one patient's ECG, film and blood values, and name the diagnoses",
     "replay": "repeat recorded GRPO steps of a run and compare the weights bit for bit",
 }

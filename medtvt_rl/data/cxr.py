@@ -44,14 +44,15 @@ def read_film(path: Path, config: FilmConfig) -> NDArray[np.uint8]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the film path")
     wanted = round(config.size / PUBLISHED_SHARE) if config.crop == "published" else config.size
-    image = _read_dicom(path) if _is_dicom(path) else _read_image(path, wanted)
+    image = _read_dicom(path) if is_dicom(path) else _read_image(path, wanted)
     low, high = image.getextrema()
     if low == high:
         raise DataError(f"{path}: the film is blank, every pixel is {low}; leave it out or export it again")
     return np.asarray(_square(image, config), dtype=np.uint8)
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
+    """By suffix, or by the first bytes."""
     if path.suffix.lower() in {".dcm", ".dicom"}:
         return True
     with path.open("rb") as file:

@@ -260,19 +260,30 @@ def read_questions(
         usable: study id -> row of the studies that questions may be about.
         study_problems: what is wrong with the others.
     """
-    reasons = {problem.file: problem.reason for problem in study_problems}
-    by_id = {p.study_id: p.reason for p in study_problems if p.study_id and p.study_id not in usable}
     examples: list[QAExample] = []
     problems: list[Problem] = []
     for split, kind, file in qa_files(config):
-        rows = [row for row in tables.parsed if row.file == config.tables[split]]
-        refused = {row.location: reasons.get(row.location, "") for row in rows if usable.get(row.study_id) is not row}
-        index = StudyIndex(rows, refused)
-        unread = {study_id: by_id[study_id] for study_id in by_id.keys() - {row.study_id for row in rows}}
+        index, unread = question_index(config, tables, split, usable, study_problems)
         found, bad = read_qa(Path(config.root), file, kind, index, unread)
         examples += found
         problems += bad
     return examples, problems, len(examples) + len(problems)
+
+
+def question_index(
+    config: DataConfig,
+    tables: Tables,
+    split: str,
+    usable: Mapping[str, StudyRow],
+    study_problems: Sequence[Problem],
+) -> tuple[StudyIndex, dict[str, str]]:
+    """What questions of a split's files may speak of, and the ids of studies whose rows could not be read, with why."""
+    reasons = {problem.file: problem.reason for problem in study_problems}
+    rows = [row for row in tables.parsed if row.file == config.tables[split]]
+    refused = {row.location: reasons.get(row.location, "") for row in rows if usable.get(row.study_id) is not row}
+    known = {row.study_id for row in rows} | usable.keys()
+    unread = {p.study_id: p.reason for p in study_problems if p.study_id and p.study_id not in known}
+    return StudyIndex(rows, refused), unread
 
 
 def _check_shares(
