@@ -128,7 +128,7 @@ def show(console: Console, report: Report, out: Path) -> None:
     number = sum(check.counts.total() for check in report.checks.values())
     console.print(f"{number} {'entry' if number == 1 else 'entries'} in {out}", markup=False)
     if report.interrupted:
-        console.print(f"interrupted {report.interrupted}: what follows is of these alone", markup=False)
+        console.print(f"interrupted {report.interrupted}: the files of the rest were not looked at", markup=False)
     for sentence in report.stops:
         console.print(f"stops training: {sentence}", markup=False)
     if not report.stops and not report.interrupted:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 Crop = Literal["whole", "center", "published"]
+Normalisation = Literal["centred", "imagenet"]
 VALIDATION = "validation"
 
 

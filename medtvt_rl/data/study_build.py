@@ -90,6 +90,9 @@ def build_store(config: DataConfig, progress: Progress | None = None) -> Path:
     store = store_folder(config)
     _check_place(store)
     tables = read_tables(config)
+    for _, kind, file in qa_files(config):
+        if not inside_root(Path(config.root), file, "data.qa").is_file():
+            raise DataError(f"data.qa: {file}: no such file; put the {kind} questions there, or mend data.qa_files")
     studies_print, fingerprint = _fingerprints(config, tables)
     if _stored_fingerprint(store) == fingerprint:
         return store

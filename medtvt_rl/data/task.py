@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from medtvt_rl.config import Config
+from medtvt_rl.data.config import Normalisation
 from medtvt_rl.data.errors import DataError
 from medtvt_rl.data.labels import answer_text
 from medtvt_rl.data.labs import NUM_LABS
@@ -20,7 +21,6 @@ from medtvt_rl.data.medtvt_qa import QAKind, parse_diagnoses
 from medtvt_rl.data.study_build import store_folder
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.tokenizer import MODALITY_TOKENS
-from medtvt_rl.model.config import Normalisation
 from medtvt_rl.types import MODALITIES, Prompt, Study
 
 ABLATION = "|without="

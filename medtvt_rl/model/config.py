@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Normalisation = Literal["centred", "imagenet"]
+from medtvt_rl.data.config import Normalisation
 
 
 @dataclass

@@ -370,3 +370,6 @@ def test_the_command_names_what_is_not_there(root: Path, capsys: pytest.CaptureF
     assert cli.main([*arguments, "--out", str(root / "list.txt")]) == 2
     assert cli.main([*arguments, "data.qa_files.ecg_dev=x.json"]) == 2
     assert "write KIND_SPLIT, one of cxr_test" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check-data", "--help"])
+    assert ended.value.code == 0 and "--quick" in capsys.readouterr().out

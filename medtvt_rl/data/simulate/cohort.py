@@ -48,8 +48,6 @@ def write_cohort(config: CohortConfig, root: Path, progress: Progress | None = N
     """
     _check(config)
     marker = {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
-    if config.layout == "plain":
-        del marker["layout"]
     if _is_written(root, marker):
         return root
     partial = root.parent / f".{root.name}.partial-{os.getpid()}"
@@ -84,7 +82,7 @@ def _is_written(root: Path, marker: dict[str, Any]) -> bool:
         return False
     if not root.is_dir() or not (root / MARKER).is_file():
         raise DataError(f"{root}: holds something that is no simulated cohort; choose another data.root")
-    found = read_json(root / MARKER)
+    found = {"layout": "plain", **read_json(root / MARKER)}
     differing = [
         f"{key} {found.get(key)!r} instead of {marker.get(key)!r}"
         for key in {**marker, **found}
