@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 def check_config(config: Config) -> None:
     """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
     checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision)
-    for check in (*checks, _check_rewards, _check_stages, _check_checkpoints):
+    for check in (*checks, _check_rewards, _check_stages, _check_checkpoints, _check_data):
         check(config)
 
 
@@ -188,6 +188,13 @@ def _check_model(config: Config) -> None:
         f"the film encoder takes model.cxr.image_size = {model.cxr.image_size}; set both alike",
     )
 
+    _require(
+        model.cxr.normalise != "imagenet" or model.cxr.num_channels == 3,
+        "model.cxr.num_channels",
+        model.cxr.num_channels,
+        "model.cxr.normalise = imagenet speaks of three channels; set 3",
+    )
+
 
 def _check_sync(config: Config) -> None:
     rollout = config.rollout
@@ -248,7 +255,7 @@ def _check_stages(config: Config) -> None:
         config.run.stages,
         f"each stage stands once, in the order {', '.join(known)}",
     )
-    splits = list(config.data.labs_csv)
+    splits = config.data.splits
     _require(
         config.task.items is None or config.evaluation.split in splits,
         "evaluation.split",
@@ -279,3 +286,12 @@ def _check_checkpoints(config: Config) -> None:
         grpo.checkpoint_root,
         "the learners are processes of their own and do not share it; set a folder, or s3://, gs://, ...",
     )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    share = data.validation_share
+    _require(0 <= share < 1, "data.validation_share", share, "it is a share of the training patients; set 0 to below 1")
+    known = {f"{kind}_{split}" for kind in ("ecg", "cxr", "lab", "diagnosis") for split in data.tables}
+    for key in data.qa_files:
+        _require(key in known, "data.qa_files", key, f"write KIND_SPLIT, one of {', '.join(sorted(known))}")

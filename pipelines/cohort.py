@@ -31,7 +31,7 @@ def run(config: Config, reporter: Reporter) -> dict[str, Any]:
         write_cohort(config.cohort, Path(config.data.root), on_study)
         reporter.update(total)
     store, built = _build(config, reporter)
-    counts = {split: len(store.study_ids(split)) for split in config.data.labs_csv}
+    counts = {split: len(store.study_ids(split)) for split in config.data.splits}
     reporter.line("studies: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
     if store.problems:
         reporter.line(f"unusable: {len(store.problems)}, listed in {Path(config.data.store) / 'problems.csv'}")

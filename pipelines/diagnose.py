@@ -13,12 +13,12 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medtvt_rl.data.config import FilmConfig
+from medtvt_rl.data.config import Crop, FilmConfig
 from medtvt_rl.data.simulate.texts import QUESTIONS
 from medtvt_rl.types import MODALITIES, Study
 from pipelines.command import EXIT_USAGE, fail
@@ -61,7 +61,7 @@ def diagnose(
     cxr: Path | None = None,
     labs: Path | None = None,
     question: str = DEFAULT_QUESTION,
-    crop: Literal["whole", "center"] = "whole",
+    crop: Crop = "whole",
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Diagnosis:
     """Answers for one patient, greedily, on the CPU.
@@ -151,7 +151,7 @@ def _answer(
             f"{model.config.max_position_embeddings}; ask a shorter question"
         )
     channels, side = model.config.cxr["num_channels"], model.config.cxr["image_size"]
-    item = study_item(study, mean_percentiles, channels)
+    item = study_item(study, mean_percentiles, channels, model.config.cxr.get("normalise", "centred"))
     if study.cxr is None:
         item["cxr"] = np.zeros((channels, side, side), dtype=np.float32)
     tensors = {name: torch.from_numpy(np.asarray(value))[None] for name, value in item.items()}
@@ -207,7 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cxr", type=Path, help="chest film: JPEG, PNG or DICOM")
     parser.add_argument("--labs", type=Path, help="blood values: json or CSV of item id or name and value")
     parser.add_argument("--question", default=DEFAULT_QUESTION, help="what to ask (default: %(default)s)")
-    parser.add_argument("--crop", choices=["whole", "center"], default="whole", help="data.film.crop of the training")
+    parser.add_argument("--crop", choices=get_args(Crop), default="whole", help="data.film.crop of the training")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="the answer is cut there")
     parser.add_argument("--json", action="store_true", help="print json")
 

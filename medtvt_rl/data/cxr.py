@@ -18,6 +18,8 @@ from PIL import Image
 from medtvt_rl.data.config import FilmConfig
 from medtvt_rl.data.errors import DataError
 
+PUBLISHED_SHARE = 224 / 400
+"""What the published loader of MedTVT-R1 keeps of the shorter side: it resizes that to 400 pixels and cuts out 224."""
 _SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I", "F"}
 _STRETCH_PERCENTILES = (0.5, 99.5)
 _IMAGE_FAULTS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -41,14 +43,16 @@ def read_film(path: Path, config: FilmConfig) -> NDArray[np.uint8]:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the film path")
-    image = _read_dicom(path) if _is_dicom(path) else _read_image(path, config.size)
+    wanted = round(config.size / PUBLISHED_SHARE) if config.crop == "published" else config.size
+    image = _read_dicom(path) if is_dicom(path) else _read_image(path, wanted)
     low, high = image.getextrema()
     if low == high:
         raise DataError(f"{path}: the film is blank, every pixel is {low}; leave it out or export it again")
     return np.asarray(_square(image, config), dtype=np.uint8)
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
+    """By suffix, or by the first bytes."""
     if path.suffix.lower() in {".dcm", ".dicom"}:
         return True
     with path.open("rb") as file:
@@ -56,11 +60,11 @@ def _is_dicom(path: Path) -> bool:
 
 
 def _square(image: Image.Image, config: FilmConfig) -> Image.Image:
-    """Pads ("whole") or cuts ("center") a grey image to a square of the configured side."""
+    """Pads ("whole") or cuts ("center", "published") a grey image to a square of the configured side."""
     width, height = image.size
     size = (config.size, config.size)
-    if config.crop == "center":
-        side = min(width, height)
+    if config.crop != "whole":
+        side = min(width, height) * (PUBLISHED_SHARE if config.crop == "published" else 1)
         left, top = (width - side) / 2, (height - side) / 2
         return image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     scale = config.size / max(width, height)

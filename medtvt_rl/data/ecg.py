@@ -68,7 +68,7 @@ def standard_ecg(raw: RawEcg) -> NDArray[np.float32]:
 
 def _lead_order(leads: Sequence[str]) -> list[int]:
     """Position in the file of each of the 12 leads."""
-    names = [_plain_lead(lead) for lead in leads]
+    names = [plain_lead(lead) for lead in leads]
     missing = [lead for lead in LEADS if lead.upper() not in names]
     if len(names) != len(LEADS) or missing:
         lacking = f", missing {' '.join(missing)}" if missing else ""
@@ -76,7 +76,7 @@ def _lead_order(leads: Sequence[str]) -> list[int]:
     return [names.index(lead.upper()) for lead in LEADS]
 
 
-def _plain_lead(name: str) -> str:
+def plain_lead(name: str) -> str:
     """The bare name in capitals: "Lead I (Einthoven)" -> "I", "avf" -> "AVF"."""
     return re.sub(r"\(.*?\)|\blead\b|[\s_\-]", "", name, flags=re.IGNORECASE).upper()
 

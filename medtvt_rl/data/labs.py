@@ -113,6 +113,11 @@ class LabValues:
     values: NDArray[np.float64]
     percentiles: NDArray[np.float32] | None
 
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """[50], which were measured."""
+        return ~np.isnan(self.values)
+
 
 def labs_from_row(row: Mapping[str, str]) -> LabValues:
     """The 50 values of one CSV row: a column per item id and, unless the file has none, ID_percentile beside it.

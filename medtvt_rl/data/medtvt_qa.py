@@ -42,42 +42,60 @@ class QAExample:
 
 
 class StudyIndex:
-    """Finds the study that an entry speaks of, by id or by the path of its ECG or film."""
+    """Finds the study that an entry speaks of, by id or by the path of its ECG or film.
 
-    def __init__(self, rows: Iterable[StudyRow]) -> None:
+    Args:
+        rows: of the table that belongs to the entries.
+        refused: location of a row that cannot be used -> the reason.
+    """
+
+    def __init__(self, rows: Iterable[StudyRow], refused: Mapping[str, str] | None = None) -> None:
+        self._refused = refused or {}
         self._by_id: dict[str, StudyRow] = {}
-        self._by_path: dict[str, StudyRow] = {}
+        self._by_path: dict[str, list[StudyRow]] = {}
         for row in rows:
             self._by_id[row.study_id] = row
             for path in (row.ecg_path, row.cxr_path):
                 if path:
-                    self._by_path[plain_path(path)] = row
+                    self._by_path.setdefault(plain_path(path), []).append(row)
 
     def find(self, study_id: str | None, paths: Mapping[str, str]) -> StudyRow:
         """The study of an entry with paths {"ECG": ..., "image": ...}.
 
         Raises:
-            DataError: there is none, or id and paths speak of different studies.
+            DataError: there is none, id and paths speak of different studies, or the paths of several, or the study
+                was refused itself.
         """
-        named = self._by_id.get(study_id) if study_id is not None else None
-        if study_id is not None and named is None:
-            raise DataError(
-                f"study_id: no usable study {study_id!r} in this split; add it to the table or drop the entry"
-            )
+        found: list[StudyRow] | None = None
+        if study_id is not None:
+            if study_id not in self._by_id:
+                raise DataError(
+                    f"study_id: no usable study {study_id!r} in this split; add it to the table or drop the entry"
+                )
+            found = [self._by_id[study_id]]
         for field, path in paths.items():
-            found = self._by_path.get(plain_path(path))
-            if found is None:
+            with_path = self._by_path.get(plain_path(path))
+            if with_path is None:
                 raise DataError(
                     f"{field}: no usable study of this split has the path {path!r}; mend it or drop the entry"
                 )
-            if named is not None and found is not named:
+            both = with_path if found is None else [row for row in found if any(row is other for other in with_path)]
+            if not both:
                 raise DataError(
-                    f"{field}: {path!r} is of study {found.study_id}, the entry speaks of {named.study_id}; mend one"
+                    f"{field}: {path!r} is of study {with_path[0].study_id}, the entry speaks of "
+                    f"{found[0].study_id if found else None}; mend one"
                 )
-            named = found
-        if named is None:
+            found = both
+        if found is None:
             raise DataError("study_id: neither a study_id nor an ECG or image path is given; add one")
-        return named
+        if len(found) > 1:
+            raise DataError(
+                f"study_id: studies {found[0].study_id} and {found[1].study_id} share this file; add a study_id"
+            )
+        reason = self._refused.get(found[0].location)
+        if reason is not None:
+            raise DataError(f"study_id: study {found[0].study_id} {REFUSED}: {reason}")
+        return found[0]
 
 
 def plain_path(path: str) -> str:
@@ -120,7 +138,7 @@ def read_qa(
     """The entries of one file and those that were set aside.
 
     Args:
-        refused: ids of studies of this split that are themselves unusable, with the reason.
+        refused: ids of studies that are themselves unusable and of which `studies` has no row, with the reason.
 
     Raises:
         DataError: the file is missing, is not json, or is not a list.

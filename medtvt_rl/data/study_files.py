@@ -70,6 +70,16 @@ def write_studies(path: Path, studies: Iterable[StoredStudy], film_size: int) ->
     return count
 
 
+def join_studies(path: Path, files: Iterable[Path], film_size: int) -> None:
+    """Writes the batches of several files, in their order, into one."""
+    schema = _schema(film_size)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for file in files:
+            reader = pa.ipc.open_file(pa.memory_map(str(file), "r"))
+            for number in range(reader.num_record_batches):
+                writer.write_batch(reader.get_batch(number))
+
+
 def _columns(batch: list[StoredStudy], schema: pa.Schema) -> list[pa.Array]:
     cells = {
         name: [getattr(study, name) for study in batch]

@@ -1,6 +1,6 @@
 """Reads the ECG and the film of one study; runs in pool processes, so it imports little.
 
-Owns: that both files lie inside the data root, and the bytes that the store keeps. Does not own: the formats (ecg.py,
+Owns: that both files lie inside their folders, and the bytes that the store keeps. Does not own: the formats (ecg.py,
 cxr.py) or what becomes of a study whose files cannot be read (study_build.py).
 """
 
@@ -23,9 +23,10 @@ from medtvt_rl.data.study_rows import StudyRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadTask:
-    """One study to read from below `root`."""
+    """One study to read; its paths count from `ecg_root` and `cxr_root`."""
 
-    root: Path
+    ecg_root: Path
+    cxr_root: Path
     row: StudyRow
     film: FilmConfig
 
@@ -52,19 +53,20 @@ def read_study_files(task: ReadTask) -> ReadFiles:
     if row.ecg_path:
         try:
             for path in ecg_files(Path(row.ecg_path)):
-                inside_root(task.root, str(path), "ecg_path")
-            ecg = read_ecg(inside_root(task.root, row.ecg_path, "ecg_path")).astype(np.float16).tobytes()
+                inside_root(task.ecg_root, str(path), "ecg_path")
+            ecg = read_ecg(inside_root(task.ecg_root, row.ecg_path, "ecg_path")).astype(np.float16).tobytes()
         except DataError as error:
-            problems.append(row.problem("ecg_path", _relative(error, task.root)))
+            problems.append(row.problem("ecg_path", relative(error, task.ecg_root)))
     if row.cxr_path:
         try:
-            film = read_film(inside_root(task.root, row.cxr_path, "cxr_path"), task.film).tobytes()
+            film = read_film(inside_root(task.cxr_root, row.cxr_path, "cxr_path"), task.film).tobytes()
         except DataError as error:
-            problems.append(row.problem("cxr_path", _relative(error, task.root)))
+            problems.append(row.problem("cxr_path", relative(error, task.cxr_root)))
     if not row.ecg_path and not row.cxr_path and np.isnan(row.labs.values).all():
         problems.append(row.problem("study_id", "the study has no ECG, no film and no laboratory value; drop the row"))
     return ReadFiles(ecg=ecg, film=film, problems=tuple(problems))
 
 
-def _relative(error: DataError, root: Path) -> str:
+def relative(error: DataError, root: Path) -> str:
+    """The error's message, with paths that count from `root`."""
     return str(error).replace(f"{os.path.realpath(root)}{os.sep}", "")

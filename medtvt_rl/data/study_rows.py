@@ -8,6 +8,7 @@ DataError.
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from medtvt_rl.data.config import VALIDATION, DataConfig
 from medtvt_rl.data.errors import DataError, Problem
 from medtvt_rl.data.labels import ALL_FINDINGS
 from medtvt_rl.data.labs import LAB_IDS, PERCENTILE_SUFFIX, LabValues, labs_from_row
 from medtvt_rl.data.paths import inside_root
 
-_REQUIRED = ("study_id", "subject_id", "ecg_path", "cxr_path", *LAB_IDS)
+_REQUIRED = ("subject_id", "ecg_path", "cxr_path", *LAB_IDS)
 _PERCENTILES = tuple(item + PERCENTILE_SUFFIX for item in LAB_IDS)
 
 
@@ -43,47 +45,79 @@ class StudyRow:
     cxr_path: str
     labs: LabValues
 
+    @property
+    def location(self) -> str:
+        """FILE:LINE."""
+        return f"{self.file}:{self.line}"
+
     def problem(self, field: str, reason: str) -> Problem:
         """This row's problem with one of its fields."""
-        return Problem(file=f"{self.file}:{self.line}", study_id=self.study_id, field=field, reason=reason)
+        return Problem(file=self.location, study_id=self.study_id, field=field, reason=reason)
 
 
-def read_rows(root: Path, file: str, split: str) -> tuple[list[StudyRow], list[Problem]]:
-    """The rows of one split's table and the rows that were set aside.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableRows:
+    """What one table holds.
+
+    Attributes:
+        rows: the usable ones.
+        problems: of the rows that were set aside.
+        num_left_out: rows that data.only_rows does not take.
+    """
+
+    rows: list[StudyRow]
+    problems: list[Problem]
+    num_left_out: int
+
+
+def read_rows(config: DataConfig, split: str) -> TableRows:
+    """The rows of one split's table, those that data.validation_share takes out of it among them.
 
     Raises:
         DataError: the file is missing or lacks columns.
     """
+    file, id_column = config.tables[split], config.id_column
+    taken = config.validation_share if split == "train" and config.takes_validation else 0.0
     rows: list[StudyRow] = []
     problems: list[Problem] = []
-    for line, cells in _table(root, file, _REQUIRED, _PERCENTILES):
-        study_id = cells.get("study_id", "").strip()
+    num_left_out = 0
+    for line, cells in _table(Path(config.root), file, (id_column, *_REQUIRED), _PERCENTILES):
+        if any(cells.get(name, value).strip() != value for name, value in config.only_rows.items()):
+            num_left_out += 1
+            continue
+        study_id = cells.get(id_column, "").strip()
         try:
-            rows.append(_row(cells, split, file, line))
+            rows.append(_row(cells, id_column, split, taken, file, line))
         except DataError as error:
             field = str(error).split(":", 1)[0].removeprefix("column ")
             problems.append(Problem(file=f"{file}:{line}", study_id=study_id, field=field, reason=str(error)))
-    return rows, problems
+    return TableRows(rows=rows, problems=problems, num_left_out=num_left_out)
 
 
-def _row(cells: dict[str, str], split: str, file: str, line: int) -> StudyRow:
+def _row(cells: dict[str, str], id_column: str, split: str, taken: float, file: str, line: int) -> StudyRow:
     if "" in cells:
         raise DataError(f"row: {cells['']}; mend the commas and quotes of the row")
-    for name in ("study_id", "subject_id"):
+    for name in (id_column, "subject_id"):
         if not cells[name].strip():
             raise DataError(f"column {name}: empty; every row needs one")
-    if "|" in cells["study_id"]:
-        raise DataError(f"column study_id: {cells['study_id']!r} holds '|', which is reserved; rename the study")
+    if "|" in cells[id_column]:
+        raise DataError(f"column {id_column}: {cells[id_column]!r} holds '|', which is reserved; rename the study")
+    patient_id = cells["subject_id"].strip()
     return StudyRow(
-        split=split,
+        split=VALIDATION if patient_place(patient_id) < taken else split,
         file=file,
         line=line,
-        study_id=cells["study_id"].strip(),
-        patient_id=cells["subject_id"].strip(),
+        study_id=cells[id_column].strip(),
+        patient_id=patient_id,
         ecg_path=cells["ecg_path"].strip(),
         cxr_path=cells["cxr_path"].strip(),
         labs=labs_from_row(cells),
     )
+
+
+def patient_place(patient_id: str) -> float:
+    """A number in 0..1 that depends on the patient alone, evenly spread over patients."""
+    return int.from_bytes(hashlib.sha256(patient_id.encode()).digest()[:8]) / 2**64
 
 
 def read_findings(root: Path, file: str) -> tuple[dict[str, NDArray[np.bool_]], list[Problem]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from medtvt_rl.config import Config
+from medtvt_rl.data.config import Normalisation
 from medtvt_rl.data.errors import DataError
 from medtvt_rl.data.labels import answer_text
 from medtvt_rl.data.labs import NUM_LABS
@@ -25,19 +26,27 @@ from medtvt_rl.types import MODALITIES, Prompt, Study
 
 ABLATION = "|without="
 _NORMALISED = ((np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.25).astype(np.float32)
+_IMAGENET_MEAN, _IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET = np.stack(
+    [(np.arange(256) / 255 - mean) / deviation for mean, deviation in zip(_IMAGENET_MEAN, _IMAGENET_DEVIATION)]
+).astype(np.float32)
 
 
 def study_item(
-    study: Study, lab_means: StudyStore | NDArray[np.float32], num_channels: int = 1
+    study: Study,
+    lab_means: StudyStore | NDArray[np.float32],
+    num_channels: int = 1,
+    normalise: Normalisation = "centred",
 ) -> dict[str, NDArray[Any]]:
     """One study as model input, unbatched.
 
     Args:
         lab_means: [50] float32 mean percentiles that stand where a value was not measured, or the store that has them.
         num_channels: the film is repeated over so many channels.
+        normalise: as model.cxr.normalise; "imagenet" needs three channels.
 
     Returns:
-        "ecg" [12, 1000] float32 mV; "cxr" [C, S, S] float32, (x / 255 - 0.5) / 0.25; "lab" [100] float32, 50
+        "ecg" [12, 1000] float32 mV; "cxr" [C, S, S] float32, normalised; "lab" [100] float32, 50
         percentiles then 50 flags; "present" [3] bool in the order of MODALITIES. A missing modality holds zeros.
         Where the film is missing its side is the store's, or 1 if only means are given.
     """
@@ -48,6 +57,8 @@ def study_item(
     present = np.array(study.present)
     if study.cxr is None:
         film = np.zeros((num_channels, side, side), dtype=np.float32)
+    elif normalise == "imagenet":
+        film = _IMAGENET[:, study.cxr]
     else:
         film = np.repeat(_NORMALISED[study.cxr][None], num_channels, axis=0)
     labs = np.zeros(2 * NUM_LABS, dtype=np.float32)
@@ -74,7 +85,7 @@ class StudyItems:
 
     def __init__(self, config: Config) -> None:
         self._store = StudyStore.open(store_folder(config.data))
-        self._num_channels = config.model.cxr.num_channels
+        self._film = config.model.cxr
 
     def fingerprint(self) -> str:
         """Checksum of the content that the items are made of, wherever and whenever it was stored."""
@@ -83,7 +94,7 @@ class StudyItems:
     def get(self, item_id: str) -> dict[str, NDArray[Any]]:
         """The item of `study_item`. Raises DataError for an unknown study, ValueError for an unknown modality."""
         study_id, ablated, withheld = item_id.partition(ABLATION)
-        item = study_item(self._store.study(study_id), self._store, self._num_channels)
+        item = study_item(self._store.study(study_id), self._store, self._film.num_channels, self._film.normalise)
         return withhold(item, tuple(withheld.split("+"))) if ablated else item
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from medtvt_rl.data.config import Normalisation
+
 
 @dataclass
 class BackboneConfig:
@@ -34,6 +36,8 @@ class CxrEncoderConfig:
 
     Attributes:
         head: of `conv`: "pool" keeps mean and maximum of each channel, "flat" adds a coarse map of where things are.
+        normalise: of values in 0..1: "centred" is (x - 0.5) / 0.25; "imagenet" takes the mean and deviation of each
+            of three channels that the published encoder was trained with.
         hidden_size, num_layers, num_heads, intermediate_size, patch_size: of `vit`.
     """
 
@@ -42,6 +46,7 @@ class CxrEncoderConfig:
     head: Literal["pool", "flat"] = "pool"
     image_size: int = 96
     num_channels: int = 1
+    normalise: Normalisation = "centred"
     hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12

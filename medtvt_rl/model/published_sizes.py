@@ -112,6 +112,7 @@ def _film(vit: Mapping[str, Any], source: str) -> CxrEncoderConfig:
         )
     return CxrEncoderConfig(
         kind="vit",
+        normalise="imagenet",
         image_size=image,
         num_channels=NUM_CHANNELS,
         hidden_size=size,

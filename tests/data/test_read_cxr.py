@@ -54,6 +54,15 @@ def test_a_wide_film_is_padded_whole_or_cut(tmp_path: Path) -> None:
     assert centre[32, 5] == 90 and centre[32, 60] == 200 and centre.min() > 0
 
 
+def test_the_published_cut_keeps_the_middle(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:400, :500]
+    rings = np.maximum(abs(rows - 199.5), abs(columns - 249.5)).astype(np.uint8)
+    Image.fromarray(rings).save(tmp_path / "rings.png")
+    cut = read_film(tmp_path / "rings.png", FilmConfig(size=112, crop="published"))
+    assert cut.shape == (112, 112) and abs(int(cut[56, 0]) - 111) <= 2 and abs(int(cut[0, 56]) - 111) <= 2
+    assert cut[56, 56] <= 2
+
+
 def test_sixteen_bits_are_stretched(tmp_path: Path) -> None:
     Image.fromarray(film().astype(np.uint16) * 16).save(tmp_path / "deep.png")
     read = read_film(tmp_path / "deep.png", WHOLE)

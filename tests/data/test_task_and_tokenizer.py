@@ -130,6 +130,10 @@ def test_an_item_has_its_shapes_and_scale(config: Config, store: StudyStore) -> 
     np.testing.assert_array_equal(item["lab"][50:], measured)
     coloured = study_item(study, store, 3)["cxr"]
     assert coloured.shape == (3, 48, 48) and (coloured == item["cxr"]).all()
+    published = study_item(study, store, 3, "imagenet")["cxr"]
+    expected = [(study.cxr / 255 - m) / s for m, s in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+    np.testing.assert_allclose(published, expected, atol=1e-5)
+    assert published.dtype == np.float32
 
 
 def test_a_missing_modality_is_zero_and_marked(config: Config, store: StudyStore) -> None:

@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_without_paying_twice(command: list[str], fol
         wait_for(lambda: len(server.prompts) >= 5, process)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
-        assert process.returncode == 1 and "the same command goes on from there" in error
+        assert process.returncode == 130 and "the same command goes on from there" in error, error
         assert not folder.exists()
         server.delay_s = 0.0
         assert cli.main(told) == 0

@@ -115,7 +115,7 @@ def write_qa(
     partial.mkdir(parents=True)
     try:
         entries: dict[tuple[str, str], list[dict[str, Any]]]
-        entries = {(kind, split): [] for split in config.labs_csv for kind in kinds}
+        entries = {(kind, split): [] for split in config.splits for kind in kinds}
         for place, item in enumerate(items):
             if place in answers.accepted:
                 entries[item.kind, item.labels.split].append(_entry(item, answers.accepted[place]))
@@ -164,7 +164,7 @@ def _manifest(
     source: Mapping[str, Any],
 ) -> dict[str, Any]:
     splits = {}
-    for split in config.labs_csv:
+    for split in config.splits:
         studies = [study for study in labelled.studies if study.split == split]
         gaps = gap_counts(studies, kinds)
         splits[split] = {

@@ -131,7 +131,7 @@ def read_labels(
     """
     ranges = read_ranges(sources.lab_ranges)
     rows, problems = _study_rows(config)
-    rows = [row for split in config.labs_csv for row in [r for r in rows if r.split == split][:limit]]
+    rows = [row for split in config.splits for row in [r for r in rows if r.split == split][:limit]]
     counts = {name: Counter[str]() for name in ("ecg", "cxr", "lab", "icd")}
     ids = _ids(config, rows, stays="diagnosis" in kinds)
     patients = {name: {getattr(ids[row.study_id], name): row.patient_id for row in rows} for name in _Ids.__slots__}
@@ -164,21 +164,21 @@ def _study_rows(config: DataConfig) -> tuple[list[StudyRow], list[Problem]]:
     """The rows that a study store of this configuration would keep: a patient stays in one split."""
     rows: list[StudyRow] = []
     problems: list[Problem] = []
-    for split, file in config.labs_csv.items():
-        found, refused = read_rows(Path(config.root), file, split)
-        rows += found
-        problems += refused
-    kept, refused = check_ids(rows, list(config.labs_csv))
+    for split in config.tables:
+        table = read_rows(config, split)
+        rows += table.rows
+        problems += table.problems
+    kept, refused = check_ids(rows, config.splits)
     return kept, problems + refused
 
 
 def _ids(config: DataConfig, rows: Sequence[StudyRow], stays: bool) -> dict[str, _Ids]:
-    required = ("hadm_id",) if stays else ()
+    key, required = config.id_column, ("hadm_id",) if stays else ()
     links: dict[str, dict[str, str]] = {}
-    for split, file in config.labs_csv.items():
-        wanted = {row.study_id for row in rows if row.split == split}
-        for cells in rows_of(Path(config.root) / file, "study_id", wanted, required, r"hadm_id|(?:ecg|cxr)_study_id"):
-            links[cells["study_id"]] = cells
+    for file in config.tables.values():
+        wanted = {row.study_id for row in rows if row.file == file}
+        for cells in rows_of(Path(config.root) / file, key, wanted, required, r"hadm_id|(?:ecg|cxr)_study_id"):
+            links[cells[key]] = cells
     ids = {}
     for row in rows:
         cells = links[row.study_id]
