@@ -150,6 +150,12 @@ def _check_model(config: Config) -> None:
         model.lora.dropout,
         "the learner would score another policy than the engine samples; set 0",
     )
+    _require(
+        model.init_from is None or model.init is not None,
+        "model.init",
+        model.init,
+        f"name the folder where model.init_from = {model.init_from} is to be kept, e.g. runs/models/NAME",
+    )
     if config.task.items is None:
         return
     width, heads = model.backbone.hidden_size, model.backbone.num_heads

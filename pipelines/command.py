@@ -18,6 +18,7 @@ from medtvt_rl.config import Config, load_config
 from medtvt_rl.config_checks import ConfigError
 
 if TYPE_CHECKING:
+    from medtvt_rl.model.llm_source import LlmSource
     from pipelines.reporter import Reporter
 
 JOB_FOLDER = "runtime_resources/working_dir_files"
@@ -40,7 +41,8 @@ def check_named(config: Config) -> None:
     The current folder is searched, too, as Ray's workers do: a user's own rewards and tasks may lie there.
 
     Raises:
-        ConfigError: a module or a name does not exist, or a reward function does not take its options.
+        ConfigError: a module or a name does not exist, a reward function does not take its options, or what
+            `model.init` is to be written from is not installed.
     """
     from medtvt_rl.dotted import resolve
     from medtvt_rl.logs import quiet_environment
@@ -57,10 +59,48 @@ def check_named(config: Config) -> None:
             path, key = getattr(config.task, name), f"task.{name}"
             if path is not None:
                 resolve(path, key)
+        key = "model.init_from"
+        if config.model.init_from is not None:
+            _check_source(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except Exception as error:  # the modules are the user's code: importing one may raise anything
         raise ConfigError(f"{key}: a module that it names cannot be imported: {_one_line(error)}") from error
+
+
+def _check_source(config: Config) -> None:
+    """Raises ValueError where `model.init` cannot be written from its source."""
+    folder, source = _init_from(config)
+    if not folder.exists():
+        source.check()
+
+
+def _init_from(config: Config) -> tuple[Path, LlmSource]:
+    """`model.init` and what writes it."""
+    from medtvt_rl.dotted import resolve
+    from medtvt_rl.model.llm_source import LlmSource
+
+    source = resolve(str(config.model.init_from), "model.init_from")
+    if not isinstance(source, LlmSource):
+        raise ValueError(f"model.init_from: {config.model.init_from!r} names no LlmSource; see model/llm_source.py")
+    return Path(str(config.model.init)), source
+
+
+def write_init(config: Config, reporter: Reporter) -> None:
+    """Writes `model.init` from its source, where it isn't there yet."""
+    if config.model.init_from is None:
+        return
+    from medtvt_rl.learner.process_group import prepare_environment
+    from medtvt_rl.model.llm_source import is_ready, write_folder
+
+    prepare_environment(config.pretrain.num_threads)
+    folder, source = _init_from(config)
+    if is_ready(source, folder):
+        return
+    reporter.line(f"model: writing {source.name} to {folder}, once")
+    reporter.start("model", unit="part")
+    write_folder(source, folder, lambda done, total: reporter.update(done, total=total))
+    reporter.finish("model")
 
 
 def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool) -> int:
@@ -75,10 +115,13 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
 
     try:
         session = ray_session(config, logical_cpus(config)) if with_ray else nullcontext()
-        with Reporter(config.folder) as reporter, session:
-            quiet_third_parties(config.folder / "logs")
-            stop_at_once()  # Ray has set a handler of its own
-            work(reporter)
+        with Reporter(config.folder) as reporter:
+            if with_ray:
+                write_init(config, reporter)
+            with session:
+                quiet_third_parties(config.folder / "logs")
+                stop_at_once()  # Ray has set a handler of its own
+                work(reporter)
     except KeyboardInterrupt:
         return fail("interrupted; finished stages are kept, and the same command goes on from there", EXIT_INTERRUPTED)
     except Stopped as stopped:

@@ -86,7 +86,8 @@ def build_tokenizer(config: Config, store: StudyStore) -> PreTrainedTokenizerFas
 
 
 def adapt_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Adds the task's tokens that a pre-trained tokenizer lacks, a pad token of its own, and a chat template."""
+    """Adds the task's tokens that a pre-trained tokenizer lacks, a pad token of its own, and a chat template; the end
+    token becomes that of the chat's turns."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "model.init: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
@@ -110,8 +111,20 @@ def adapt_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
             [AddedToken(token, normalized=False, special=True) for token in (USER, ASSISTANT)], special_tokens=True
         )
         tokenizer.chat_template = CHAT_TEMPLATE if tokenizer.bos_token else CHAT_TEMPLATE.replace("{{ bos_token }}", "")
+    else:
+        _end_as_the_chat_does(tokenizer)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _end_as_the_chat_does(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Makes the special token that the chat template puts behind an answer the end token: answers stop there."""
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ANSWER_TOKENS[-1]}]
+    text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+    behind = tokenizer.encode(text.rpartition(ANSWER_TOKENS[-1])[2].lstrip(), add_special_tokens=False)
+    added = tokenizer.added_tokens_decoder
+    if behind and behind[0] in added and added[behind[0]].special:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(behind[0])
 
 
 def modality_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -100,10 +100,12 @@ class ModelConfig:
 
     Attributes:
         init: a Hugging Face folder: a MedTVT model to go on from, whose ecg, cxr, lab and perception the run then has,
-            or a plain Llama to build upon; None starts fresh.
+            or any plain Llama, with its tokenizer and chat template, to build upon; None starts fresh.
+        init_from: a dotted path to an LlmSource (llm_source.py), which writes `init` where it isn't there yet.
     """
 
     init: str | None = None
+    init_from: str | None = None
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     ecg: EcgEncoderConfig = field(default_factory=EcgEncoderConfig)
     cxr: CxrEncoderConfig = field(default_factory=CxrEncoderConfig)

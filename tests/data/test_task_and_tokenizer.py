@@ -83,6 +83,42 @@ def test_a_foreign_tokenizer_is_adapted(tokenizer: PreTrainedTokenizerFast, tmp_
         adapt_tokenizer(PreTrainedTokenizerFast(tokenizer_object=plain))
 
 
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def chat_tokenizer(eos_token: str) -> PreTrainedTokenizerFast:
+    """One with the turns of ChatML, which puts a begin token before whatever it is asked to encode."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|begin|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    plain.train_from_iterator(["a b"], trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=special))
+    plain.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<|begin|>", eos_token=eos_token)
+    made.chat_template = "{{ bos_token }}" + CHATML
+    return made
+
+
+@pytest.mark.parametrize("eos_token", ["<|end_of_text|>", "<|im_end|>"])
+def test_a_chat_template_gives_the_prompt_and_the_end_of_an_answer(eos_token: str) -> None:
+    adapted = adapt_tokenizer(chat_tokenizer(eos_token))
+    ids = prompt_token_ids(adapted, "Why?", 1)
+    turn = "<|im_start|>user\n<ecg><cxr><lab>Why?<|im_end|>\n<|im_start|>assistant\n"
+    assert adapted.decode(ids) == f"<|begin|>{turn}" and (ids == 0).sum() == 1
+    assert adapted.eos_token == "<|im_end|>" and adapted.pad_token not in (None, adapted.eos_token)
+
+
+def test_a_template_that_ends_without_a_special_token_leaves_the_end_token() -> None:
+    plain = chat_tokenizer("<|end_of_text|>")
+    plain.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    assert adapt_tokenizer(plain).eos_token == "<|end_of_text|>"
+
+
 def test_prompts_expand_placeholders_once(
     config: Config, store: StudyStore, tokenizer: PreTrainedTokenizerFast
 ) -> None:

