@@ -104,17 +104,22 @@ def _stop_a_job(head: dict[str, str], root: Path) -> None:
     entry = ["python", "-m", "pipelines.grpo", "-c", "configs/quickstart.yaml", f"run.root={root}", *SMALL]
     entry += ["run.name=stopped", "run.stages=[grpo]", f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"]
     entry += ["grpo.steps=500", "grpo.checkpoint_every=1000", "grpo.held_out.every_steps=0"]
-    submit = [BIN / "ray", "job", "submit", "--no-wait", "--submission-id", "stopped", "--working-dir", "."]
-    subprocess.run([*submit, "--", *entry], cwd=PROJECT, env=head, capture_output=True, timeout=120, check=True)
+    submit = ("submit", "--no-wait", "--submission-id", "stopped", "--working-dir", ".")
+    _ray_job(head, *submit, "--", *entry)
     run, deadline = root / "stopped", time.monotonic() + 200
     while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count('"grpo"') < 2:
-        assert time.monotonic() < deadline, "no second step"
+        assert time.monotonic() < deadline, _ray_job(head, "logs", "stopped")[-3000:]
         time.sleep(0.1)
-    subprocess.run([BIN / "ray", "job", "stop", "stopped"], env=head, capture_output=True, timeout=120, check=True)
-    said = subprocess.run(
-        [BIN / "ray", "job", "logs", "stopped"], env=head, capture_output=True, text=True, timeout=120, check=True
-    )
+    _ray_job(head, "stop", "stopped")
     steps = len((run / "journal" / "steps.jsonl").read_text().splitlines())
-    assert f"SIGTERM: the newest checkpoint is that of step {steps}." in said.stdout
+    assert f"SIGTERM: the newest checkpoint is that of step {steps}." in _ray_job(head, "logs", "stopped")
     found = CheckpointStore(str(run / "checkpoints")).newest(print)
     assert found is not None and found.version == steps
+
+
+def _ray_job(head: dict[str, str], *arguments: str) -> str:
+    """Output of a `ray job` command."""
+    command = [str(BIN / "ray"), "job", *arguments]
+    done = subprocess.run(command, cwd=PROJECT, env=head, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
