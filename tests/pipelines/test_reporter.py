@@ -138,6 +138,7 @@ def test_the_user_s_environment_wins() -> None:
 def test_library_records_go_to_the_file_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     root, ray_logger = logging.getLogger(), logging.getLogger("ray")
     before, level, on_ray = list(root.handlers), root.level, list(ray_logger.handlers)
+    logging.captureWarnings(False)  # an earlier run in this process may have left it on
     try:
         quiet_third_parties(tmp_path)
         ray_logger.addHandler(logging.StreamHandler())  # as importing Ray does
