@@ -25,7 +25,7 @@ NODE_CONFIG_KEYS = {
     "gcp": """acceleratorConfig acceleratorType advancedMachineFeatures canIpForward confidentialInstanceConfig
         deletionProtection description disks guestAccelerators hostname labels machineType metadata minCpuPlatform
         networkInterfaces networkPerformanceConfig params reservationAffinity resourcePolicies runtimeVersion scheduling
-        schedulingConfig serviceAccounts shieldedInstanceConfig sourceMachineImage tags""",
+        schedulingConfig serviceAccounts shieldedInstanceConfig sourceInstanceTemplate sourceMachineImage tags""",
 }
 FILL_IN = "FILL-IN"
 
