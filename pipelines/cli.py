@@ -32,6 +32,7 @@ COMMANDS = {
     "build-qa": "make the instruction set from structured labels, by templates or by a language model",
     "check-cluster": "what is wrong in a cluster.yaml, which role would run where, and what it would cost",
     "diagnose": "read one patient's ECG, film and blood values, and name the diagnoses",
+    "submit": "send this folder to a Ray cluster and run all stages there as a job",
     "replay": "repeat recorded GRPO steps of a run and compare the weights bit for bit",
 }
 

@@ -92,3 +92,27 @@ def test_a_submitted_job_leaves_the_same_run_folder(head: dict[str, str], tmp_pa
     assert summary["grpo"]["steps"] == 3
     assert (run / "report.html").is_file()
     assert (run / "model" / "config.json").is_file()
+
+
+def _submit(head: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines.cli", "submit", "-c", "configs/quickstart.yaml", *arguments]
+    return subprocess.run(command, cwd=PROJECT, env=head, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.cluster
+def test_submit_follows_a_job_to_its_exit_code(head: dict[str, str], tmp_path: Path) -> None:
+    """One head for all of it, as its start costs more than the jobs."""
+    small = [*SMALL, f"run.root={tmp_path / 'runs'}"]
+    wrong = tmp_path / "wrong_token"
+    wrong.write_text(secrets.token_hex(32))
+    refused = _submit(head, "--token-file", str(wrong), *small)
+    assert refused.returncode == 2 and "the token is not the cluster's" in refused.stderr, refused.stderr
+    # The cohort alone needs no actors; a second submission finds it finished.
+    for _ in range(2):
+        done = _submit(head, *small, "run.stages=[cohort]")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        assert "succeeded" in done.stdout and "cohort" in done.stdout
+    # GRPO without the stages before it.
+    failed = _submit(head, *small, "run.stages=[grpo]")
+    assert failed.returncode == 1 and "ended with exit code 1" in failed.stdout, failed.stdout[-3000:]
+    assert "the same command goes on from there" in failed.stderr
