@@ -30,6 +30,7 @@ HELP = {
 # Beside the stages. NAME lives in pipelines/NAME.py (with _ for -): add_arguments(parser), command(args) -> exit code.
 COMMANDS = {
     "build-qa": "make the instruction set from structured labels, by templates or by a language model",
+    "check-cluster": "what is wrong in a cluster.yaml, which role would run where, and what it would cost",
     "check-data": "walk the data before a GPU is rented: counts, joins, units, labels, lengths, leakage",
     "diagnose": "read one patient's ECG, film and blood values, and name the diagnoses",
     "import-reference": "turn a published checkpoint into a model folder",

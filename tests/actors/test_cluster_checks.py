@@ -1,0 +1,170 @@
+"""Damaged copies of cluster.yaml: each fault is one line that names the place; and the forecast of who lands where."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from actors.cluster_faults import overlooked_faults, ray_faults
+from actors.cluster_file import matches, node_types, read_cluster, read_machines
+from actors.cluster_layout import hourly_cost, lay_out, placement_faults
+from actors.placement import grpo_roles, plan
+from medtvt_rl.config import Config, load_config
+from medtvt_rl.config_checks import ConfigError
+from pipelines.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINES = ROOT / "configs/cluster/machines.yaml"
+CONFIG = ROOT / "configs/on_cluster.yaml"
+TABLE = read_machines(MACHINES)
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    """cluster.yaml, filled in."""
+    text = (ROOT / "cluster.yaml").read_text()
+    filled = text.replace("ami-FILL-IN-BEFORE-THE-FIRST-START", "ami-0123456789abcdef0").replace(
+        "FILL-IN.efs", "fs-1.efs"
+    )
+    return yaml.safe_load(filled)
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config(CONFIG)
+
+
+def types_of(cluster: dict[str, Any], name: str) -> dict[str, Any]:
+    return cluster["available_node_types"][name]
+
+
+def test_a_filled_in_file_has_no_fault(cluster: dict[str, Any], config: Config) -> None:
+    assert ray_faults(cluster) == [] and overlooked_faults(cluster, TABLE) == []
+    assert placement_faults(config, node_types(cluster), cluster["max_workers"]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: types_of(c, "rollout")["labels"].update(role="a b!"), "rollout.labels.role: "),
+        (lambda c: types_of(c, "rollout").update(min_workers=9), "rollout.min_workers: 9 exceeds max_workers = 8"),
+        (lambda c: types_of(c, "rollout").update(max_workers=30), "rollout.max_workers: 30 exceeds"),
+        (lambda c: types_of(c, "learner")["node_config"].pop("ImageId"), "learner.node_config.ImageId: missing"),
+        (lambda c: types_of(c, "learner")["node_config"].update(ImageId="ubuntu"), "'ubuntu' is no machine image"),
+        (lambda c: types_of(c, "learner")["node_config"].update(InstnceType="x"), "did you mean 'InstanceType'?"),
+        (lambda c: types_of(c, "learner")["node_config"].update(InstanceType="g6e.13xlarge"), "did you mean 'g6e."),
+        (lambda c: types_of(c, "rollout")["node_config"].pop("InstanceMarketOptions"), "asks for on-demand machines"),
+        (lambda c: types_of(c, "learner")["labels"].pop("ray.io/accelerator-type"), "learner.labels: "),
+        (lambda c: types_of(c, "learner")["labels"].update({"ray.io/accelerator-type": "L4"}), "g6e.12xlarge has L40S"),
+        (lambda c: types_of(c, "learner")["labels"].update({"ray.io/accelerator-type": "L40"}), "Ray knows no 'L40'"),
+        (lambda c: types_of(c, "learner")["resources"].update(GPU=8), "resources.GPU: 8, but a g6e.12xlarge has 4"),
+        (lambda c: c["provider"].update(region="us-east-1"), "provider.availability_zone: us-west-2a"),
+        (lambda c: c["worker_start_ray_commands"].append("ray start --address=$RAY_HEAD_IP:6379"), "without token"),
+        (
+            lambda c: c["docker"].update(head_image="rayproject/ray:2.9.0-py311"),
+            "docker.head_image: it holds Ray 2.9.0",
+        ),
+    ],
+)
+def test_what_ray_overlooks_is_one_line(cluster: dict[str, Any], change: Any, expected: str) -> None:
+    change(cluster)
+    faults = ray_faults(cluster) + overlooked_faults(cluster, TABLE)
+    assert len(faults) == 1 and expected in faults[0] and "\n" not in faults[0], faults
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: c.update(max_wrkers=1), "max_wrkers"),
+        (lambda c: c.update(head_node_type="hed"), "head_node_type"),
+        (lambda c: types_of(c, "rollout")["resources"].update(GPU=0.5), "GPU"),
+        (lambda c: c["provider"].update(type="awz"), "awz"),
+    ],
+)
+def test_what_ray_refuses_is_one_line(cluster: dict[str, Any], change: Any, expected: str) -> None:
+    change(cluster)
+    (fault,) = ray_faults(cluster)
+    assert expected in fault and "\n" not in fault
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["placement.rollout.labels.zone=a"], "placement.rollout: labels ask for zone a, which no node type has (none"),
+        (["placement.rollout.labels.role=rolout"], "they carry head, learner, rollout, scoring"),
+        (["placement.reward.gpus=1"], "placement.reward: an actor asks for 1 CPU, 1 GPU, more than a node with its"),
+        (["rollout.num_generators=8"], "placement.reference: 1 of 1 actors of grpo find no place beside the others"),
+        (["placement.learner.labels.ray.io/market-type=spot"], "no single node type carries all of its labels"),
+    ],
+)
+def test_a_role_without_a_place_is_named(cluster: dict[str, Any], overrides: list[str], expected: str) -> None:
+    config = load_config(CONFIG)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "placement.learner.labels.ray.io/market-type":  # OmegaConf would split such a key at its dot
+            config.placement.learner.labels["ray.io/market-type"] = value
+        else:
+            config = load_config(CONFIG, [override])
+    faults = placement_faults(config, node_types(cluster), cluster["max_workers"])
+    assert len(faults) == 1 and expected in faults[0], faults
+
+
+def test_each_role_lands_where_it_is_declared(cluster: dict[str, Any], config: Config) -> None:
+    layout = lay_out(plan(config, grpo_roles(config)), node_types(cluster), cluster["max_workers"])
+    where = {(node.node_type.name, bundle.role) for node in layout.nodes for bundle in node.bundles}
+    assert where == {("learner", "learner"), ("rollout", "rollout"), ("rollout", "reference"), ("scoring", "reward")}
+    assert layout.homeless == [] and layout.idle_gpus == 0 and layout.gpus == 4 + 4 + 1
+
+
+def test_gpus_that_idle_are_counted(cluster: dict[str, Any], config: Config) -> None:
+    two_ranks = [bundle for bundle in plan(config, grpo_roles(config)) if bundle.role != "learner" or bundle.index < 2]
+    layout = lay_out(two_ranks, node_types(cluster), cluster["max_workers"])
+    # The reference policy takes one of the learner's GPUs instead of a node of its own.
+    assert (layout.gpus, layout.idle_gpus) == (4 + 4, 1)
+
+
+def test_the_cost_is_a_sum_over_nodes(cluster: dict[str, Any]) -> None:
+    types = node_types(cluster)
+    counts = {"head": 1, "learner": 1, "rollout": 8}
+    assert hourly_cost(counts, types, TABLE, "aws") == pytest.approx(0.192 + 10.493 + 8 * 0.40)
+    on_demand = [dataclasses.replace(one, is_spot=False) for one in types]
+    assert hourly_cost(counts, on_demand, TABLE, "aws") == pytest.approx(0.192 + 10.493 + 8 * 0.978)
+
+
+def test_selectors_mean_what_ray_means() -> None:
+    labels = {"role": "rollout", "ray.io/accelerator-type": "L4"}
+    assert matches({"ray.io/accelerator-type": "in(L4, A10G)", "role": "!learner"}, labels)
+    assert not matches({"ray.io/accelerator-type": "!in(L4,A10G)"}, labels)
+    assert not matches({"role": "learner"}, labels) and not matches({"zone": "a"}, labels)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    for path, expected in ((tmp_path / "none.yaml", "cannot be read"), (broken, "not valid YAML")):
+        with pytest.raises(ConfigError, match=expected):
+            read_cluster(path)
+
+
+def test_the_command_prints_the_forecast_and_its_verdict(
+    cluster: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    arguments = ["check-cluster", str(path), "-c", str(CONFIG), "supervision.silence_s=50", "--machines", str(MACHINES)]
+    path.write_text(yaml.safe_dump(cluster))
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert (
+        "4 x rollout (g6.2xlarge spot): 1 rollout each" in said
+        and "1 x learner (g6e.12xlarge on-demand): 4 learner" in said
+    )
+    assert f"prices of {TABLE.as_of}" in said and "no fault found" in said
+    types_of(cluster, "rollout").update(min_workers=9)
+    path.write_text(yaml.safe_dump(cluster))
+    assert main(arguments) == 1
+    assert f"medtvt-rl: {path}: available_node_types.rollout.min_workers" in capsys.readouterr().err
+    assert main(["check-cluster", str(path), "-c", str(CONFIG), "no.such=1"]) == 2
