@@ -24,9 +24,10 @@ from actors.scoring_pools import ReferencePool, ScorerPool
 from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from medtvt_rl.data.sampler import PromptSampler
-from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.alarms import Alarms
+from medtvt_rl.privacy import hashed, shows_samples
 from medtvt_rl.types import Prompt
+from medtvt_rl.user_code import task_prompts
 from pipelines import checkpoints
 from pipelines.grpo_loop import EQUAL_REWARDS, GrpoLoop
 from pipelines.grpo_roles import FinishedGroup, LoopResult, TrainedStep, TrainingGroup
@@ -64,7 +65,7 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
             weights, checksum = await gang.export(first)
             await rollouts.update_weights(weights, first, checksum)
         reporter.start("grpo", config.grpo.steps, "step")
-        with Journal(config.folder / "journal", tokenizer, first_step=first) as journal:
+        with Journal(config.folder / "journal", tokenizer, first_step=first, with_texts=shows_samples()) as journal:
             report = StepReport(reporter, journal, Alarms(config.alarms))
             held_out = _held_out(config, rollouts, tokenizer)
             limit = config.rollout.sampling.max_new_tokens
@@ -147,7 +148,7 @@ def load_prompts(
 ) -> Sequence[Prompt]:
     """The task's prompts of a split. Raises ValueError if there are none (unless they are not `required`) or one does
     not fit the engine."""
-    prompts: Sequence[Prompt] = resolve(config.task.prompts, "task.prompts")(config, tokenizer, split)
+    prompts = task_prompts(config, tokenizer, split)
     if not prompts:
         if not required:
             return prompts
@@ -157,8 +158,8 @@ def load_prompts(
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     if len(longest.token_ids) > room:
         raise ValueError(
-            f"prompt {longest.prompt_id} has {len(longest.token_ids)} tokens, and rollout.engine.max_model_len - "
-            f"rollout.sampling.max_new_tokens - 1 leaves {room}; raise the former"
+            f"prompt {hashed(longest.prompt_id)} has {len(longest.token_ids)} tokens, and "
+            f"rollout.engine.max_model_len - rollout.sampling.max_new_tokens - 1 leaves {room}; raise the former"
         )
     return prompts
 
@@ -178,7 +179,7 @@ class StepReport:
         if failed:
             name, reason = next(iter(failed.items()))
             self._reporter.line(
-                f"grpo: step {step}: {len(failed)} completions could not be scored, e.g. {name}: {reason}"
+                f"grpo: step {step}: {len(failed)} completions could not be scored, e.g. {name}: {_shown(reason)}"
             )
         if metrics.get("skipped", 0.0) > 0:
             self._reporter.line(
@@ -213,6 +214,13 @@ class StepReport:
         for group in groups:
             header = group.group.header
             self._journal.discarded(header.group_id, header.prompt_id, f"step {step}: {reason}")
+
+
+def _shown(reason: str) -> str:
+    """Of why a reward function failed: which, and the type of the error; its words may be those of a patient."""
+    if shows_samples():
+        return reason
+    return f"{': '.join(reason.split(': ', 2)[:2])} (the whole reason is in journal/groups.jsonl)"
 
 
 def _ids(groups: Sequence[TrainingGroup]) -> str:

@@ -131,7 +131,9 @@ def _read_tables(config: DataConfig, root: Path) -> _Tables:
         problems += refused
         num_rows += len(found) + len(refused)
     if not rows:
-        raise DataError(f"data.labs_csv: no usable row in {list(config.labs_csv.values())}; {_first(problems)}")
+        raise DataError(
+            f"data.labs_csv: no usable row in {list(config.labs_csv.values())}; {_listed(config, problems)}"
+        )
     kept, refused = check_ids(rows, list(config.labs_csv))
     problems += refused
     findings: dict[str, NDArray[np.bool_]] = {}
@@ -176,8 +178,15 @@ def _fingerprint(config: DataConfig, root: Path, tables: _Tables) -> str:
     return digest.hexdigest()
 
 
-def _first(problems: Sequence[Problem]) -> str:
-    return f"the first problem is {problems[0]}" if problems else "the tables are empty"
+def _listed(config: DataConfig, problems: Sequence[Problem]) -> str:
+    """Writes the problems beside the store, and says where; their reasons may hold values of patients."""
+    if not problems:
+        return "the tables are empty"
+    store = store_folder(config)
+    path = store.parent / f"{store.name}.problems.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_problems(path, problems)
+    return f"{path} has the reasons, the first is at {problems[0].place}"
 
 
 def _write_store(
@@ -261,12 +270,9 @@ def _check_shares(
     """Raises DataError, after writing the list beside the store, if too much is unusable."""
     for noun, (bad, total) in (("studies", studies), ("question-answer entries", entries)):
         if bad > config.max_unusable_share * total:
-            store = store_folder(config)
-            listed = store.parent / f"{store.name}.problems.csv"
-            write_problems(listed, problems)
             raise DataError(
                 f"{bad} of {total} {noun} are unusable, more than "
-                f"data.max_unusable_share={config.max_unusable_share:g}; see {listed}; {_first(problems)}"
+                f"data.max_unusable_share={config.max_unusable_share:g}; {_listed(config, problems)}"
             )
 
 

@@ -26,6 +26,7 @@ from medtvt_rl.evaluation.bootstrap import (
     mean_measure,
 )
 from medtvt_rl.evaluation.metrics import f1_measures, ranking_measures
+from medtvt_rl.privacy import hashed
 from medtvt_rl.rewards.answer import ParsedAnswer, normalise, normalised_names, parse_answer
 from medtvt_rl.rewards.evidence import asserted_findings, labelled_findings
 from medtvt_rl.rewards.jaccard import jaccard_reward
@@ -173,7 +174,8 @@ class DiagnosisEvaluator:
             raise ValueError("answers: none, expected at least one study")
         unknown = sorted(set(answers).difference(self._known))
         if unknown:
-            raise ValueError(f"answers: {len(unknown)} studies are not in split {self._split!r}, e.g. {unknown[0]!r}")
+            example = hashed(unknown[0])
+            raise ValueError(f"answers: {len(unknown)} studies are not in split {self._split!r}, e.g. {example}")
         return tuple(study_id for study_id in self._known if study_id in answers)
 
     def _jaccard(self, study_id: str, completion: str) -> float:
