@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.model.seal import seal
 from medtvt_rl.privacy import open_for
 from medtvt_rl.types import LearnerStep, RolloutGroup, TrainingSequence
 from medtvt_rl.user_code import task_items
@@ -219,6 +220,7 @@ class LearnerWorker:
             learner.save(temporary)
         if self._rank == 0:
             copy_tokenizer(Path(self._model_folder), temporary)
+            seal(temporary)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
 

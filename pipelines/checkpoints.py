@@ -2,7 +2,7 @@
 
     checkpoints/step_000020/learner/       weights, optimizer and random state of every rank
                             loop.json      admission, sampler, counts: what the loop must know
-                            manifest.json  size and SHA-256 of every file, settings, versions of the packages
+                            manifest.json  size and SHA-256 of every file and of itself, settings, versions of packages
 
 Owns: the manifest, the search for the newest whole checkpoint, what may differ in the settings. Does not own: what the
 learners write (medtvt_rl/learner), the loop's state (grpo_loop.py), or when it is written.
@@ -88,6 +88,7 @@ def complete(config: Config, version: int, loop: dict[str, Any], keep: int) -> N
         "settings": resolved_settings(config),
         "packages": _packages(),
     }
+    manifest["digest"] = _own_digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in folder.rglob("*"):
         _sync(path)
@@ -111,6 +112,8 @@ def newest(config: Config, report: Callable[[str], None]) -> Checkpoint | None:
 def read(folder: Path) -> Checkpoint:
     """The checkpoint of a folder. Raises ValueError if a file is missing, or not the one that was written."""
     manifest = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.pop("digest", None) != _own_digest(manifest):
+        raise ValueError(f"{MANIFEST} is not what was written (SHA-256 differs)")
     if manifest["format"] != FORMAT:
         raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
     for name, digest in manifest["files"].items():
@@ -147,6 +150,11 @@ def _folders(config: Config) -> list[Path]:
 def _digest(path: Path) -> list[Any]:
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    """Of the manifest without its digest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _packages() -> dict[str, str]:

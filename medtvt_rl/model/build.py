@@ -16,6 +16,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from medtvt_rl.data.tokenizer import modality_token_ids
 from medtvt_rl.model.config import ModelConfig
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
+from medtvt_rl.model.seal import check_model_folder
 from medtvt_rl.types import MODALITIES
 
 EMBEDDING_STD = 0.05
@@ -39,7 +40,8 @@ def build_model(config: ModelConfig, tokenizer: Any) -> MedTVTForCausalLM:
         return _fresh_model(config, tokenizer, placeholders)
     if not (Path(config.init) / "config.json").is_file():
         raise ValueError(f"model.init: {config.init!r} holds no config.json; expected a Hugging Face model folder")
-    found = AutoConfig.from_pretrained(config.init)
+    check_model_folder(config.init)
+    found = AutoConfig.from_pretrained(config.init, trust_remote_code=False)
     if isinstance(found, MedTVTConfig):
         model = load_exactly(MedTVTForCausalLM, config.init, torch.float32)
         _check_same_tower(config, found, config.init)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import islice
 
-_COMPLETION = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
+_TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 _NO_LETTER = re.compile(r"[\W_]+")
 
 SYNONYMS: dict[str, str] = {
@@ -78,10 +79,21 @@ def parse_answer(text: str) -> ParsedAnswer | None:
     Returns:
         None for a completion that breaks the format.
     """
-    match = _COMPLETION.fullmatch(text)
-    if match is None or _TAG.search(match["reasoning"]) or _TAG.search(match["answer"]):
+    tags = list(islice(_TAG.finditer(text), len(_TAGS) + 1))
+    if [tag[0] for tag in tags] != _TAGS:
         return None
-    return ParsedAnswer(reasoning=match["reasoning"].strip(), names=split_names(match["answer"]))
+    ends = [0, *(place for tag in tags for place in tag.span()), len(text)]
+    before, reasoning, between, answer, after = (text[a:b] for a, b in zip(ends[::2], ends[1::2]))
+    if (before + between + after).strip():
+        return None
+    return ParsedAnswer(reasoning=reasoning.strip(), names=split_names(answer))
+
+
+def tagged_answer(text: str) -> str | None:
+    """What lies between the first answer tag and the next one that closes it; None where there is no such pair."""
+    _, opened, rest = text.partition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
+    return answer if opened and closed else None
 
 
 def split_names(answer: str) -> tuple[str, ...]:
@@ -91,7 +103,8 @@ def split_names(answer: str) -> tuple[str, ...]:
 
 def normalise(name: str) -> str:
     """A name without case, white space, punctuation or accents, synonyms replaced; "" if nothing is left."""
-    decomposed = unicodedata.normalize("NFKD", name)
+    # Character by character: a long run of accents takes the square of its length to be put in order.
+    decomposed = (part for character in name for part in unicodedata.normalize("NFKD", character))
     plain = "".join(character for character in decomposed if not unicodedata.combining(character))
     words = _NO_LETTER.sub(" ", plain.casefold()).strip()
     return SYNONYMS.get(words, words)

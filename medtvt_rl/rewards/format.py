@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-_FORM = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+_MIDDLE = re.compile(r"</think>\s*<answer>")
 
 
 def format_reward(completion: str, ground_truth: str = "") -> float:
@@ -17,4 +17,8 @@ def format_reward(completion: str, ground_truth: str = "") -> float:
     As in https://arxiv.org/abs/2506.18512: white space may stand before and between the parts, not after them, and
     the parts may hold further tags. The ground truth is not looked at.
     """
-    return 1.0 if _FORM.fullmatch(completion) else 0.0
+    text, end = completion.lstrip(), "</answer>"
+    if not text.startswith("<think>") or not text.endswith(end):
+        return 0.0
+    middle = _MIDDLE.search(text, len("<think>"))
+    return 1.0 if middle is not None and middle.end() <= len(text) - len(end) else 0.0

@@ -5,13 +5,10 @@ Owns: the comparison of the two sets. Does not own: parsing (answer.py), the wei
 
 from __future__ import annotations
 
-import re
 from collections.abc import Set
 from typing import Literal
 
-from medtvt_rl.rewards.answer import normalised_names, parse_answer, split_names
-
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+from medtvt_rl.rewards.answer import normalised_names, parse_answer, split_names, tagged_answer
 
 
 def jaccard_reward(
@@ -30,11 +27,10 @@ def jaccard_reward(
     Raises:
         ValueError: an unknown `matching`.
     """
-    tagged = _ANSWER.search(ground_truth)
-    truth = split_names(tagged.group(1) if tagged else ground_truth)
+    tagged = tagged_answer(ground_truth)
+    truth = split_names(ground_truth if tagged is None else tagged)
     if matching == "exact":
-        match = _ANSWER.search(completion)
-        answered = set(split_names(match.group(1))) if match else set()
+        answered = set(split_names(tagged_answer(completion) or ""))
         return _jaccard(answered, set(truth), empty=0.0)
     if matching != "normalised":
         raise ValueError(f"jaccard reward, matching: {matching!r}, expected 'normalised' or 'exact'")
