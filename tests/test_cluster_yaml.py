@@ -115,6 +115,11 @@ def test_a_start_command_without_a_token_is_found(cluster: dict[str, Any]) -> No
     assert list(problems(cluster)) == ["worker_start_ray_commands: starts Ray without token authentication"]
 
 
+def test_the_dashboard_is_on_loopback(cluster: dict[str, Any]) -> None:
+    starts = [command for command in cluster["head_start_ray_commands"] if "--head" in command]
+    assert starts and all("--dashboard-host=127.0.0.1" in command for command in starts)
+
+
 def test_no_actor_lands_on_the_head(cluster: dict[str, Any]) -> None:
     assert cluster["available_node_types"][cluster["head_node_type"]]["resources"] == {"CPU": 0}
     assert any("--num-cpus=0" in command for command in cluster["head_start_ray_commands"])
