@@ -7,8 +7,6 @@ cut away.
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medtvt_rl.data.config import FilmConfig
-from medtvt_rl.data.errors import DataError
+from medtvt_rl.data.errors import DataError, one_line
+from medtvt_rl.data.silence import silent_readers
 
 _FORMATS = ("JPEG", "PNG")
 _SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I", "F"}
 _STRETCH_PERCENTILES = (0.5, 99.5)
-_IMAGE_FAULTS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-_DICOM_FAULTS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
-)
 
 
 def read_film(path: Path, config: FilmConfig) -> NDArray[np.uint8]:
@@ -42,7 +30,8 @@ def read_film(path: Path, config: FilmConfig) -> NDArray[np.uint8]:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the film path")
-    image = _read_dicom(path) if _is_dicom(path) else _read_image(path, config.size)
+    with silent_readers():
+        image = _read_dicom(path) if _is_dicom(path) else _read_image(path, config.size)
     low, high = image.getextrema()
     if low == high:
         raise DataError(f"{path}: the film is blank, every pixel is {low}; leave it out or export it again")
@@ -81,8 +70,8 @@ def _read_image(path: Path, size: int) -> Image.Image:
             if image.mode in _SIXTEEN_BIT:
                 return _stretch(np.asarray(image, dtype=np.float32))
             return image.convert("L")
-    except _IMAGE_FAULTS as error:
-        raise DataError(f"{path}: not a readable JPEG or PNG ({error}); copy the file again") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise DataError(f"{path}: not a readable JPEG or PNG ({one_line(error)}); copy the file again") from error
 
 
 def _stretch(pixels: NDArray[np.float32], windowed: bool = False) -> Image.Image:
@@ -113,6 +102,6 @@ def _read_dicom(path: Path) -> Image.Image:
         image = _stretch(np.asarray(shown, dtype=np.float32), windowed)
     except DataError:
         raise
-    except (*_DICOM_FAULTS, pydicom.errors.InvalidDicomError) as error:
-        raise DataError(f"{path}: not a readable DICOM film ({error}); export it again") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise DataError(f"{path}: not a readable DICOM film ({one_line(error)}); export it again") from error
     return Image.eval(image, lambda value: 255 - value) if photometric == "MONOCHROME1" else image
