@@ -1,6 +1,6 @@
 """The evaluation stage: held-out answers of the policy before and after GRPO, by the rollout generators.
 
-Both policies answer the same prompts with the same seeds, so that their difference is paired over patients.
+Both policies answer the same prompts with the same seeds, so that their difference is paired.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import shutil
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,13 @@ from transformers import AutoTokenizer
 from actors.placement import evaluation_generators, place, plan
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
-from medtvt_rl.data.study_build import store_folder
-from medtvt_rl.data.study_store import StudyStore
-from medtvt_rl.data.task import without
+from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.diagnosis import StudyAnswers
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import load_policy
-from medtvt_rl.types import MODALITIES, Prompt
+from medtvt_rl.types import Prompt
 from medtvt_rl.weights import pack_weights
-from pipelines.answers import Asker, Evaluator, make_evaluator, one_per_item
-from pipelines.diagnose import PERCENTILES_FILE
+from pipelines.answers import Ablating, Asker, Evaluator, make_evaluator, one_per_item
 from pipelines.grpo import load_prompts
 from pipelines.reporter import Reporter
 from pipelines.stages import start_model, trained_model
@@ -55,7 +51,7 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
         asker = Asker(config, pool, tokenizer, config.evaluation.num_samples)
 
         async def ask(label: str, some: Sequence[Prompt], sample: bool = True) -> dict[str, StudyAnswers]:
-            reporter.start(label, len(some), "study")
+            reporter.start(label, len(some), "prompt")
             return await asker.answers(some, sample, reporter.update)
 
         before = evaluator.evaluate(await ask("before GRPO", prompts))
@@ -84,34 +80,31 @@ def held_out_prompts(config: Config, prompts: Sequence[Prompt], reporter: Report
     kept = one_per_item(prompts)
     if len(kept) < len(prompts):
         reporter.line(
-            f"evaluate: {len(prompts) - len(kept)} further questions about the same studies are left out; "
-            "the first of each study counts"
+            f"evaluate: {len(prompts) - len(kept)} further questions about the same items are left out; "
+            "the first of each item counts"
         )
     return kept[: config.evaluation.max_studies or len(kept)]
 
 
 def summarise(result: Any) -> dict[str, Any]:
-    """The metrics by name, those of single diseases below `per_disease`."""
+    """The metrics by name, those of single diseases, where there are any, below `per_disease`."""
     found = result.to_dict()
     metrics = found.pop("metrics")
     per_disease = {name.removeprefix("f1/"): value for name, value in metrics.items() if name.startswith("f1/")}
     rest = {name: value for name, value in metrics.items() if not name.startswith("f1/")}
-    return {**rest, "per_disease": per_disease, **found}
+    return {**rest, **({"per_disease": per_disease} if per_disease else {}), **found}
 
 
 async def _ablations(
     config: Config, ask: Ask, evaluator: Evaluator, prompts: Sequence[Prompt], full: Any
 ) -> dict[str, Any]:
-    """Change of the greedy Jaccard (or reward) when a modality is withheld, paired over patients; none for plain
-    text."""
-    if not config.evaluation.ablations or config.task.items is None:
+    """Paired change of the evaluator's metric when each part of the items is withheld; none where it names no parts."""
+    if not config.evaluation.ablations or not isinstance(evaluator, Ablating):
         return {}
-    metric = "jaccard_greedy" if config.task.evaluate is not None else "reward_greedy"
     changes = {}
-    for modality in MODALITIES:
-        withheld = [replace(prompt, item_id=without(str(prompt.item_id), modality)) for prompt in prompts]
-        result = evaluator.evaluate(await ask(f"without {modality}", withheld, sample=False))
-        changes[modality] = evaluator.paired_gain(full, result, metric=metric).to_dict()
+    for part, withheld in evaluator.ablations(prompts).items():
+        result = evaluator.evaluate(await ask(f"without {part}", withheld, sample=False))
+        changes[part] = evaluator.paired_gain(full, result, metric=evaluator.ablation_metric).to_dict()
     return changes
 
 
@@ -123,14 +116,14 @@ async def load_into(pool: RolloutPool, folder: Path) -> None:
 
 
 def publish_model(config: Config, source: Path) -> None:
-    """Copies the policy, with what `diagnose` needs to read raw blood values, to RUN/model, complete or not at all."""
+    """Copies the policy to RUN/model, with what the task's items add to it, complete or not at all."""
     target = config.folder / "model"
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
-    if config.task.items is not None:
-        store = StudyStore.open(store_folder(config.data))
-        store.percentile_table.smoothed().save(temporary / PERCENTILES_FILE)
+    items: Any = resolve(config.task.items, "task.items")(config) if config.task.items else None
+    if hasattr(items, "publish"):
+        items.publish(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 

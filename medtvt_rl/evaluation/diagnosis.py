@@ -10,7 +10,7 @@ The `paper` block leaves such answers out and ranks by 0/1, as the published eva
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +30,7 @@ from medtvt_rl.rewards.answer import ParsedAnswer, normalise, normalised_names, 
 from medtvt_rl.rewards.evidence import asserted_findings, labelled_findings
 from medtvt_rl.rewards.jaccard import jaccard_reward
 from medtvt_rl.rewards.overlap import confusion_counts, membership
+from medtvt_rl.types import MODALITIES, Prompt
 
 DISEASE_KEYS = tuple(normalise(name) for name in DISEASES)
 NO_NAMES: frozenset[str] = frozenset()
@@ -95,7 +96,12 @@ class DiagnosisEvaluator:
         config: of the run; `config.data.store` is opened unless a store is given.
         split: every answered study must belong to it.
         store: stands in for the study store.
+
+    Attributes:
+        ablation_metric: what withholding a modality is measured by.
     """
+
+    ablation_metric = "jaccard_greedy"
 
     def __init__(self, config: Config, split: str, store: TruthSource | None = None) -> None:
         self._store: TruthSource = _open_store(config.data.store) if store is None else store
@@ -149,6 +155,15 @@ class DiagnosisEvaluator:
             per_study=per_study,
             measures=measures,
         )
+
+    def ablations(self, prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+        """Modality -> the prompts with it withheld from every study."""
+        from medtvt_rl.data.task import without  # here, for the same reason as in _open_store
+
+        return {
+            modality: [replace(prompt, item_id=without(str(prompt.item_id), modality)) for prompt in prompts]
+            for modality in MODALITIES
+        }
 
     def paired_gain(self, before: DiagnosisResult, after: DiagnosisResult, metric: str = "jaccard") -> Interval:
         """metric(after) - metric(before), paired over patients.

@@ -31,11 +31,14 @@ from medtvt_rl.evaluation.summary import (
     block,
     curves,
     estimate,
+    gained_metric,
+    is_medical,
+    metric_names,
     per_disease,
     policy_metrics,
+    policy_names,
 )
 
-BEFORE, AFTER = "after SFT", "after GRPO"
 MODALITY_NAMES = {"ecg": "without the ECG", "cxr": "without the film", "lab": "without the labs"}
 SIMULATED = (
     "These scores are of a simulated cohort: its signals, films and values were drawn by a program. They show that the "
@@ -116,14 +119,15 @@ def render_report(
         config_yaml: the resolved configuration, as text.
     """
     name = str(summary.get("run", "run"))
-    lines = curves(metrics)
+    lines, medical, worth = curves(metrics), is_medical(summary), _ablations(summary)
     body = [
         f"<h1>{escape(name)}</h1>",
-        '<p class="soft">Diagnoses from an ECG, a chest film and blood values: pre-training, fine-tuning, GRPO.</p>',
-        f'<p class="warning">{RESEARCH if _real_data(config_yaml) else SIMULATED}</p>',
+        _subject(config_yaml) if medical else "",
         section("Result", _headline(summary), "No evaluation was found: the evaluate stage has not run."),
-        section("By disease", _by_disease(summary), "No F1 by disease was found."),
-        section("What each modality is worth", _ablations(summary), "No ablations (evaluation.ablations)."),
+        section("By disease", _by_disease(summary), "No F1 by disease was found.") if medical else "",
+        section("What each modality is worth", worth, "No ablations (evaluation.ablations).")
+        if medical or worth
+        else "",
         section("GRPO", _grpo_facts(summary) + _charts(lines, "grpo"), "No curves of GRPO were found."),
         section(
             "Supervised stages",
@@ -131,7 +135,7 @@ def render_report(
             "No curves of the supervised stages were found.",
         ),
         section("Time and memory", _timing(summary), "No stage has left its time."),
-        section("Sampled answers during GRPO", _samples(samples), "No samples were journalled."),
+        section("Sampled answers during GRPO", _samples(samples, medical), "No samples were journalled."),
         section(
             "Configuration",
             details("resolved configuration", f"<pre>{escape(config_yaml)}</pre>") if config_yaml else "",
@@ -152,21 +156,28 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
         return
     shown = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     shown.add_column("held-out, 95 % interval")
-    for header in (BEFORE, AFTER):
+    for header in policy_names(summary):
         shown.add_column(header, justify="right")
-    for name, label in METRICS.items():
-        if name in before or name in after:
-            shown.add_row(label, _text(before.get(name)), _text(after.get(name)))
+    for name in metric_names(before, after):
+        shown.add_row(escape_markup(METRICS.get(name, name)), _text(before.get(name)), _text(after.get(name)))
     first, last = per_disease(summary, "sft"), per_disease(summary, "grpo")
     for disease in dict.fromkeys([*first, *last]):
         shown.add_row(escape_markup(f"F1, {disease}"), _text(first.get(disease)), _text(last.get(disease)))
     console.print(shown)
     gain = estimate(block(summary, "evaluation").get("gain"))
     if gain is not None:
-        what = "reward, paired over prompts" if "reward" in after else "Jaccard, paired over patients"
-        console.print(f"gain of GRPO in sampled {what}: {gain.value:+.3f} {gain.interval}", markup=False)
-    if summary.get("simulated") is True:
+        what = f"{gained_metric(after)}, paired over {'patients' if 'jaccard' in after else 'prompts'}"
+        console.print(f"gain of GRPO in {what}: {gain.value:+.3f} {gain.interval}", markup=False)
+    if summary.get("simulated") is True and is_medical(summary):
         console.print("These are scores on a simulated cohort: they mean nothing clinically.")
+
+
+def _subject(config_yaml: str) -> str:
+    """What the packages' own task is about, and what its scores are worth."""
+    return (
+        '<p class="soft">Diagnoses from an ECG, a chest film and blood values: pre-training, fine-tuning, GRPO.</p>'
+        f'<p class="warning">{RESEARCH if _real_data(config_yaml) else SIMULATED}</p>'
+    )
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
@@ -192,29 +203,38 @@ def _headline(summary: Mapping[str, Any]) -> str:
                 under = f"paired gain {gain.value:+.3f} {gain.interval}"
             cards.append(card(label, f"{shown.value:.3f}", earlier, under))
     rows = [
-        [cell(label), _cell(before.get(name)), _cell(after.get(name)), _change(name, before.get(name), after.get(name))]
-        for name, label in METRICS.items()
-        if name in before or name in after
+        [
+            cell(METRICS.get(name, name)),
+            _cell(before.get(name)),
+            _cell(after.get(name)),
+            _change(name, before.get(name), after.get(name)),
+        ]
+        for name in metric_names(before, after)
     ]
     if gain is not None:
         rows.append(
             [
-                cell(f"Paired gain of GRPO, sampled {'reward' if 'reward' in after else 'Jaccard'}"),
+                cell(f"Paired gain of GRPO, {gained_metric(after)}"),
                 cell(""),
                 cell(""),
                 cell(f"{gain.value:+.3f}", gain.interval),
             ]
         )
-    studies = block(summary, "evaluation", "grpo").get("num_studies") or block(summary, "evaluation", "sft").get(
-        "num_studies"
+    shown_table = table(["", *policy_names(summary), "change"], rows)
+    return f'<div class="cards">{"".join(cards)}</div><p></p>{shown_table}{_note(summary)}{_paper(summary)}'
+
+
+def _note(summary: Mapping[str, Any]) -> str:
+    """On how many prompts the numbers are, and what the intervals are over."""
+    medical = is_medical(summary)
+    what, over = ("studies", "patients") if medical else ("prompts", "prompts")
+    sizes = [block(summary, "evaluation", policy).get(f"num_{what}") for policy in ("grpo", "sft")]
+    size = next((f" on {number} held-out {what}" for number in sizes if number), "")
+    wrong = " An answer that breaks the format counts as wrong." if medical else ""
+    return (
+        f'<p class="note">Means{size}, with 95 % bootstrap intervals over {over}.{wrong} Sampled: at the training '
+        "temperature. Changes in colour: the intervals do not overlap.</p>"
     )
-    size = f" on {studies} held-out studies" if studies else ""
-    words = (
-        f'<p class="note">Means{size}, with 95 % bootstrap intervals over patients. An answer that breaks the format '
-        "counts as wrong. Sampled: at the training temperature. Changes in colour: the intervals do not overlap.</p>"
-    )
-    shown_table = table(["", BEFORE, AFTER, "change"], rows)
-    return f'<div class="cards">{"".join(cards)}</div><p></p>{shown_table}{words}{_paper(summary)}'
 
 
 def _paper(summary: Mapping[str, Any]) -> str:
@@ -227,18 +247,20 @@ def _paper(summary: Mapping[str, Any]) -> str:
         if name in first or name in last
     ]
     note = '<p class="note">Leaves out answers that break the format. For comparison with published numbers only.</p>'
-    return details("As the published evaluation computes them", table(["", BEFORE, AFTER], rows) + note if rows else "")
+    return details(
+        "As the published evaluation computes them", table(["", *policy_names(summary)], rows) + note if rows else ""
+    )
 
 
 def _by_disease(summary: Mapping[str, Any]) -> str:
     before, after = per_disease(summary, "sft"), per_disease(summary, "grpo")
-    names = list(dict.fromkeys([*before, *after]))
+    names, policies = list(dict.fromkeys([*before, *after])), policy_names(summary)
     rows = [
         IntervalRow(label=name, values=[one.triple if one else None for one in (before.get(name), after.get(name))])
         for name in names
     ]
-    chart = interval_chart("F1 by disease, greedy answer", [BEFORE, AFTER], rows, "Dots: F1; bars: 95 % intervals.")
-    numbers = table(["", BEFORE, AFTER], [[cell(n), _cell(before.get(n)), _cell(after.get(n))] for n in names])
+    chart = interval_chart("F1 by disease, greedy answer", policies, rows, "Dots: F1; bars: 95 % intervals.")
+    numbers = table(["", *policies], [[cell(n), _cell(before.get(n)), _cell(after.get(n))] for n in names])
     return f'<div class="charts">{chart}</div>{details("as numbers", numbers)}' if names else ""
 
 
@@ -318,17 +340,17 @@ def _memory(found: Any) -> str:
     return f", {size.value / 2**30:.1f} GiB" if size is not None and size.value > 0 else ""
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+def _samples(samples: Sequence[Mapping[str, Any]], medical: bool) -> str:
     """The first, the last, and some between; of each the best, the worst and one more completion."""
     if len(samples) > MAX_SAMPLES:
         samples = [samples[round(i * (len(samples) - 1) / (MAX_SAMPLES - 1))] for i in range(MAX_SAMPLES)]
-    parts = []
+    parts, label = [], "True diagnoses" if medical else "Ground truth"
     for sample in samples:
         given = sample.get("completions")
         completions = [c for c in given if isinstance(c, Mapping)] if isinstance(given, Sequence) else []
         completions = sorted(completions, key=lambda c: -(r.value if (r := estimate(c.get("reward"))) else 0.0))
         shown = completions[: MAX_COMPLETIONS - 1] + completions[MAX_COMPLETIONS - 1 :][-1:]
-        truth = f"<p><b>True diagnoses:</b> {escape(str(sample.get('ground_truth', 'unknown')))}</p>"
+        truth = f"<p><b>{label}:</b> {escape(str(sample.get('ground_truth', 'unknown')))}</p>"
         texts = "".join(_completion(one) for one in shown) or missing_line("no completion was kept")
         title = f"step {sample.get('step', '?')}, {sample.get('prompt_id', '?')}"
         parts.append(details(title, truth + texts, unfolded=sample is samples[-1]))

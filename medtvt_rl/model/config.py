@@ -94,7 +94,8 @@ class ModelConfig:
     """What is built at the start of a run.
 
     Attributes:
-        init: a Hugging Face folder: a MedTVT model to go on from, or a plain Llama to build upon; None starts fresh.
+        init: a Hugging Face folder: a MedTVT model to go on from, or a plain Llama to build upon; for a text task any
+            causal language model with its tokenizer. None starts fresh; a text task then gets a Llama over bytes.
     """
 
     init: str | None = None
