@@ -257,7 +257,7 @@ class LearnerWorker:
 def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearner:
     import torch
 
-    from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
+    from medtvt_rl.learner.deepspeed_engine import EngineSettings
     from medtvt_rl.learner.grpo_learner import GrpoLearner
     from medtvt_rl.model.policy import load_policy
 
@@ -269,9 +269,11 @@ def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearne
         weight_decay=config.learner.weight_decay,
         adam_betas=(config.learner.adam_betas[0], config.learner.adam_betas[1]),
     )
-    policy = load_policy(model_folder, dtype=settings.dtype, lora=config.model.lora)
+    # First, since importing the task may make its model known to transformers.
     items = resolve(config.task.items, "task.items")(config) if config.task.items else None
-    return GrpoLearner(DeepSpeedEngine(policy, settings, device), items, config)
+    policy = load_policy(model_folder, dtype=settings.dtype, lora=config.model.lora)
+    make_engine = resolve(config.learner.make_engine, "learner.make_engine")
+    return GrpoLearner(make_engine(policy, settings, device), items, config)
 
 
 def fetch_sequences(shards: list[LearnerShard], timeout_s: float) -> list[TrainingSequence]:

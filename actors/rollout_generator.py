@@ -1,7 +1,7 @@
 """The rollout generator: a thin asynchronous Ray actor around one rollout engine.
 
 Owns: process set-up, reading the items of prompts on its own node, and the calls that the driver makes.
-Does not own: generation and weight loading (medtvt_rl/rollout/vllm_engine.py), rewards, placement, deadlines.
+Does not own: generation and weight loading (medtvt_rl/rollout/engine.py), rewards, placement, deadlines.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
 if TYPE_CHECKING:
-    from medtvt_rl.rollout.vllm_engine import VllmEngine
+    from medtvt_rl.rollout.engine import RolloutEngine
 
 # Every group in flight holds one call; an engine has far fewer groups than this.
 MAX_CALLS = 4096
@@ -50,12 +50,12 @@ class RolloutGenerator:
         self._config = config
         self._index = index
         self._first_version = version
-        self._engine: VllmEngine | None = None
+        self._engine: RolloutEngine | None = None
         self._items: Any = None
         self._num_calls = 0
 
     async def start(self) -> dict[str, Any]:
-        """Starts the engine; seconds it took, node and process. Raises what vLLM raises."""
+        """Starts the engine; seconds it took, node and process. Raises what making it raises."""
         begin = time.perf_counter()
         await asyncio.to_thread(self._start)
         return {
@@ -67,21 +67,12 @@ class RolloutGenerator:
         }
 
     def _start(self) -> None:
-        from medtvt_rl.rollout.vllm_core import prepare_environment
-
         config = self._config
-        prepare_environment(config.rollout.engine.num_threads, cpu=config.placement.rollout.gpus == 0)
-        from medtvt_rl.rollout.vllm_engine import VllmEngine
-
+        # First: the usual one sets the environment up before anything imports torch.
+        make_engine = resolve(config.rollout.make_engine, "rollout.make_engine")
+        self._engine = make_engine(self._model_folder, config, self._first_version)
         if config.task.items is not None:
             self._items = resolve(config.task.items, "task.items")(config)
-        self._engine = VllmEngine(
-            self._model_folder,
-            config.rollout.engine,
-            version=self._first_version,
-            item_modality=config.task.item_modality,
-            by_broadcast=config.weights.transport == "nccl",
-        )
 
     @ray.method(num_returns=2)
     async def generate(
@@ -145,7 +136,7 @@ class RolloutGenerator:
 
     async def update_weights(self, buffer: WeightBuffer, version: int) -> int:
         """Takes new weights, those of a header from the weight group; the checksum of what arrived. See
-        VllmEngine.update_weights for what it raises.
+        RolloutEngine.update_weights for what it raises.
         """
         if buffer.version != version:
             raise ValueError(
@@ -161,7 +152,7 @@ class RolloutGenerator:
         return {"index": self._index, "ok": broken is None, "broken": broken, "version": version}
 
     async def stats(self) -> dict[str, float]:
-        """The engine's counters, see VllmEngine.stats."""
+        """The engine's counters, see RolloutEngine.stats."""
         return self._running().stats()
 
     async def drain(self) -> None:
@@ -184,7 +175,7 @@ class RolloutGenerator:
             )
         return self._items.get(prompt.item_id)
 
-    def _running(self) -> VllmEngine:
+    def _running(self) -> RolloutEngine:
         if self._engine is None:
             raise RuntimeError(f"rollout generator {self._index}: the engine is not running; call start first")
         return self._engine

@@ -57,6 +57,11 @@ def check_named(config: Config) -> None:
             path, key = getattr(config.task, name), f"task.{name}"
             if path is not None:
                 resolve(path, key)
+        for key, path in (
+            ("rollout.make_engine", config.rollout.make_engine),
+            ("learner.make_engine", config.learner.make_engine),
+        ):
+            resolve(path, key)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except Exception as error:  # the modules are the user's code: importing one may raise anything

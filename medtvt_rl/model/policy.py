@@ -84,7 +84,8 @@ def load_policy(
     """The policy in a Hugging Face folder, encoders frozen, in evaluation mode.
 
     Args:
-        folder: a MedTVT folder, or that of any causal language model of `transformers`.
+        folder: a MedTVT folder, or that of any causal language model of `transformers`; one whose class is a
+            PolicyModel itself is taken as it is.
         lora: adds fresh adapters where its rank is not 0.
 
     Raises:
@@ -95,7 +96,7 @@ def load_policy(
     config = AutoConfig.from_pretrained(folder)
     kind: Any = MedTVTForCausalLM if isinstance(config, MedTVTConfig) else AutoModelForCausalLM
     model = load_exactly(kind, folder, dtype)
-    policy = model if isinstance(model, MedTVTForCausalLM) else TextPolicy(model)
+    policy: Any = model if isinstance(model, PolicyModel) else TextPolicy(model)
     set_encoders_trainable(policy, False)
     if lora is not None and lora.rank > 0:
         add_lora(policy, lora)

@@ -52,6 +52,7 @@ class RolloutConfig:
     """The rollout generators.
 
     Attributes:
+        make_engine: dotted path of f(model_folder, config, version) -> RolloutEngine (rollout/engine.py).
         on_update: what happens to requests in flight when new weights arrive.
         max_restarts, restart_window_s: a generator that is lost gets a successor so many times within so many seconds;
             lost once more, it is given up.
@@ -61,6 +62,7 @@ class RolloutConfig:
     """
 
     num_generators: int = 1
+    make_engine: str = "medtvt_rl.rollout.engine:vllm_engine"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     on_update: Literal["continue", "finish", "restart"] = "continue"
