@@ -120,12 +120,13 @@ def render_report(
     """
     name = str(summary.get("run", "run"))
     lines, medical, worth = curves(metrics), is_medical(summary), _ablations(summary)
+    part = "modality" if medical else "part"
     body = [
         f"<h1>{escape(name)}</h1>",
         _subject(config_yaml) if medical else "",
         section("Result", _headline(summary), "No evaluation was found: the evaluate stage has not run."),
         section("By disease", _by_disease(summary), "No F1 by disease was found.") if medical else "",
-        section("What each modality is worth", worth, "No ablations (evaluation.ablations).")
+        section(f"What each {part} is worth", worth, "No ablations (evaluation.ablations).")
         if medical or worth
         else "",
         section("GRPO", _grpo_facts(summary) + _charts(lines, "grpo"), "No curves of GRPO were found."),
@@ -271,12 +272,15 @@ def _ablations(summary: Mapping[str, Any]) -> str:
         for name, one in found.items()
         if one is not None
     ]
-    note = "Change of the greedy Jaccard when one modality is withheld from every patient, paired over patients."
-    chart = interval_chart("Held-out Jaccard, change", [""], rows, note, zero=True)
+    note, what = "Change when one part is withheld from every item, paired over prompts.", "the evaluator's metric"
+    if is_medical(summary):
+        note = "Change of the greedy Jaccard when one modality is withheld from every patient, paired over patients."
+        what = "Jaccard"
+    chart = interval_chart(f"Held-out {what}, change", [""], rows, note, zero=True)
     numbers = [
         [cell(row.label), cell(f"{v[0]:+.3f}", f"[{v[1]:.3f}, {v[2]:.3f}]")] for row in rows for v in row.values if v
     ]
-    return f'<div class="charts">{chart}<div>{table(["", "change of Jaccard"], numbers)}</div></div>' if rows else ""
+    return f'<div class="charts">{chart}<div>{table(["", f"change of {what}"], numbers)}</div></div>' if rows else ""
 
 
 def _grpo_facts(summary: Mapping[str, Any]) -> str:
