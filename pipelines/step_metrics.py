@@ -15,7 +15,10 @@ import numpy as np
 from medtvt_rl.algorithm.advantages import has_signal
 from pipelines.grpo_roles import FinishedGroup, TrainingGroup
 
-COUNTERS = ("tokens_generated", "busy_s", "idle_s", "num_updates", "update_s", "load_s")
+COUNTERS = (
+    *("tokens_generated", "prompt_tokens", "prompt_tokens_shared"),
+    *("busy_s", "idle_s", "num_updates", "update_s", "load_s"),
+)
 
 
 class StepClock:
@@ -109,6 +112,7 @@ def role_metrics(
         metrics["seconds/rollout_idle"] = gained["idle_s"] / len(after)
         metrics["seconds/sync_load"] = gained["load_s"] / max(gained["num_updates"], 1.0)
         metrics["seconds/sync_blocked"] = (gained["update_s"] - gained["load_s"]) / max(gained["num_updates"], 1.0)
+        metrics["rollout/prompt_shared_share"] = gained["prompt_tokens_shared"] / max(gained["prompt_tokens"], 1.0)
         metrics["tokens_per_s/rollout"] = gained["tokens_generated"] / max(step["seconds/step"], 1e-9)
     finished = [g.group for g in groups]
     metrics["seconds/reward_busy"] = sum(g.rewards.seconds for g in finished)

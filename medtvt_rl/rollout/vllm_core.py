@@ -53,6 +53,7 @@ class SampledTokens:
         token_ids: [T] int32.
         logprobs: [T] float32, at the sampling temperature.
         prompt_logprobs: [P - 1] float32 of the prompt's tokens but the first, at temperature 1; None unless asked for.
+        num_prompt, num_shared: tokens of the prompt, and those whose keys and values another request had computed.
     """
 
     request_id: str
@@ -60,6 +61,8 @@ class SampledTokens:
     logprobs: np.ndarray
     finish_reason: FinishReason
     prompt_logprobs: np.ndarray | None = None
+    num_prompt: int = 0
+    num_shared: int = 0
 
 
 def receive(worker: Any, header: WeightBuffer) -> int:
@@ -277,6 +280,8 @@ def _sampled(output: Any) -> SampledTokens:
         logprobs=np.asarray(logprobs, dtype=np.float32),
         finish_reason=completion.finish_reason,
         prompt_logprobs=_prompt_logprobs(output),
+        num_prompt=len(output.prompt_token_ids),
+        num_shared=output.num_cached_tokens or 0,
     )
 
 
