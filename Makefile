@@ -19,8 +19,8 @@ setup: ## create .venv with everything pinned; at once when nothing changed
 quickstart: setup ## simulated cohort, PT, SFT, GRPO, evaluation and report on this machine; OVERRIDES="key=value ..."
 	@.venv/bin/medtvt-rl run -c $(CONFIG) $(OVERRIDES)
 
-test: setup ## every test; TESTS="tests/data -k ecg" for some
-	@$(PYTHON_VENV) -m pytest $(TESTS)
+test: setup ## every test, a file at a time in two processes; TESTS="tests/data -k ecg" for some
+	@$(PYTHON_VENV) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(TESTS)
 
 lint: setup ## ruff (rules and format) and mypy
 	@$(PYTHON_VENV) -m ruff check $(SOURCES)
