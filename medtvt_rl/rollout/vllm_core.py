@@ -21,6 +21,7 @@ from medtvt_rl.model import vllm_plugin
 from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.rollout.base_weights import merged_weights
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
+from medtvt_rl.rollout.counters import Totals
 from medtvt_rl.types import FinishReason, Prompt
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer, pack_weights
@@ -63,6 +64,12 @@ class SampledTokens:
     prompt_logprobs: np.ndarray | None = None
     num_prompt: int = 0
     num_shared: int = 0
+
+    @property
+    def totals(self) -> Totals:
+        """What it adds to the engine's counters."""
+        generated, prompt, shared = len(self.token_ids), self.num_prompt, self.num_shared
+        return Totals(tokens_generated=generated, prompt_tokens=prompt, prompt_tokens_shared=shared)
 
 
 def receive(worker: Any, header: WeightBuffer) -> int:
