@@ -156,16 +156,18 @@ def _check_model(config: Config) -> None:
         model.init,
         f"name the folder where model.init_from = {model.init_from} is to be kept, e.g. runs/models/NAME",
     )
-    if config.task.items is None:
-        return
     width, heads = model.backbone.hidden_size, model.backbone.num_heads
     if model.init is None:
+        _require(width % heads == 0, "model.backbone.hidden_size", width, f"it does not divide by num_heads = {heads}")
         _require(
             config.rollout.engine.max_model_len <= model.backbone.max_positions,
             "rollout.engine.max_model_len",
             config.rollout.engine.max_model_len,
             f"the model has model.backbone.max_positions = {model.backbone.max_positions}; lower it, or raise that",
         )
+    if config.task.items is None:
+        return
+    if model.init is None:
         for name in ("ecg_steps", "cxr_steps", "lab_steps"):
             steps = getattr(config.encoders, name)
             _require(
@@ -174,7 +176,6 @@ def _check_model(config: Config) -> None:
                 steps,
                 "the encoders learn findings, and data.findings_csv is null; name their table, or set 0",
             )
-        _require(width % heads == 0, "model.backbone.hidden_size", width, f"it does not divide by num_heads = {heads}")
         _require(
             width % model.perception.num_heads == 0,
             "model.perception.num_heads",
@@ -262,6 +263,20 @@ def _check_stages(config: Config) -> None:
         f"each stage stands once, in the order {', '.join(known)}",
     )
     splits = config.data.splits
+    of_studies = [stage for stage in ("cohort", "pretrain") if stage in config.run.stages]
+    _require(
+        config.task.items is not None or not of_studies,
+        "run.stages",
+        config.run.stages,
+        f"task.items is null, and {' and '.join(of_studies)} need studies; set [sft, grpo, evaluate], or fewer",
+    )
+    _require(
+        config.task.items is not None or config.task.examples is not None or "sft" not in config.run.stages,
+        "task.examples",
+        None,
+        "task.items is null, so sft has no studies to learn from; name f(config, tokenizer, split) -> list[Example], "
+        "or take sft out of run.stages and set model.init",
+    )
     _require(
         config.task.items is None or config.evaluation.split in splits,
         "evaluation.split",

@@ -55,7 +55,7 @@ def check_named(config: Config) -> None:
     try:
         if config.rewards:
             Scorer(config.rewards)
-        for name in ("prompts", "items", "evaluate"):
+        for name in ("prompts", "examples", "items", "evaluate"):
             path, key = getattr(config.task, name), f"task.{name}"
             if path is not None:
                 resolve(path, key)

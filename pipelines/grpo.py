@@ -152,7 +152,7 @@ class _Stage:
 
     def _best(self) -> dict[str, Any]:
         """The best checkpoint on held-out answers, with a line for the reader."""
-        best, metric = self._store.best(), self._config.grpo.held_out.best_by
+        best, metric = self._store.best(), self._config.best_by
         if best is None:
             return {}
         step, value = best

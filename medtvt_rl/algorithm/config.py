@@ -71,13 +71,13 @@ class HeldOutConfig:
         every_steps: 0 measures never.
         max_prompts: of the split, the first so many; one answer is sampled for each and one greedy.
         best_by: the metric (the higher, the better) whose best checkpoint is kept, as metrics.jsonl names it behind
-            "held_out/".
+            "held_out/". None: jaccard, or the reward where task.evaluate is not the packages' own.
     """
 
     every_steps: int = 15
     max_prompts: int = 50
     split: str = "validation"
-    best_by: str = "jaccard"
+    best_by: str | None = None
 
 
 @dataclass

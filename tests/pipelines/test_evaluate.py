@@ -38,7 +38,7 @@ def test_each_study_is_asked_about_once(config: Config, tmp_path: Path) -> None:
     prompts = [prompt("a", "a"), prompt("a#1", "a"), prompt("b", "b"), prompt("a#2", "a"), prompt("c", "c")]
     with Reporter(tmp_path, stream=said) as reporter:
         assert [p.prompt_id for p in held_out_prompts(config, prompts, reporter)] == ["a", "b", "c"]
-        assert "2 further questions about the same studies are left out" in said.getvalue()
+        assert "2 further questions about the same items are left out" in said.getvalue()
         config.evaluation.max_studies = 2
         assert [p.prompt_id for p in held_out_prompts(config, prompts, reporter)] == ["a", "b"]
         text = [prompt("x", None), prompt("y", None)]
@@ -96,4 +96,4 @@ def test_plain_text_has_no_ablations_and_a_task_may_leave_its_evaluator_out(conf
     evaluator = make_evaluator(config, [prompt("x", None)], "test")
     assert isinstance(evaluator, RewardEvaluator)
     nobody: Any = None
-    assert asyncio.run(_ablated_answers(config, nobody, [])) == {}
+    assert asyncio.run(_ablated_answers(config, nobody, evaluator, [])) == {}
