@@ -59,6 +59,11 @@ def check_named(config: Config) -> None:
             path, key = getattr(config.task, name), f"task.{name}"
             if path is not None:
                 resolve(path, key)
+        for key, path in (
+            ("rollout.make_engine", config.rollout.make_engine),
+            ("learner.make_engine", config.learner.make_engine),
+        ):
+            resolve(path, key)
         key = "model.init_from"
         if config.model.init_from is not None:
             _check_source(config)

@@ -34,8 +34,10 @@ def _fresh_text_model(config: Config) -> Path:
     import torch
 
     from medtvt_rl.data.tokenizer import byte_tokenizer
+    from medtvt_rl.learner.process_group import prepare_environment
     from medtvt_rl.model.build import build_text_model
 
+    prepare_environment(config.sft.num_threads)
     tokenizer, folder = byte_tokenizer(), config.stage_folder("sft") / "start"
     torch.manual_seed(config.run.seed)
     build_text_model(config.model.backbone, tokenizer).save_pretrained(folder)

@@ -22,9 +22,8 @@ from medtvt_rl.data.study_build import store_folder
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.dotted import resolve
 from medtvt_rl.learner.config import SupervisedConfig
-from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
 from medtvt_rl.learner.encoder_warmup import EncoderWarmup
-from medtvt_rl.learner.engine import TrainingEngine
+from medtvt_rl.learner.engine import EngineSettings, TrainingEngine
 from medtvt_rl.learner.examples import QUESTIONS, ExampleSource, stage_examples
 from medtvt_rl.learner.supervised import Observer, SupervisedTrainer, Validation, save_policy
 from medtvt_rl.learner.validation import HeldOutLoss, SampledRewards
@@ -82,7 +81,8 @@ class StageRank:
         policy: Any = load_policy(self._task.start_folder, dtype=dtype, lora=self._config.model.lora)
         aucs = self._warm_up(policy.study_tower) if self._task.warm_encoders else {}
         set_encoders_trainable(policy, self._task.settings.train_encoders)
-        engine = DeepSpeedEngine(policy, self._engine_settings(dtype), self._device)
+        make_engine = resolve(self._config.learner.make_engine, "learner.make_engine")
+        engine: TrainingEngine = make_engine(policy, self._engine_settings(dtype), self._device)
         writing = self._task.output.with_name(self._task.output.name + ".writing")
         trainer = SupervisedTrainer(
             engine,
