@@ -17,7 +17,7 @@ from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.bootstrap import Interval
-from medtvt_rl.evaluation.diagnosis import StudyAnswers
+from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.evaluation.rewards import RewardEvaluator
 from medtvt_rl.types import Prompt, RolloutGroup
 

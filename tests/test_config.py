@@ -117,3 +117,21 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert load_config(path) == config
+
+
+TEXT = QUICKSTART.with_name("text_task.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.stages=[pretrain,sft,grpo]", "task.items is null, and pretrain need studies"),
+        ("task.examples=null", "task.items is null, so sft has no studies to learn from"),
+        ("rollout.engine.max_model_len=96", "the model has model.backbone.max_positions = 64"),
+        ("model.backbone.num_heads=3", "it does not divide by num_heads = 3"),
+    ],
+)
+def test_a_text_task_that_cannot_run_is_refused(override: str, message: str) -> None:
+    assert not load_config(TEXT).task.medical
+    with pytest.raises(ConfigError, match=message):
+        load_config(TEXT, [override])
