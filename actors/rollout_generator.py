@@ -72,20 +72,21 @@ class RolloutGenerator:
         logger.info("the engine serves after %.1f s", time.perf_counter() - begin)
         return whereabouts()
 
-    def _prepare(self) -> None:
-        make_engine = self._make_engine()
+    def _prepare(self) -> Any:
+        """What makes the engine, with its imports done."""
+        make_engine = resolve(self._config.rollout.make_engine, "rollout.make_engine")
         if isinstance(make_engine, MakesAhead):
             make_engine.prepare(self._config)
-
-    def _make_engine(self) -> Any:
-        return resolve(self._config.rollout.make_engine, "rollout.make_engine")
+        return make_engine
 
     def _start(self) -> None:
         config = self._config
         # First: the usual one sets the environment up before anything imports torch.
-        self._engine = self._make_engine()(self._model_folder, config, self._first_version)
+        make_engine = self._prepare()
         if config.task.items is not None:
+            # Then: importing the task may make its model known to transformers.
             self._items = resolve(config.task.items, "task.items")(config)
+        self._engine = make_engine(self._model_folder, config, self._first_version)
 
     @ray.method(num_returns=2)
     async def generate(

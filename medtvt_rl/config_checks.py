@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from medtvt_rl.algorithm.config import ADVANTAGES, LOSSES
+
 if TYPE_CHECKING:
     from medtvt_rl.config import Config
 
@@ -18,14 +20,35 @@ class ConfigError(ValueError):
 
 def check_config(config: Config) -> None:
     """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
-    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision)
-    for check in (*checks, _check_rewards, _check_stages, _check_checkpoints, _check_data):
+    checks = (_check_task, _check_algorithm, _check_counts, _check_batches, _check_sampling, _check_model, _check_sync)
+    for check in (*checks, _check_supervision, _check_rewards, _check_stages, _check_checkpoints, _check_data):
         check(config)
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{key} is {value!r}: {expected}")
+
+
+def _check_task(config: Config) -> None:
+    task = config.task
+    for name in ("prompts", "evaluate"):
+        path = getattr(task, name)
+        _require(
+            task.items is not None or path != getattr(type(task), name),
+            f"task.{name}",
+            path,
+            f"it is about studies, and task.items is null; name your own{' or set null' if name == 'evaluate' else ''}",
+        )
+
+
+def _check_algorithm(config: Config) -> None:
+    for key, kind, known in (
+        ("grpo.advantage", config.grpo.advantage, ADVANTAGES),
+        ("grpo.loss.kind", config.grpo.loss.kind, LOSSES),
+    ):
+        expected = f"name one of {', '.join(known)}, or your own as 'package.module:function'"
+        _require(kind in known or ":" in kind, key, kind, expected)
 
 
 def _check_counts(config: Config) -> None:
@@ -165,7 +188,7 @@ def _check_model(config: Config) -> None:
             config.rollout.engine.max_model_len,
             f"the model has model.backbone.max_positions = {model.backbone.max_positions}; lower it, or raise that",
         )
-    if config.task.items is None:
+    if not config.task.medical:
         return
     if model.init is None:
         for name in ("ecg_steps", "cxr_steps", "lab_steps"):
@@ -278,7 +301,7 @@ def _check_stages(config: Config) -> None:
         "or take sft out of run.stages and set model.init",
     )
     _require(
-        config.task.items is None or config.evaluation.split in splits,
+        not config.task.medical or config.evaluation.split in splits,
         "evaluation.split",
         config.evaluation.split,
         f"data.labs_csv has the splits {', '.join(splits)}",

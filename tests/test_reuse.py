@@ -6,7 +6,6 @@ import ast
 import inspect
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from medtvt_rl.config import load_config
+from medtvt_rl.config import Config, load_config
 from medtvt_rl.data.tokenizer import byte_tokenizer
 from medtvt_rl.dotted import resolve
 from medtvt_rl.learner.engine import TrainingEngine
@@ -60,8 +60,8 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 def test_the_contracts_of_the_actors_are_those_of_the_code(path: str) -> None:
     documented = documented_methods(f"### `{path}`")
     actor = resolve(path, "docs").__ray_metadata__.modified_class
-    assert documented
-    assert documented == {name: parameters(getattr(actor, name)) for name in documented}
+    public = {name: method for name, method in vars(actor).items() if inspect.isfunction(method) and name[0] != "_"}
+    assert documented == {name: parameters(method) for name, method in public.items()}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,15 @@ def test_the_protocols_are_documented_whole(heading: str, protocol: Any) -> None
     methods = {n: parameters(f) for kind in kinds for n, f in vars(kind).items() if inspect.isfunction(f)}
     expected = {name: given for name, given in methods.items() if not name.startswith("_")}
     assert documented_methods(heading) == expected
+
+
+def test_every_file_that_is_shown_is_written_for_the_tests_and_every_setting_is_known(written: Path) -> None:
+    first_lines = re.findall(r"```python\n(.*)\n", DOCS)
+    assert {f"# {path.name}" for path in written.glob("*.py")} == set(first_lines)
+    shown = re.findall(r"```yaml\n(.*?)```", DOCS, re.DOTALL)
+    assert len(shown) >= 8
+    for text in shown:
+        OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
 
 
 def test_the_usual_engine_has_what_the_protocol_asks_for() -> None:
@@ -123,17 +132,6 @@ def test_a_byte_tokenizer_reads_any_text(text: str) -> None:
     if not re.search("<(pad|bos|eos|user|assistant)>", text):
         assert BYTES.decode(ids, skip_special_tokens=True) == text
         assert len(ids) == len(text.encode())
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder on sys.path with the Python files of docs/reuse.md."""
-    folder = tmp_path_factory.mktemp("user")
-    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", DOCS, re.DOTALL):
-        (folder / name).write_text(code)
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
 
 
 @pytest.fixture

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+ADVANTAGES = ("group", "mean_only", "rloo")
+LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+
 
 @dataclass
 class KlConfig:
@@ -40,12 +43,13 @@ class LossConfig:
     """The policy loss.
 
     Attributes:
-        kind: grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo (2506.13585).
+        kind: grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo (2506.13585),
+            or the dotted path of an Objective (algorithm/losses.py), of which the mean over all tokens is taken.
         clip_low, clip_high: the ratio policy/proximal is clipped to [1 - clip_low, 1 + clip_high]; equal bounds after
             PPO (1707.06347), a higher upper one after DAPO (2503.14476).
     """
 
-    kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    kind: str = "grpo"
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl: KlConfig = field(default_factory=KlConfig)
@@ -99,7 +103,9 @@ class GrpoConfig:
 
     Attributes:
         max_staleness: steps that a sample may lag behind the learner; 0 is on-policy training by the same code.
-        advantage: group (mean and deviation, arXiv 2402.03300), mean_only (2503.20783), rloo (2402.14740).
+        advantage: group (mean and deviation, arXiv 2402.03300), mean_only (2503.20783), rloo (2402.14740), or the
+            dotted path of f(rewards [G] float64) -> [G].
+        layout: dotted path of f(config, reporter, stop) -> object with `run()`, which puts actors and loop together.
         final_lr_share: the learning rate falls linearly to this share of its start.
         max_nonfinite_groups: groups that may be left out of a run because their loss or gradient was not finite.
         record_steps: the learners' inputs are kept, so that `medtvt-rl replay` can repeat a step bit for bit.
@@ -120,7 +126,7 @@ class GrpoConfig:
     learning_rate: float = 3e-4
     warmup_steps: int = 5
     final_lr_share: float = 0.1
-    advantage: Literal["group", "mean_only", "rloo"] = "group"
+    advantage: str = "group"
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     updates_per_batch: int = 1
@@ -133,3 +139,4 @@ class GrpoConfig:
     checkpoint_root: str | None = None
     checkpoint_in_background: Literal["auto", "always", "never"] = "auto"
     checkpoint_timeout_s: float = 600.0
+    layout: str = "pipelines.grpo:Layout"

@@ -98,10 +98,10 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class MakesAhead(Protocol):
-    """What `rollout.make_engine` names where a part of the work can be done before an engine is needed."""
+    """What `rollout.make_engine` names where it imports more than its own module does."""
 
     def prepare(self, config: Config) -> None:
-        """Imports what making an engine needs, in a process that waits to take the place of a lost one."""
+        """Called before the engine is made: early in a process that waits to take the place of a lost one."""
 
 
 class VllmMaker:
