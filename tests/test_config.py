@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medtvt_rl.config import load_config, to_yaml
+from medtvt_rl.config import TaskConfig, load_config, to_yaml
 from medtvt_rl.config_checks import ConfigError
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -129,9 +129,16 @@ TEXT = QUICKSTART.with_name("text_task.yaml")
         ("task.examples=null", "task.items is null, so sft has no studies to learn from"),
         ("rollout.engine.max_model_len=96", "the model has model.backbone.max_positions = 64"),
         ("model.backbone.num_heads=3", "it does not divide by num_heads = 3"),
+        (
+            f"task.evaluate={TaskConfig.evaluate}",
+            "about studies, and task.items is null; name your own or set null",
+        ),
+        (f"task.prompts={TaskConfig.prompts}", "it is about studies, and task.items is null; name your own"),
+        ("grpo.advantage=best", "grpo.advantage is 'best': name one of group, mean_only, rloo, or your own as"),
     ],
 )
 def test_a_text_task_that_cannot_run_is_refused(override: str, message: str) -> None:
-    assert not load_config(TEXT).task.medical
+    config = load_config(TEXT)
+    assert not config.task.medical and config.best_by == "reward"
     with pytest.raises(ConfigError, match=message):
         load_config(TEXT, [override])

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from learner.tiny_policy import PlainEngine as PlainTrainer
-from tiny_llama import tiny_llama
 
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
@@ -24,6 +19,8 @@ from medtvt_rl.rollout.config import SamplingConfig
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.types import Prompt, RolloutGroup, TrainingSequence
 from medtvt_rl.weights import WeightBufferError, pack_weights
+from tests.learner.tiny_policy import PlainEngine as PlainTrainer
+from tests.tiny_llama import tiny_llama
 
 END, DIAL = 2, 9
 SAMPLING = SamplingConfig(max_new_tokens=6, temperature=0.7)
