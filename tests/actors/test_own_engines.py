@@ -96,3 +96,48 @@ def test_a_learner_trains_on_the_trainer_that_is_named(tmp_path: Path, monkeypat
     text: Any = Prompt(prompt_id="p", token_ids=np.array([1, 2], np.int32), item_id=None, ground_truth="")
     logprobs = learner.score(text, completion)  # type: ignore[arg-type]
     assert logprobs.shape == (2,) and (logprobs < 0).all()
+
+
+class Prepared:
+    """Makes engines, and notes what was asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def prepare(self, config: Config) -> None:
+        self.asked.append("prepare")
+
+    def __call__(self, model_folder: str, config: Config, version: int) -> Echo:
+        self.asked.append("make")
+        return Echo(model_folder, config, version)
+
+
+prepared = Prepared()
+
+
+def test_a_spare_does_ahead_what_the_maker_of_engines_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_generator, "redirect_output", lambda path: path)
+    monkeypatch.setattr(rollout_generator, "has_room", lambda: False)
+    config = Config()
+    config.rollout.make_engine, config.task.items = f"{__name__}:prepared", None
+    kind: Any = RolloutGenerator
+    generator = kind.__ray_metadata__.modified_class("folder", config, 0)
+    assert not asyncio.run(generator.warm(None, False)) and prepared.asked == []
+    assert asyncio.run(generator.warm(None, True)) and prepared.asked == ["prepare"]
+    generator._start()
+    assert prepared.asked == ["prepare", "prepare", "make"]
+    assert asyncio.run(generator.health())["ok"]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_spare_learner_imports_the_trainer_that_is_named_alone(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(learner_worker, "redirect_output", lambda path: path)
+    monkeypatch.setattr(learner_worker, "import_ahead", lambda names, devices, prepare: imported.extend(names))
+    config = Config()
+    if own:
+        config.learner.make_engine = f"{__name__}:own_trainer"
+    kind: Any = learner_worker.LearnerWorker
+    assert kind.__ray_metadata__.modified_class(0, 1, config).warm(None, True)
+    assert (imported[0] == "deepspeed") != own
+    assert (__name__ in imported) == own and ("medtvt_rl.learner.deepspeed_engine" in imported) != own
