@@ -40,6 +40,12 @@ def _check_task(config: Config) -> None:
             path,
             f"it is about studies, and task.items is null; name your own{' or set null' if name == 'evaluate' else ''}",
         )
+    _require(
+        config.evaluation.metrics != "paper" or task.evaluate is not None,
+        "evaluation.metrics",
+        config.evaluation.metrics,
+        "task.evaluate is null, and the mean reward has no published form; set honest, or name an evaluator that has",
+    )
 
 
 def _check_algorithm(config: Config) -> None:

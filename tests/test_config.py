@@ -134,6 +134,7 @@ TEXT = QUICKSTART.with_name("text_task.yaml")
             "about studies, and task.items is null; name your own or set null",
         ),
         (f"task.prompts={TaskConfig.prompts}", "it is about studies, and task.items is null; name your own"),
+        ("metrics=paper", "task.evaluate is null, and the mean reward has no published form"),
         ("grpo.advantage=best", "grpo.advantage is 'best': name one of group, mean_only, rloo, or your own as"),
     ],
 )

@@ -30,6 +30,7 @@ from medtvt_rl.rollout.vllm_engine import VllmEngine
 from medtvt_rl.types import Example, Prompt
 from pipelines.answers import Ablating, Evaluator
 from pipelines.command import check_named
+from pipelines.judging import ComparesTexts
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = (ROOT / "docs" / "reuse.md").read_text()
@@ -69,7 +70,7 @@ def test_the_contracts_of_the_actors_are_those_of_the_code(path: str) -> None:
     [
         ("## Another rollout engine", RolloutEngine),
         ("## Another trainer", TrainingEngine),
-        ("## A measure of your own", (Evaluator, Ablating)),
+        ("## A measure of your own", (Evaluator, Ablating, ComparesTexts)),
     ],
 )
 def test_the_protocols_are_documented_whole(heading: str, protocol: Any) -> None:

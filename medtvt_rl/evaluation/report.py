@@ -25,7 +25,6 @@ from medtvt_rl.evaluation.charts import IntervalRow, Series, bar_chart, interval
 from medtvt_rl.evaluation.page import card, cell, details, missing_line, page, section, table
 from medtvt_rl.evaluation.result_page import by_disease, calibration, headline
 from medtvt_rl.evaluation.summary import (
-    METRICS,
     PAPER,
     STAGE_NAMES,
     Curves,
@@ -36,6 +35,7 @@ from medtvt_rl.evaluation.summary import (
     estimate,
     gained_metric,
     is_medical,
+    metric_label,
     metric_names,
     missing_metrics,
     paper_first,
@@ -174,14 +174,15 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
         if any(number is not None for number in left_out):
             shown.add_row("as published: answers left out", *("-" if n is None else str(n) for n in left_out))
     for name in metric_names(before, after):
-        shown.add_row(escape_markup(METRICS.get(name, name)), _text(before.get(name)), _text(after.get(name)))
+        shown.add_row(escape_markup(metric_label(summary, name)), _text(before.get(name)), _text(after.get(name)))
     first, last = per_disease(summary, "sft"), per_disease(summary, "grpo")
     for disease in dict.fromkeys([*first, *last]):
         shown.add_row(escape_markup(f"F1, {disease}"), _text(first.get(disease)), _text(last.get(disease)))
     console.print(shown)
     gain = estimate(block(summary, "evaluation").get("gain"))
     if gain is not None:
-        what = f"{gained_metric(after)}, paired over {'patients' if 'jaccard' in after else 'prompts'}"
+        over = "patients" if is_medical(summary) and "jaccard" in after else "prompts"
+        what = f"{gained_metric(summary, after)}, paired over {over}"
         console.print(f"gain of GRPO in {what}: {gain.value:+.3f} {gain.interval}", markup=False)
     for reason, names in missing_metrics(summary).items():
         console.print(f"not computed: {names}: {reason}", markup=False, soft_wrap=True)

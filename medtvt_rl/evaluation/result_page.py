@@ -14,7 +14,6 @@ from medtvt_rl.evaluation.charts import IntervalRow, interval_chart, reliability
 from medtvt_rl.evaluation.page import card, cell, details, table
 from medtvt_rl.evaluation.summary import (
     LOWER_IS_BETTER,
-    METRICS,
     PAPER,
     Estimate,
     answers_dropped,
@@ -22,6 +21,7 @@ from medtvt_rl.evaluation.summary import (
     estimate,
     gained_metric,
     is_medical,
+    metric_label,
     metric_names,
     missing_metrics,
     paper_first,
@@ -61,7 +61,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     gain = estimate(block(summary, "evaluation").get("gain"))
     rows = [
         [
-            cell(METRICS.get(name, name)),
+            cell(metric_label(summary, name)),
             _cell(before.get(name)),
             _cell(after.get(name)),
             _change(name, before.get(name), after.get(name)),
@@ -69,7 +69,7 @@ def headline(summary: Mapping[str, Any]) -> str:
         for name in metric_names(before, after)
     ]
     if gain is not None:
-        label = cell(f"Paired gain of GRPO, {gained_metric(after)}")
+        label = cell(f"Paired gain of GRPO, {gained_metric(summary, after)}")
         rows.append([label, cell(""), cell(""), cell(f"{gain.value:+.3f}", gain.interval)])
     honest = table(["", *policy_names(summary), "change"], rows) + _note(summary)
     published = _paper(summary)

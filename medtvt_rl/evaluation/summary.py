@@ -34,6 +34,7 @@ METRICS = {
     "reward": "Reward, sampled answers",
     "reward_greedy": "Reward, greedy answer",
 }
+REWARDS = {"reward", "reward_greedy"}
 LOWER_IS_BETTER = {"brier", "calibration_error"}
 PAPER = {
     "precision": "precision, mean over answers",
@@ -143,10 +144,16 @@ def metric_names(*policies: Mapping[str, Estimate]) -> list[str]:
     return [name for name in METRICS if name in found] + [name for name in found if name not in METRICS]
 
 
-def gained_metric(metrics: Mapping[str, Estimate]) -> str:
+def metric_label(summary: Mapping[str, Any], name: str) -> str:
+    """A metric in words: those of METRICS, but for a task that gives such a name a meaning of its own."""
+    return METRICS.get(name, name) if is_medical(summary) or name in REWARDS else name
+
+
+def gained_metric(summary: Mapping[str, Any], metrics: Mapping[str, Estimate]) -> str:
     """What the gain of GRPO is measured in."""
-    words = {"jaccard": "sampled Jaccard", "reward": "sampled reward"}
-    return next((text for name, text in words.items() if name in metrics), "the main metric")
+    if is_medical(summary) and "jaccard" in metrics:
+        return "sampled Jaccard"
+    return "sampled reward" if "reward" in metrics else "the main metric"
 
 
 def per_disease(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:

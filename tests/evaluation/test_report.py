@@ -246,7 +246,7 @@ def test_a_task_without_diagnoses_shows_its_reward() -> None:
 
 
 def test_a_task_of_one_s_own_shows_its_own_metrics_and_no_medicine(summary: dict[str, Any]) -> None:
-    values = {"share_right": interval(0.5), "num_prompts": 40}
+    values = {"share_right": interval(0.5), "exact_match": interval(0.4), "num_prompts": 40}
     found = {
         "run": "sums",
         "medical": False,
@@ -257,7 +257,13 @@ def test_a_task_of_one_s_own_shows_its_own_metrics_and_no_medicine(summary: dict
     shown = io.StringIO()
     print_table(found, shown)
     text = shown.getvalue() + parsed(render_report(summary=found, samples=SAMPLES, config_yaml="cohort: null")).text
-    for words in ("share_right", "before GRPO", "gain of GRPO in the main metric, paired over prompts", "without hint"):
+    for words in (
+        "share_right",
+        "exact_match",
+        "before GRPO",
+        "gain of GRPO in the main metric, paired over prompts",
+        "without hint",
+    ):
         assert words in text, words
     for words in ("Means on 40 held-out prompts", "intervals over prompts", "Ground truth:"):
         assert words in text, words
