@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from actors.process import Whereabouts, has_room, import_ahead, whereabouts
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
-from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.privacy import open_for
 from medtvt_rl.storage import Digest, Storage, digest_of
 from medtvt_rl.types import LearnerStep, RolloutGroup, TrainingSequence
+from medtvt_rl.user_code import task_items
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
@@ -100,6 +101,7 @@ class LearnerWorker:
 
     def __init__(self, rank: int, world_size: int, config: Config) -> None:
         redirect_output(config.folder / "logs" / f"learner_{rank}.log")
+        open_for(config.privacy, config.folder)
         self._rank, self._world_size, self._config = rank, world_size, config
         self._learner: GrpoLearner | None = None
         self._sender: WeightSender | None = None
@@ -327,8 +329,7 @@ def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearne
         adam_betas=(config.learner.adam_betas[0], config.learner.adam_betas[1]),
     )
     policy = load_policy(model_folder, dtype=settings.dtype, lora=config.model.lora)
-    items = resolve(config.task.items, "task.items")(config) if config.task.items else None
-    return GrpoLearner(DeepSpeedEngine(policy, settings, device), items, config)
+    return GrpoLearner(DeepSpeedEngine(policy, settings, device), task_items(config), config)
 
 
 def fetch_sequences(shards: list[LearnerShard], timeout_s: float) -> list[TrainingSequence]:

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from actors.process import Whereabouts, has_room, import_ahead, whereabouts
 from medtvt_rl.config import Config
-from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.privacy import hashed, open_for
 from medtvt_rl.rollout.config import SamplingConfig
 from medtvt_rl.rollout.parts import join_group
 from medtvt_rl.rollout.pending import Wave
 from medtvt_rl.types import GroupHeader, Prompt, RolloutGroup
+from medtvt_rl.user_code import task_items
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
@@ -56,6 +57,7 @@ class RolloutGenerator:
 
     def __init__(self, model_folder: str, config: Config, index: int, version: int = 0) -> None:
         redirect_output(config.folder / "logs" / f"rollout_{index}.log")
+        open_for(config.privacy, config.folder)
         self._model_folder = model_folder
         self._config = config
         self._index = index
@@ -90,8 +92,7 @@ class RolloutGenerator:
         from medtvt_rl.rollout.vllm_engine import VllmEngine
 
         config = self._config
-        if config.task.items is not None:
-            self._items = resolve(config.task.items, "task.items")(config)
+        self._items = task_items(config)
         self._engine = VllmEngine(
             self._model_folder,
             config.rollout.engine,
@@ -197,7 +198,7 @@ class RolloutGenerator:
             return None
         if self._items is None:
             raise ValueError(
-                f"prompt {prompt.prompt_id}: names item {prompt.item_id!r}, but task.items is null; name an item source"
+                f"prompt {hashed(prompt.prompt_id)}: names an item, but task.items is null; name an item source"
             )
         return self._items.get(prompt.item_id)
 

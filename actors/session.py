@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray._raylet import Config as RayletConfig
+from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
@@ -83,7 +83,7 @@ def close_local_ray() -> None:
     os.environ[AUTH_MODE] = "token"
     if not any(os.environ.get(name) for name in TOKEN_SOURCES):
         os.environ[TOKEN_SOURCES[0]] = secrets.token_hex(32)
-    RayletConfig.initialize("")  # type: ignore[attr-defined]  # Ray read the mode when it was imported
+    RayletConfig.initialize("")  # Ray read the mode when it was imported
     # Without "clusters" Ray takes 127.0.0.1 for the node's own address; its environment variable counts at import only.
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"

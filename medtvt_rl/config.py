@@ -23,6 +23,7 @@ from medtvt_rl.data.config import CohortConfig, DataConfig
 from medtvt_rl.evaluation.config import AlarmConfig, EvaluationConfig
 from medtvt_rl.learner.config import EncoderWarmupConfig, LearnerConfig, SupervisedConfig
 from medtvt_rl.model.config import ModelConfig
+from medtvt_rl.privacy import PrivacyConfig
 from medtvt_rl.rewards.config import RewardConfig
 from medtvt_rl.rollout.config import RolloutConfig, WeightsConfig
 
@@ -142,6 +143,7 @@ class Config:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     @property
     def folder(self) -> Path:

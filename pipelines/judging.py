@@ -72,11 +72,12 @@ def judged(
     summary["gain"] = evaluator.paired_gain(results["sft"], results["grpo"]).to_dict()
     summary["metrics"] = config.evaluation.metrics
     if config.evaluation.metrics == "paper":
-        summary["notes"] = _add_texts(summary, evaluator, answers, start, progress)
+        summary["notes"] = _add_texts(config, summary, evaluator, answers, start, progress)
     return summary, results
 
 
 def _add_texts(
+    config: Config,
     summary: dict[str, Any],
     evaluator: Evaluator,
     answers: Mapping[str, Answers],
@@ -85,7 +86,7 @@ def _add_texts(
 ) -> dict[str, str]:
     """Adds the comparison of texts to the `paper` block of each policy; returns what is missing."""
     if not isinstance(evaluator, ComparesTexts):
-        name = type(evaluator).__name__
+        name = config.task.evaluate or type(evaluator).__name__
         return {"paper": f"{name}, the evaluator of this task, does not compute the published metrics"}
     notes: dict[str, str] = {}
     for policy, words in zip(POLICIES, ("before", "after")):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from medtvt_rl.config import Config
 from medtvt_rl.evaluation.report import print_table, write_report
+from medtvt_rl.privacy import hashed
+from pipelines.json_lines import read_rows
 from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
 from pipelines.stages import run_stage, write_summary
 
@@ -35,13 +36,15 @@ def report(config: Config, summary: dict[str, Any]) -> None:
         config.folder / "report.html",
         summary=summary,
         metrics=read_metrics(config.folder / METRICS_FILE),
-        samples=_samples(config.folder / "journal" / "samples.jsonl"),
+        samples=_samples(config.folder / "journal" / "samples.jsonl") if config.privacy.show_samples else [],
         config_yaml=(config.folder / "config.yaml").read_text(),
     )
 
 
 def _samples(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The journal's samples, those that hold texts, under hashed ids."""
+    rows = [row for row in read_rows(path) if "ground_truth" in row]
+    return [{**row, "prompt_id": hashed(str(row.get("prompt_id")))} for row in rows]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from actors.placement import place, plan
 from medtvt_rl.config import Config
 from medtvt_rl.learner.config import SupervisedConfig
 from medtvt_rl.logs import last_lines, redirect_output
+from medtvt_rl.privacy import open_for
 from pipelines.stages import StageError
 
 POLL_S, SEND_S = 0.5, 0.5
@@ -249,6 +250,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         # Ray Train moves workers to a folder of its own; relative paths of the configuration count from the driver's.
         os.chdir(arguments["folder"])
     redirect_output(task.config.folder / "logs" / f"{task.stage}_{rank}.log")
+    open_for(task.config.privacy, task.config.folder)
     process_group.prepare_environment(task.settings.num_threads)
     device = ray.train.torch.get_device()
     address, port = meeting()

@@ -22,7 +22,6 @@ from medtvt_rl.data.medtvt_qa import QAExample, QAKind
 from medtvt_rl.data.study_build import store_folder
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.task import StudyItems, prompt_token_ids
-from medtvt_rl.dotted import resolve
 from medtvt_rl.learner.config import SupervisedConfig
 from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
 from medtvt_rl.learner.encoder_warmup import EncoderWarmup
@@ -32,6 +31,7 @@ from medtvt_rl.learner.supervised import Observer, SupervisedTrainer, Validation
 from medtvt_rl.learner.validation import HeldOutLoss, SampledRewards
 from medtvt_rl.model.policy import load_policy
 from medtvt_rl.model.tower import set_encoders_trainable
+from medtvt_rl.user_code import task_prompts
 
 ADAM_BETAS = (0.9, 0.98)
 QUESTIONS: dict[str, tuple[QAKind, ...]] = {"pretrain": ("ecg", "cxr", "lab"), "sft": ("diagnosis",)}
@@ -148,7 +148,7 @@ class StageRank:
         )
         if self._task.stage == "pretrain":
             return lambda: Validation(score=-(value := loss()), metrics={"validation_loss": value})
-        prompts = resolve(self._config.task.prompts, "task.prompts")(self._config, self._tokenizer, "validation")
+        prompts = task_prompts(self._config, self._tokenizer, "validation")
         rewards = SampledRewards(
             engine,
             self._items,

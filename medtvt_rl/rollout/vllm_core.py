@@ -7,6 +7,7 @@ Does not own: groups, versions, threads (vllm_engine.py). Importing this module 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ def prepare_environment(threads: int, cpu: bool) -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    # When a step fails, vLLM would log the items of the requests at hand: values of patients.
+    logging.getLogger("vllm.logging_utils.dump_input").addFilter(lambda record: False)
     if cpu:
         # Several engines on one machine must not all be bound to its first cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
