@@ -26,6 +26,7 @@ from actors.process import Whereabouts, has_room, import_ahead, whereabouts
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.model.seal import seal
 from medtvt_rl.privacy import open_for
 from medtvt_rl.storage import Digest, Storage, digest_of
 from medtvt_rl.types import LearnerStep, RolloutGroup, TrainingSequence
@@ -251,6 +252,7 @@ class LearnerWorker:
             learner.save(temporary)
         if self._rank == 0:
             copy_tokenizer(Path(self._model_folder), temporary)
+            seal(temporary)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
 

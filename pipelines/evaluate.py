@@ -26,6 +26,7 @@ from medtvt_rl.data.task import without
 from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import load_policy
+from medtvt_rl.model.seal import seal
 from medtvt_rl.types import MODALITIES, Prompt
 from medtvt_rl.weights import pack_weights
 from pipelines.answers import Asker, Evaluator, make_evaluator, one_per_item
@@ -142,6 +143,7 @@ def publish_model(config: Config, source: Path) -> None:
     if config.task.items is not None:
         store = StudyStore.open(store_folder(config.data))
         store.percentile_table.smoothed().save(temporary / PERCENTILES_FILE)
+    seal(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 

@@ -200,7 +200,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path in the configuration") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not json, a number of thousands of digits, or too deep
         raise DataError(f"{path}: not valid json ({error}); export it again") from error
 
 

@@ -18,8 +18,18 @@ from numpy.typing import NDArray
 from medtvt_rl.data.errors import DataError
 
 _INVALID_SAMPLE = -32768
+_MAX_HEADER_BYTES, _MAX_LEADS, _MAX_SAMPLES, _MAX_FIELD = 1 << 16, 64, 10_000_000, 200
 _DEFAULT_GAIN = 200.0
-_PARSER_FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, NotImplementedError)
+_PARSER_FAULTS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    NotImplementedError,
+    MemoryError,
+)
 _RECORD_LINE = re.compile(r"(?P<name>[^\s/]+)\s+(?P<leads>\d+)\s+(?P<rate>[\d.]+)\s+(?P<samples>\d+)(?:\s.*)?")
 _SIGNAL_LINE = re.compile(
     r"(?P<file>\S+)\s+16\s+(?P<gain>[\d.]+)(?:\((?P<baseline>-?\d+)\))?(?:/(?P<unit>\S+))?"
@@ -64,16 +74,19 @@ def ecg_files(path: Path) -> list[Path]:
 def _read_wfdb(record: Path) -> RawEcg:
     header_path = record.parent / (record.name + ".hea")
     try:
-        lines = header_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if header_path.exists() and not header_path.is_file():
+            raise DataError(f"{header_path}: no plain file; check the ECG path")
+        with header_path.open("rb") as file:
+            content = file.read(_MAX_HEADER_BYTES + 1)
     except FileNotFoundError:
         raise DataError(f"{header_path}: no such file; check the ECG path") from None
     except OSError as error:
         raise DataError(f"{header_path}: cannot be read ({error}); check its permissions") from error
-    lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    for line in lines[1:]:
-        name = line.split()[0]
-        if Path(name).name != name or (record.parent / name).is_symlink():
-            raise DataError(f"{header_path}: signal file {name!r} is no plain file beside the header; mend the header")
+    if len(content) > _MAX_HEADER_BYTES:
+        raise DataError(f"{header_path}: larger than {_MAX_HEADER_BYTES} bytes, which no header is; copy it again")
+    text = content.decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    _check_header(header_path, lines)
     try:
         return _read_format_16(record.parent, lines) or _read_by_package(record)
     except FileNotFoundError as error:
@@ -82,6 +95,26 @@ def _read_wfdb(record: Path) -> RawEcg:
     except _PARSER_FAULTS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{record}: not a readable WFDB record ({reason}); copy the record again") from error
+
+
+def _check_header(header: Path, lines: list[str]) -> None:
+    """Raises DataError, before anything is read by it, for a header that names files elsewhere or absurd sizes."""
+    fields = lines[0].split() if lines else []
+    if not fields:
+        raise DataError(f"{header}: empty; copy the record again")
+    if "/" in fields[0]:
+        raise DataError(f"{header}: a record of several segments; export one of a single segment")
+    for what, place, most in (("leads", 1, _MAX_LEADS), ("samples", 3, _MAX_SAMPLES)):
+        given = fields[place] if place < len(fields) else "1"
+        if not given.isascii() or not given.isdigit() or len(given) > 12 or int(given) > most:
+            raise DataError(f"{header}: {given[:20]!r} {what}, expected a number up to {most}; mend the header")
+    for line in lines[1:]:
+        name = line.split()[0]
+        path = header.parent / name
+        if Path(name).name != name or path.is_symlink() or (path.exists() and not path.is_file()):
+            raise DataError(f"{header}: signal file {name[:60]!r} is no plain file beside it; mend the header")
+        if any(len(field) > _MAX_FIELD for field in line.split()):
+            raise DataError(f"{header}: a field of more than {_MAX_FIELD} characters; mend the header")
 
 
 def _read_format_16(folder: Path, lines: list[str]) -> RawEcg | None:

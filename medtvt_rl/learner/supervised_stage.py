@@ -30,6 +30,7 @@ from medtvt_rl.learner.examples import QaExamples, Withholding
 from medtvt_rl.learner.supervised import Observer, SupervisedTrainer, Validation, save_policy
 from medtvt_rl.learner.validation import HeldOutLoss, SampledRewards
 from medtvt_rl.model.policy import load_policy
+from medtvt_rl.model.seal import seal
 from medtvt_rl.model.tower import set_encoders_trainable
 from medtvt_rl.user_code import task_prompts
 
@@ -173,3 +174,4 @@ class StageRank:
         save_policy(engine, folder)
         if engine.rank == 0:
             self._tokenizer.save_pretrained(folder)
+            seal(folder)

@@ -20,6 +20,7 @@ import torch
 
 from medtvt_rl.model import vllm_plugin
 from medtvt_rl.model.kept_adapter import read_adapter
+from medtvt_rl.model.seal import check_model_folder
 from medtvt_rl.rollout.base_weights import merged_weights
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
 from medtvt_rl.types import FinishReason, Prompt
@@ -114,6 +115,7 @@ class VllmCore:
                 raise ValueError(
                     f"model folder: {model_folder} holds no {name}; save model and tokenizer into it (save_pretrained)"
                 )
+        check_model_folder(model_folder)
         self.item_modality = item_modality
         self._folder = str(model_folder)
         self.max_model_len = config.max_model_len
@@ -247,6 +249,8 @@ def _start_engine(model_folder: str | Path, config: EngineConfig, by_broadcast: 
     arguments = EngineArgs(
         model=str(model_folder),
         dtype=config.dtype,
+        load_format="safetensors",
+        trust_remote_code=False,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         block_size=config.block_size,
