@@ -181,6 +181,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
     take_over_folder(config)
     check_config(config)
     return config
@@ -204,10 +206,9 @@ def _merge(base: DictConfig, read: Any, source: str) -> DictConfig:
         raise ConfigError(f"{source}: unknown key {error.full_key!r}{_nearest(error.full_key or '')}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {error.full_key}: {_first_line(error)}") from error
-    except Exception as error:  # a YAML file that does not parse; the parser's message names line and column
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
-        raise
+    except Exception as error:  # what does not parse fails in many ways; YAML's own words name line and column
+        what = "valid YAML" if type(error).__module__.startswith("yaml") else "a file of key: value settings"
+        raise ConfigError(f"{source}: not {what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _first_line(error: Exception) -> str:

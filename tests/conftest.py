@@ -14,8 +14,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 # How long an example takes says something of the machine, not of the code; all else is as Hypothesis chose.
 settings.register_profile("patient", settings(), deadline=None)
-# The fuzzers of tests/fuzz: a few cases that are the same each time, or with MEDTVT_RL_FUZZ=fuzz many fresh ones. A case
-# that takes longer than its deadline hangs, for whoever waits for it.
+# The fuzzers of tests/fuzz: a few cases that are the same each time, or with MEDTVT_RL_FUZZ=fuzz many fresh ones. What
+# takes longer than the deadline hangs, for whoever waits for it.
 hostile = settings(
     deadline=timedelta(seconds=20),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],

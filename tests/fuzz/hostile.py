@@ -11,29 +11,10 @@ from hypothesis import strategies as st
 
 CASES = settings.get_profile(os.environ.get("MEDTVT_RL_FUZZ", "fuzz-quick"))
 
-ODD_TEXTS = st.one_of(
-    st.text(max_size=12),
-    st.sampled_from(
-        ["", " ", "\0", "-1", "nan", "inf", "1e999", "9" * 30, "9" * 5000, "0x10", "../x", "/etc/passwd", "a\\b", "%s"]
-        + [
-            "\ud800",
-            "\u202e",
-            "\ufeff",
-            "(" * 60,
-            "{" * 60,
-            "${x}",
-            "None",
-            "true",
-            '"',
-            "'",
-            ",",
-            ";",
-            "\n",
-            "\r",
-            "|",
-        ]
-    ),
-)
+NUMBERS = ["-1", "nan", "inf", "1e999", "9" * 30, "9" * 5000, "0x10"]
+PATHS = ["../x", "/etc/passwd", "a\\b"]
+MARKS = ["", " ", "\0", "%s", "\ud800", "\u202e", "\ufeff", "(" * 60, "{" * 60, "${x}", "None", "true", *"'\",;|\n\r"]
+ODD_TEXTS = st.text(max_size=12) | st.sampled_from([*NUMBERS, *PATHS, *MARKS])
 ODD_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | ODD_TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ODD_TEXTS, inner, max_size=3),

@@ -23,6 +23,7 @@ from medtvt_rl.data.errors import DataError
 from medtvt_rl.data.simulate.cohort import write_cohort
 
 FILM = FilmConfig(size=32)
+FORMATS = ["16", "16x3", "16:2", "16+8", "212", "80", "8", "24", "32", "516", "61"]
 
 
 @pytest.fixture(scope="session")
