@@ -27,6 +27,7 @@ from medtvt_rl.privacy import PrivacyConfig
 from medtvt_rl.rewards.config import RewardConfig
 from medtvt_rl.rollout.config import RolloutConfig, WeightsConfig
 
+LONGEST_KEY, LONGEST_LINE = 100, 500
 SHORT_KEYS = {"metrics": "evaluation.metrics"}
 """What may be written shorter on the command line."""
 
@@ -172,7 +173,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"configuration {path} does not exist; configs/ holds examples")
     malformed = [item for item in overrides if "=" not in item]
     if malformed:
-        raise ConfigError(f"override {malformed[0]!r} is not of the form key=value")
+        raise ConfigError(f"override {malformed[0][:LONGEST_KEY]!r} is not of the form key=value")
     schema = OmegaConf.structured(Config)
     merged = _merge(schema, lambda: OmegaConf.load(path), str(path))
     given = [_in_full(item) for item in overrides]
@@ -203,16 +204,17 @@ def _merge(base: DictConfig, read: Any, source: str) -> DictConfig:
     try:
         return OmegaConf.merge(base, read())  # type: ignore[return-value]
     except ConfigKeyError as error:
-        raise ConfigError(f"{source}: unknown key {error.full_key!r}{_nearest(error.full_key or '')}") from error
+        key = str(error.full_key)
+        raise ConfigError(f"{source}: unknown key {key[:LONGEST_KEY]!r}{_nearest(key)}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {error.full_key}: {_first_line(error)}") from error
+        raise ConfigError(f"{source}: {str(error.full_key)[:LONGEST_KEY]}: {_first_line(error)}") from error
     except Exception as error:  # what does not parse fails in many ways; YAML's own words name line and column
         what = "valid YAML" if type(error).__module__.startswith("yaml") else "a file of key: value settings"
         raise ConfigError(f"{source}: not {what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:LONGEST_LINE]
 
 
 def _nearest(full_key: str) -> str:

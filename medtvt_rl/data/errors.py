@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_LONGEST = 200
+
 
 class DataError(ValueError):
     """Input that cannot be used; the message is one line that names the file, the field, and the mend."""
+
+
+def one_line(error: BaseException) -> str:
+    """A parser's words, in one line of reasonable length; its type where it has none."""
+    return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medtvt_rl.data.errors import DataError
+from medtvt_rl.data.errors import DataError, one_line
+from medtvt_rl.data.silence import silent_readers
 
 _INVALID_SAMPLE = -32768
 _MAX_HEADER_BYTES, _MAX_LEADS, _MAX_SAMPLES, _MAX_FIELD = 1 << 16, 64, 10_000_000, 200
@@ -55,7 +56,8 @@ class RawEcg:
 
 def read_raw_ecg(path: Path) -> RawEcg:
     """Reads a DICOM file (.dcm) or a WFDB record. Raises DataError if it is missing or unreadable."""
-    return _read_dicom(path) if path.suffix.lower() == ".dcm" else _read_wfdb(record_path(path))
+    with silent_readers():
+        return _read_dicom(path) if path.suffix.lower() == ".dcm" else _read_wfdb(record_path(path))
 
 
 def record_path(path: Path) -> Path:
@@ -93,8 +95,7 @@ def _read_wfdb(record: Path) -> RawEcg:
         missing = Path(error.filename or record).name
         raise DataError(f"{record.parent / missing}: no such file; copy the record again") from None
     except _PARSER_FAULTS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{record}: not a readable WFDB record ({reason}); copy the record again") from error
+        raise DataError(f"{record}: not a readable WFDB record ({one_line(error)}); copy the record again") from error
 
 
 def _check_header(header: Path, lines: list[str]) -> None:
@@ -109,12 +110,12 @@ def _check_header(header: Path, lines: list[str]) -> None:
         if not given.isascii() or not given.isdigit() or len(given) > 12 or int(given) > most:
             raise DataError(f"{header}: {given[:20]!r} {what}, expected a number up to {most}; mend the header")
     for line in lines[1:]:
+        if any(len(field) > _MAX_FIELD for field in line.split()):
+            raise DataError(f"{header}: a field of more than {_MAX_FIELD} characters; mend the header")
         name = line.split()[0]
         path = header.parent / name
         if Path(name).name != name or path.is_symlink() or (path.exists() and not path.is_file()):
             raise DataError(f"{header}: signal file {name[:60]!r} is no plain file beside it; mend the header")
-        if any(len(field) > _MAX_FIELD for field in line.split()):
-            raise DataError(f"{header}: a field of more than {_MAX_FIELD} characters; mend the header")
 
 
 def _read_format_16(folder: Path, lines: list[str]) -> RawEcg | None:
@@ -169,6 +170,6 @@ def _read_dicom(path: Path) -> RawEcg:
         raise DataError(f"{path}: no such file; check the ECG path") from None
     except DataError:
         raise
-    except (*_PARSER_FAULTS, pydicom.errors.InvalidDicomError) as error:
-        raise DataError(f"{path}: not a readable DICOM waveform ({error}); export it again") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise DataError(f"{path}: not a readable DICOM waveform ({one_line(error)}); export it again") from error
     return RawEcg(signal=np.asarray(signal, dtype=np.float64), rate_hz=rate_hz, leads=leads, units=units)
