@@ -115,7 +115,7 @@ def _check_header(header: Path, lines: list[str]) -> None:
         name = line.split()[0]
         path = header.parent / name
         if Path(name).name != name or path.is_symlink() or (path.exists() and not path.is_file()):
-            raise DataError(f"{header}: signal file {name[:60]!r} is no plain file beside it; mend the header")
+            raise DataError(f"{header}: signal file {name[:60]!r} is no plain file beside the header; mend it")
 
 
 def _read_format_16(folder: Path, lines: list[str]) -> RawEcg | None:
