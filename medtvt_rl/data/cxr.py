@@ -19,7 +19,7 @@ from medtvt_rl.data.silence import silent_readers
 
 PUBLISHED_SHARE = 224 / 400
 """What the published loader of MedTVT-R1 keeps of the shorter side: it resizes that to 400 pixels and cuts out 224."""
-_FORMATS = ("JPEG", "PNG")
+FORMATS = ("JPEG", "PNG")
 _SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I", "F"}
 _STRETCH_PERCENTILES = (0.5, 99.5)
 
@@ -68,7 +68,7 @@ def _square(image: Image.Image, config: FilmConfig) -> Image.Image:
 def _read_image(path: Path, size: int) -> Image.Image:
     """A grey 8-bit image; a JPEG much larger than `size` is decoded at a fraction of its resolution."""
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.draft("L", (2 * size, 2 * size))
             image.load()
             if image.mode in _SIXTEEN_BIT:

@@ -7,12 +7,12 @@ written (reference_folder.py), or the checkpoint files, which are no part of thi
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{path}: not a file of plain tensors ({reason}); load it where it was made, and save its state_dict alone"
