@@ -10,6 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 CASES = settings.get_profile(os.environ.get("MEDTVT_RL_FUZZ", "fuzz-quick"))
+SLOW_CASES = settings(CASES, max_examples=max(6, CASES.max_examples // 4))
+"""For what takes a large part of a second."""
 
 NUMBERS = ["-1", "nan", "inf", "1e999", "9" * 30, "9" * 5000, "0x10"]
 PATHS = ["../x", "/etc/passwd", "a\\b"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hostile import CASES, ODD_TEXTS, any_spoiled, assert_clear
+from hostile import ODD_TEXTS, SLOW_CASES, any_spoiled, assert_clear
 from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -39,7 +39,7 @@ def check(path: Path, overrides: list[str]) -> None:
     assert to_yaml(load_config(again)) == to_yaml(config)
 
 
-@CASES
+@SLOW_CASES
 @given(content=any_spoiled(QUICKSTART.read_bytes(), " "))
 @example(content=b"a: &a [*a, *a]\n")
 @example(content=b"run: !!python/object/apply:os.system ['true']\n")
@@ -53,7 +53,7 @@ def test_files(tmp_path: Path, content: bytes) -> None:
     check(path, [])
 
 
-@CASES
+@SLOW_CASES
 @given(overrides=st.lists(st.tuples(st.sampled_from(KEYS) | ODD_TEXTS, VALUES).map("=".join), min_size=1, max_size=2))
 def test_overrides(tmp_path: Path, overrides: list[str]) -> None:
     path = tmp_path / "c.yaml"

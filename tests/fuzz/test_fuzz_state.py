@@ -21,6 +21,7 @@ from tiny_llama import tiny_llama
 from medtvt_rl.learner.training_state import StateError, StateReader, TrainingState, rank_file
 from medtvt_rl.model.kept_adapter import read_adapter, write_adapter
 from medtvt_rl.model.policy import load_policy
+from medtvt_rl.model.reference_checkpoint import read_published
 from medtvt_rl.model.seal import check_model_folder, seal
 from medtvt_rl.weights import LowRank, WeightBuffer, WeightBufferError, pack_weights
 from pipelines.checkpoints import SCORE, CheckpointStore, folder_name
@@ -162,6 +163,19 @@ def test_a_spoiled_adapter_is_refused_or_read(model_folder: Path, tmp_path: Path
         read_adapter(folder)
     except ValueError as error:
         assert_clear(error, "adapter: not a whole peft adapter")
+
+
+@CASES
+@given(data=st.data(), with_zip=st.booleans())
+def test_a_spoiled_published_checkpoint_is_refused_or_read(tmp_path: Path, data: st.DataObject, with_zip: bool) -> None:
+    path = tmp_path / "published.pth"
+    tensors = {"llama.norm.weight": torch.ones(64), "module.a": torch.arange(6.0).reshape(2, 3).T}
+    torch.save({"model": tensors}, path, _use_new_zipfile_serialization=with_zip)
+    path.write_bytes(data.draw(spoiled(path.read_bytes())))
+    try:
+        read_published(path)
+    except ValueError as error:
+        assert_clear(error, str(path))
 
 
 def test_only_safetensors_are_read(model_folder: Path, tmp_path: Path) -> None:

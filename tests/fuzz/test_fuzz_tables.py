@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import CASES, any_spoiled, assert_clear
+from hostile import CASES, SLOW_CASES, any_spoiled, assert_clear
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medtvt_rl.config import Config
+from medtvt_rl.data.check.walk import check_data
 from medtvt_rl.data.config import CohortConfig, DataConfig, FilmConfig
 from medtvt_rl.data.errors import DataError
 from medtvt_rl.data.labs import read_labs_means, read_patient_labs
@@ -18,6 +20,7 @@ from medtvt_rl.data.medtvt_qa import QA_KINDS
 from medtvt_rl.data.simulate.cohort import write_cohort
 from medtvt_rl.data.study_store import StudyStore
 
+PARTS = ".store.building"
 FILES = ["train.csv", "test.csv", "findings.csv", "labs_means.json", "qa/diagnosis_train.json", "qa/ecg_train.json"]
 
 
@@ -53,23 +56,43 @@ def read_everything(store: StudyStore) -> int:
 
 
 @pytest.mark.parametrize("name", FILES)
-@CASES
+@SLOW_CASES
 @given(data=st.data(), share=st.sampled_from([0.05, 1.0]))
 def test_a_store_of_spoiled_tables(root: Path, small_root: Path, name: str, data: st.DataObject, share: float) -> None:
     content = (small_root / name).read_bytes()
     is_json = name.endswith(".json")
     (root / name).write_bytes(data.draw(any_spoiled(content, None if is_json else ",", is_json)))
-    shutil.rmtree(root / "store", ignore_errors=True)
+    for old in ("store", PARTS):
+        shutil.rmtree(root / old, ignore_errors=True)
     (root / "store.problems.csv").unlink(missing_ok=True)
     config = DataConfig(root=str(root), film=FilmConfig(size=16), num_workers=1, max_unusable_share=share)
+    left = {PARTS}  # what was read stays for the next attempt
     try:
         store = StudyStore.build(config)
     except DataError as error:
         assert_clear(error)
         assert not (root / "store").exists()
     else:
+        left = set()
         assert read_everything(store) == 5 - store.num_unusable_studies or name.endswith(".csv")
-    assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
+    assert {path.name for path in root.iterdir() if path.name.startswith(".")} <= left
+    (root / name).write_bytes(content)
+
+
+@SLOW_CASES
+@given(data=st.data(), name=st.sampled_from(FILES))
+def test_the_walk_before_training_reports_spoiled_tables(
+    root: Path, small_root: Path, tmp_path: Path, data: st.DataObject, name: str
+) -> None:
+    content = (small_root / name).read_bytes()
+    is_json = name.endswith(".json")
+    (root / name).write_bytes(data.draw(any_spoiled(content, None if is_json else ",", is_json)))
+    config = Config()
+    config.data = DataConfig(root=str(root), film=FilmConfig(size=16), num_workers=1)
+    report = check_data(config, quick=True)
+    report.write(tmp_path / "check.csv")
+    for said in [*report.stops, *(check.note for check in report.checks.values() if check.note)]:
+        assert_clear(ValueError(said))
     (root / name).write_bytes(content)
 
 
