@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from medtvt_rl.config import Config
 from medtvt_rl.evaluation.records import StudyAnswers
+from medtvt_rl.user_code import TaskEvaluator
 from pipelines.answers import Evaluator
 from pipelines.json_lines import read_rows
 
@@ -86,7 +87,7 @@ def _add_texts(
 ) -> dict[str, str]:
     """Adds the comparison of texts to the `paper` block of each policy; returns what is missing."""
     if not isinstance(evaluator, ComparesTexts):
-        name = config.task.evaluate or type(evaluator).__name__
+        name = config.task.evaluate if isinstance(evaluator, TaskEvaluator) else type(evaluator).__name__
         return {"paper": f"{name}, the evaluator of this task, does not compute the published metrics"}
     notes: dict[str, str] = {}
     for policy, words in zip(POLICIES, ("before", "after")):
