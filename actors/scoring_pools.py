@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 
 from actors.deadline import within
 from actors.failure import ActorError, cause_of, with_log
+from actors.keeping import Keep, as_it_is, keep_here
 from actors.placement import Placement
 from actors.reference_policy import ReferencePolicy
 from actors.reward_scorer import RewardScorer
@@ -103,10 +104,14 @@ class ScorerPool:
 
 
 class ReferencePool:
-    """The reference policies."""
+    """The reference policies.
 
-    def __init__(self, config: Config, roster: Roster) -> None:
-        self._config, self._roster = config, roster
+    Args:
+        keep: brings log-probs to this node, see keeping.py.
+    """
+
+    def __init__(self, config: Config, roster: Roster, keep: Keep = as_it_is) -> None:
+        self._config, self._roster, self._keep = config, roster, keep
 
     @classmethod
     async def start(
@@ -121,15 +126,16 @@ class ReferencePool:
         members = await _started(config, "reference", make, config.num_references)
         roster = ReferenceRoster(config, members, incidents, make, timeline=timeline, bundles=placement)
         roster.keep_watch()
-        return cls(config, roster)
+        return cls(config, roster, keep_here)
 
     async def logprobs(self, group: ray.ObjectRef) -> tuple[ray.ObjectRef, ReferenceHeader]:
         """A reference to the log-probs of one group, and what the driver sees of them. A reference policy that hangs,
         dies or is sick is replaced, and the group asked of another."""
 
         async def call(reference: Any) -> tuple[ray.ObjectRef, ReferenceHeader]:
-            header, payload = reference.logprobs.remote(group)
-            return payload, await header
+            answer, payload = reference.logprobs.remote(group)
+            header = await answer
+            return await self._keep(payload), header
 
         return await ask_alone(self._config, self._roster, call, lambda answer: answer[1].finite)
 

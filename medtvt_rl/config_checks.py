@@ -226,8 +226,9 @@ def _check_supervision(config: Config) -> None:
     for name, least in (("max_restarts", 0), ("max_attempts", 1), ("silence_s", 0)):
         value = getattr(settings, name)
         _require(value >= least, f"supervision.{name}", value, f"set {least} or more")
-    window_s = settings.restart_window_s
-    _require(window_s > 0, "supervision.restart_window_s", window_s, "set more than 0")
+    for name in ("restart_window_s", "vacancy_timeout_s"):
+        seconds = getattr(settings, name)
+        _require(seconds > 0, f"supervision.{name}", seconds, "set more than 0")
     for key, spares in (("rollout.spares", config.rollout.spares), ("learner.spares", config.learner.spares)):
         _require(spares in (None, 0, 1), key, spares, "set 0 or 1, or null to let free memory decide")
 
