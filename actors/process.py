@@ -44,10 +44,10 @@ def entitle(actor: str, work: str) -> None:
     raylet.setproctitle(f"ray::{actor}.{work}")
 
 
-def has_room() -> bool:
-    """Whether this node has memory for a spare process."""
+def has_room(more_bytes: int = 0) -> bool:
+    """Whether this node has memory for a spare process, and for so much more."""
     memory = psutil.virtual_memory()
-    return bool(memory.available - SPARE_BYTES > SPARE_SHARE * memory.total)
+    return bool(memory.available - SPARE_BYTES - more_bytes > SPARE_SHARE * memory.total)
 
 
 def import_ahead(modules: Sequence[str], devices: str | None, prepare: Callable[[], None]) -> None:

@@ -66,14 +66,19 @@ class RolloutGenerator:
 
     async def warm(self, devices: str | None, anyway: bool) -> bool:
         """Imports what `start` needs, and waits to be started; False, with nothing done, where the node is short of
-        memory and it is not wanted `anyway`."""
+        memory and it is not wanted `anyway`.
+
+        On a CPU the engine is started, too, where there is memory for a second one; a GPU's is with the first."""
         if not anyway and not has_room():
             return False
         await asyncio.to_thread(import_ahead, IMPORTS, devices, self._prepare_environment)
+        config = self._config
+        if config.placement.rollout.gpus == 0 and has_room(config.rollout.engine.kv_cache_bytes):
+            await asyncio.to_thread(self._start)
         return True
 
     async def start(self) -> Whereabouts:
-        """Starts the engine; where it runs. Raises what vLLM raises."""
+        """Starts the engine, unless it is up already; where it runs. Raises what vLLM raises."""
         begin = time.perf_counter()
         await asyncio.to_thread(self._start)
         logger.info("the engine serves after %.1f s", time.perf_counter() - begin)
@@ -86,6 +91,8 @@ class RolloutGenerator:
         prepare_environment(config.rollout.engine.num_threads, cpu=config.placement.rollout.gpus == 0)
 
     def _start(self) -> None:
+        if self._engine is not None:
+            return
         self._prepare_environment()
         from medtvt_rl.rollout.vllm_engine import VllmEngine
 

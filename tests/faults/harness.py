@@ -44,6 +44,7 @@ class FaultyRun:
         arguments: overrides.
         prefix: what its command line begins with, e.g. `ip netns exec NAME`.
         environment: variables beside those of this process.
+        log: the file of what it prints; None: beside the folder.
         roots: processes, besides its own, whose descendants belong to it: the nodes of a cluster that it joins.
     """
 
@@ -55,6 +56,7 @@ class FaultyRun:
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         roots: Callable[[], list[psutil.Process]] | None = None,
+        log: Path | None = None,
     ) -> None:
         self.folder, self._deadline = folder, time.monotonic() + timeout_s
         self._shared, self._shared_at = set[str](), 0.0
@@ -62,7 +64,7 @@ class FaultyRun:
         self._read: dict[str, tuple[int, list[dict[str, Any]]]] = {}
         place = [f"run.root={folder.parent}", f"run.name={folder.name}"]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self.log = folder.parent / f"{folder.name}.log"
+        self.log = log or folder.parent / f"{folder.name}.log"
         with self.log.open("a") as log:
             self._said_from = log.tell()
             self._process = subprocess.Popen(

@@ -35,7 +35,7 @@ PHASES = {
 """By name: the role whose phase it is, and what its process says then."""
 NOT_SERVING = ("__init__", "warm", "health")
 LISTED_EVERY_S, LOOK_EVERY_S = 0.5, 0.0005
-SEEN_WITHIN_S, RECOVERED_WITHIN_S = 120.0, 240.0
+SEEN_WITHIN_S, RECOVERED_WITHIN_S = 300.0, 600.0
 MAX_NEAR_MISSES = 200
 
 

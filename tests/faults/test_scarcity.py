@@ -61,16 +61,17 @@ def test_the_disk_of_the_checkpoints_is_full(root: Path, tmp_path: Path, table: 
     assert all(row.is_fine for row in strikes.rows), table.text()
 
 
-def test_the_disk_of_the_whole_run_is_full(root: Path, table: FaultTable, disk: Path) -> None:
+def test_the_disk_of_the_whole_run_is_full(root: Path, tmp_path: Path, table: FaultTable, disk: Path) -> None:
     """Without a journal nothing can be promised of a step: the run ends, and goes on from its newest checkpoint."""
     arguments = settings(root, "grpo.checkpoint_every=2")
-    with FaultyRun(disk / "full", arguments, timeout_s=600) as run:
+    log = tmp_path / "full.log"
+    with FaultyRun(disk / "full", arguments, timeout_s=1200, log=log) as run:
         run.wait_for(lambda: len(run.rows("steps")) >= 5)
         fill(disk)
         run.wait()
         assert run.leftovers() == []
     (disk / "filler").unlink()
-    last = go_on(disk / "full", arguments)
+    last = go_on(disk / "full", arguments, log=tmp_path / "again.log")
     told = [line for line in run.said.splitlines() if "No space left on device" in line]
     verdict = FINE if told and "Traceback" not in run.said else f"it said {run.said[-300:]!r}"
     lost, repeated = len(last.rows("discarded")), count_repeated(last)
