@@ -18,7 +18,7 @@ from two_nodes import TwoMachines, why_not
 pytestmark = [
     pytest.mark.faults,
     pytest.mark.cluster,
-    pytest.mark.timeout(3000),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
 ]
 AT_HOME = [f"placement.{role}.labels={{place: head}}" for role in ("reference", "reward")]

@@ -22,7 +22,7 @@ from typing import Self
 import psutil
 
 ADDRESSES = {"first": "10.231.77.1", "second": "10.231.77.2"}
-PORT, START_S, STORE_BYTES = 6399, 90.0, 200 << 20
+PORT, START_S, STORE_BYTES = 6399, 240.0, 200 << 20
 # Every value lies in the memory of the node that made it, however small; a dead node is noticed as by default.
 SYSTEM = {"max_direct_call_object_size": 0}
 
