@@ -1,9 +1,11 @@
-"""What every test process needs before anything heavy is imported, the order of tests, and the run that some share."""
+"""What every test process needs before anything heavy is imported, the order of tests, what several files share."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,15 @@ def root(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
             (folder / "first_output.txt").write_text(done.stdout)
     return folder
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on sys.path that holds the files of docs/reuse.md."""
+    folder = tmp_path_factory.mktemp("user")
+    docs = (Path(__file__).parent.parent / "docs" / "reuse.md").read_text()
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", docs, re.DOTALL):
+        (folder / name).write_text(code)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))

@@ -52,6 +52,7 @@ class RolloutConfig:
     """The rollout generators.
 
     Attributes:
+        make_engine: dotted path of f(model_folder, config, version) -> RolloutEngine (rollout/engine.py).
         on_update: what happens to requests in flight when new weights arrive.
         spares: 1 keeps, beside each generator, a process that has vLLM imported and takes its place when it is lost; 0
             none; None one where the node has memory to spare.
@@ -61,6 +62,7 @@ class RolloutConfig:
     """
 
     num_generators: int = 1
+    make_engine: str = "medtvt_rl.rollout.engine:vllm_engine"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     on_update: Literal["continue", "finish", "restart"] = "continue"

@@ -54,14 +54,15 @@ def test_learner_scorer_and_reference_are_killed_and_the_weights_are_those_of_an
 
 
 def test_a_generator_is_killed_and_stopped_and_no_group_is_lost(root: Path, tmp_path: Path) -> None:
-    arguments = settings(root, "grpo.max_staleness=2", "rollout.num_generators=2")
+    steps = 24  # the second fault comes while the generators still have much to do
+    arguments = settings(root, "grpo.max_staleness=2", "rollout.num_generators=2", f"grpo.steps={steps}")
     with FaultyRun(tmp_path / "generators", arguments, timeout_s=600) as run:
         run.wait_for(lambda: len(run.rows("steps")) >= 1)
         run.signal("rollout", signal.SIGKILL, during="generate")
         run.wait_for(lambda: len(run.rows("steps")) >= 3)
         run.signal("rollout", signal.SIGSTOP, during="generate")
         run.finish()
-    audit(run, STEPS, GROUPS_PER_STEP, 2)
+    audit(run, steps, GROUPS_PER_STEP, 2)
     assert {event["role"] for event in run.rows("events")} <= {"rollout"}
 
 
