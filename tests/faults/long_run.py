@@ -28,14 +28,14 @@ def settings(root: Path, *more: str) -> list[str]:
     ]
 
 
-def conclude(run: FaultyRun, arguments: Sequence[str], timeout_s: float = 300, **how: Any) -> None:
+def conclude(run: FaultyRun, arguments: Sequence[str], timeout_s: float = 900, **how: Any) -> None:
     """Stops a run without end, goes on from its checkpoint for some steps, and looks at all it has left."""
     assert run.stop() == 143, run.said[-3000:]
     assert run.leftovers() == []
     go_on(run.folder, arguments, timeout_s, **how)
 
 
-def go_on(folder: Path, arguments: Sequence[str], timeout_s: float = 300, **how: Any) -> FaultyRun:
+def go_on(folder: Path, arguments: Sequence[str], timeout_s: float = 900, **how: Any) -> FaultyRun:
     """Some more steps of a run that was stopped or killed, then the audit of all; `how` as FaultyRun takes it."""
     journal = (folder / "journal" / "steps.jsonl").read_text()
     steps = journal.count("\n") + LAST_STEPS

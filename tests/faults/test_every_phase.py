@@ -36,7 +36,7 @@ def test_every_role_at_every_phase(root: Path, tmp_path: Path, table: FaultTable
 def test_checkpoints_that_are_being_written(root: Path, tmp_path: Path, table: FaultTable) -> None:
     """The learner at ten random moments, the others at one of them."""
     arguments, chance = settings(root, "grpo.checkpoint_every=2"), random.Random(SEED)
-    with FaultyRun(tmp_path / "checkpoints", arguments, timeout_s=3000) as run:
+    with FaultyRun(tmp_path / "checkpoints", arguments, timeout_s=7000) as run:
         run.wait_for(lambda: len(run.rows("steps")) >= 3)
         usual_s, strikes = how_long_writing_takes(run), Strikes(run, table)
         for moment in range(NUM_MOMENTS):

@@ -37,7 +37,7 @@ def how(machines: TwoMachines) -> dict[str, Any]:
         "prefix": machines.prefix,
         "environment": {"RAY_AUTH_MODE": "disabled"},
         "roots": machines.raylets,
-        "timeout_s": 1500,
+        "timeout_s": 2400,
     }
 
 

@@ -54,7 +54,7 @@ def test_the_run_is_killed_while_it_writes_checkpoints(root: Path, tmp_path: Pat
     arguments, chance = settings(root, "grpo.checkpoint_every=2"), random.Random(SEED)
     folder, struck_at, rows = tmp_path / "ended", 0.0, list[Row]()
     for ending in range(NUM_ENDS + 1):
-        with FaultyRun(folder, arguments) as run:
+        with FaultyRun(folder, arguments, timeout_s=900) as run:
             steps = run.wait_for(lambda: len(run.rows("steps")))
             run.wait_for(lambda steps=steps: len(run.rows("steps")) > steps)
             if ending > 0:
@@ -77,7 +77,7 @@ def test_the_run_is_killed_while_it_writes_checkpoints(root: Path, tmp_path: Pat
 def test_a_stopped_job_leaves_a_whole_checkpoint(root: Path, tmp_path: Path, table: FaultTable, grace_s: float) -> None:
     """As `ray job stop` does it: SIGTERM, and SIGKILL after 3 seconds; a shorter grace is harder."""
     arguments, folder = settings(root, "grpo.checkpoint_every=2"), tmp_path / "stopped"
-    with FaultyRun(folder, arguments) as run:
+    with FaultyRun(folder, arguments, timeout_s=900) as run:
         run.wait_for(lambda: being_written(folder) and len(run.rows("steps")) >= 4, pause_s=0.001)
         began = time.time()
         code = run.stop(grace_s)
