@@ -10,10 +10,10 @@ ONE_GPU := $(foreach role,rollout learner reference,placement.$(role).gpus=0.2) 
 SOURCES := medtvt_rl actors pipelines tests requirements
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test fuzz lint format lock audit
+.PHONY: help setup quickstart test test-faults fuzz lint format lock audit
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo '  Without a GPU and with the default package index: make setup TORCH_ARGS="--index-url ADDRESS-OF-CPU-BUILDS"'
 
 setup: ## create .venv with everything pinned; at once when nothing changed
@@ -24,6 +24,9 @@ quickstart: setup ## simulated cohort, PT, SFT, GRPO, evaluation and report on t
 
 test: setup ## every test, a file at a time in two processes; TESTS="tests/data -k ecg" for some
 	@$(PYTHON_VENV) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(TESTS)
+
+test-faults: setup ## every fault at every phase, an hour; writes docs/fault_table.md
+	@$(PYTHON_VENV) -m pytest -m faults tests/faults --fault-table=docs/fault_table.md $(TESTS)
 
 fuzz: setup ## tests/fuzz with thousands of fresh cases, instead of the few hundred of make test
 	@MEDTVT_RL_FUZZ=fuzz $(PYTHON_VENV) -m pytest tests/fuzz $(TESTS)

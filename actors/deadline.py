@@ -9,6 +9,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+class OvertakenError(RuntimeError):
+    """An event came before what was awaited."""
+
+
 class DeadlineError(RuntimeError):
     """Something did not answer in time; the message says what, and which setting holds the deadline."""
 
@@ -27,3 +31,16 @@ async def within(awaitable: Awaitable[T], seconds: float, what: str, setting: st
         return await asyncio.wait_for(awaitable, seconds)
     except TimeoutError as error:
         raise DeadlineError(f"waited {seconds:g} s ({setting}) for {what}") from error
+
+
+async def before(event: asyncio.Event, awaitable: Awaitable[T]) -> T:
+    """Awaits until an event comes. Raises OvertakenError if it comes first."""
+    task, overtaken = asyncio.ensure_future(awaitable), asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({task, overtaken}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise OvertakenError
+        return task.result()
+    finally:
+        task.cancel()
+        overtaken.cancel()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from actors.deadline import DeadlineError, within
 from actors.roster import Bundles, Member, Roster
@@ -55,8 +55,7 @@ class GeneratorRoster(Roster):
 
     role = "rollout"
     start_faults = (RayError, DeadlineError, EngineBrokenError, WeightBufferError, WeightSyncError)
-    fatal = (RayActorError, EngineBrokenError, WeightBufferError)
-    patience = ("rollout.generate_timeout_s", "generate_timeout_s")
+    fatal = (*Roster.fatal, EngineBrokenError, WeightBufferError)
 
     def __init__(
         self,

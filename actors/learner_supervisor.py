@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from actors.failure import log_tail
 from actors.learner_gang import GroupWithAdvantages, LearnerError, LearnerGang
 from actors.learner_worker import RankHealth
+from actors.roster import PLACE_POLL_S, Bundles
 from actors.spares import Spares
 from actors.supervision import Incidents, Restarts
 from actors.weight_transfer import BroadcastWeights
@@ -75,6 +76,7 @@ class LearnerSupervisor:
         shelf: where a new gang begins.
         steps: what the weights of `gang` have seen already, by step: those before a resume.
         spares: beside every rank one is kept.
+        bundles: asked before a gang is started; None where every bundle has its node.
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class LearnerSupervisor:
         steps: Mapping[int, StepNote],
         incidents: Incidents,
         spares: Spares | None = None,
+        bundles: Bundles | None = None,
     ) -> None:
         self._config, self._start, self._gang, self._shelf = config, start, gang, shelf
         self._steps, self._incidents, self._spares = dict(steps), incidents, spares
+        self._bundles = bundles
         self._restarts = Restarts(config.supervision)
         self._mending = asyncio.Lock()
         self._order_spares()
@@ -162,11 +166,14 @@ class LearnerSupervisor:
                 if not self._restarts.allowed:
                     reason = f"given up ({self._restarts.limit})"
                     break
-                self._restarts.begin()
                 try:
+                    await self._placed()
+                    self._restarts.begin()
                     words = await self._brought_back()
                 except LearnerError as again:
                     error = again
+                    if not await self._has_node():
+                        self._restarts.take_back()
                     self._incidents.report(f"learner is lost again on its way: {error.cause}; {self._fate(last)}")
                 except RecoveryError as final:
                     reason = str(final)
@@ -180,6 +187,23 @@ class LearnerSupervisor:
             raise RoleLostError(
                 f"the learner is lost: rank {error.rank}, {error.cause}; {reason}", self._incidents.of(ROLE)
             ) from error
+
+    async def _has_node(self) -> bool:
+        return self._bundles is None or await asyncio.to_thread(self._bundles.has_node, ROLE, 0)
+
+    async def _placed(self) -> None:
+        """Returns when every rank has a node: at once, or when one has room. Raises RecoveryError if none has in
+        time."""
+        if self._bundles is None or await self._has_node():
+            return
+        limit_s, setting = self._config.supervision.vacancy_timeout_s, "supervision.vacancy_timeout_s"
+        wanting = await asyncio.to_thread(self._bundles.wanting, ROLE, 0)
+        self._incidents.report(f"no node has room for {wanting}; the run waits {limit_s:g} s for one ({setting})")
+        deadline = time.monotonic() + limit_s
+        while not await self._has_node():
+            if time.monotonic() > deadline:
+                raise RecoveryError(f"no node had room for it in {limit_s:g} s ({setting}); {wanting}")
+            await asyncio.sleep(PLACE_POLL_S)
 
     def _fate(self, last: bool) -> str:
         if last:

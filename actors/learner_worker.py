@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ import psutil
 import ray
 from numpy.typing import NDArray
 
-from actors.process import Whereabouts, has_room, import_ahead, whereabouts
+from actors.process import Whereabouts, entitle, has_room, import_ahead, whereabouts
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
@@ -85,7 +85,8 @@ class WeightHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankHealth:
-    """A rank that answers; `step_s` is how long the call under way has lasted, 0 where there is none."""
+    """A rank that answers; `busy_with` is the call under way with its phase, `step_s` how long it has lasted, 0 where
+    there is none."""
 
     rank: int
     pid: int
@@ -152,7 +153,7 @@ class LearnerWorker:
         )
         self._device = process_group.join(meeting)
         self._model_folder = model_folder
-        self._learner = _build_learner(self._config, model_folder, self._device)
+        self._learner = _build_learner(self._config, model_folder, self._device, self._enter)
         return sum(p.numel() for p in self._learner.engine.policy.parameters() if p.requires_grad)
 
     def train_step(
@@ -161,9 +162,11 @@ class LearnerWorker:
         """One training step on this rank's shards; the same answer on all ranks but for `seconds/fetch`."""
         with self._working("train_step") as learner:
             started = time.perf_counter()
+            self._enter("fetch")
             sequences = fetch_sequences(shards, self._config.learner.step_timeout_s)
             fetched = time.perf_counter() - started
             step = learner.train_step(sequences, denominators, learning_rate, version)
+            self._enter("record")
             self._record(step, sequences, denominators, learning_rate, version)
             return replace(step, metrics={**step.metrics, "seconds/fetch": fetched})
 
@@ -298,6 +301,14 @@ class LearnerWorker:
             step_s=time.monotonic() - busy[1] if busy else 0.0,
         )
 
+    def _enter(self, phase: str) -> None:
+        """The call under way is at this phase: for `health`, and for whoever looks at the process."""
+        if self._busy is not None:
+            call, began = self._busy
+            work = f"{call.split(' ')[0]} {phase}"
+            self._busy = (work, began)
+            entitle("LearnerWorker", work)
+
     @contextmanager
     def _working(self, call: str) -> Iterator[GrpoLearner]:
         """The learner, while `health` says what it is busy with."""
@@ -317,7 +328,7 @@ def has_memory_for(state: TrainingState, in_background: str, num_ranks: int) -> 
     return psutil.virtual_memory().available >= 2 * state.num_bytes * num_ranks
 
 
-def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearner:
+def _build_learner(config: Config, model_folder: str, device: Any, enter: Callable[[str], None]) -> GrpoLearner:
     import torch
 
     from medtvt_rl.learner.engine import EngineSettings
@@ -336,7 +347,7 @@ def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearne
     items = task_items(config)
     policy = load_policy(model_folder, dtype=settings.dtype, lora=config.model.lora)
     make_engine = resolve(config.learner.make_engine, "learner.make_engine")
-    return GrpoLearner(make_engine(policy, settings, device), items, config)
+    return GrpoLearner(make_engine(policy, settings, device), items, config, enter)
 
 
 def fetch_sequences(shards: list[LearnerShard], timeout_s: float) -> list[TrainingSequence]:

@@ -43,6 +43,11 @@ class Bundle:
         wanted = {"CPU": self.cpus, "GPU": self.gpus}
         return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
 
+    @property
+    def selector(self) -> dict[str, str]:
+        """The labels as a placement group takes them: of `in(A, B)` it would only ever find A, for the space."""
+        return {key: condition.replace(" ", "") for key, condition in self.labels.items()}
+
     def __str__(self) -> str:
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in self.resources.items())
         labels = ", ".join(f"{key} {value}" for key, value in self.labels.items())
@@ -148,7 +153,7 @@ def _reserve(bundles: list[Bundle]) -> PlacementGroup:
     return placement_group(
         [bundle.resources for bundle in bundles],
         strategy="PACK",
-        bundle_label_selector=[bundle.labels for bundle in bundles],
+        bundle_label_selector=[bundle.selector for bundle in bundles],
     )
 
 

@@ -1,6 +1,6 @@
-"""What an actor does with its own process: where it is, and imports ahead of need.
+"""What an actor does with its own process: where it is, what it is at, and imports ahead of need.
 
-Owns: these two. Does not own: what is imported (the actors), or when (spares.py).
+Owns: these three. Does not own: what is imported (the actors), or when (spares.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import ray
@@ -36,10 +37,17 @@ def whereabouts() -> Whereabouts:
     return Whereabouts(node=ray.util.get_node_ip_address(), pid=os.getpid(), devices=devices)
 
 
-def has_room() -> bool:
-    """Whether this node has memory for a spare process."""
+def entitle(actor: str, work: str) -> None:
+    """Lets `ps` and `top` show what the actor of a class is at, as Ray does for a call, and in more detail than that:
+    `ray::LearnerWorker.train_step backward`. Ray takes it back at the end of the call."""
+    raylet: Any = ray._raylet
+    raylet.setproctitle(f"ray::{actor}.{work}")
+
+
+def has_room(more_bytes: int = 0) -> bool:
+    """Whether this node has memory for a spare process, and for so much more."""
     memory = psutil.virtual_memory()
-    return bool(memory.available - SPARE_BYTES > SPARE_SHARE * memory.total)
+    return bool(memory.available - SPARE_BYTES - more_bytes > SPARE_SHARE * memory.total)
 
 
 def import_ahead(modules: Sequence[str], devices: str | None, prepare: Callable[[], None]) -> None:

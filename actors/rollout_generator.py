@@ -62,14 +62,19 @@ class RolloutGenerator:
 
     async def warm(self, devices: str | None, anyway: bool) -> bool:
         """Imports what `start` needs, and waits to be started; False, with nothing done, where the node is short of
-        memory and it is not wanted `anyway`."""
+        memory and it is not wanted `anyway`.
+
+        On a CPU the engine is started, too, where there is memory for a second one; a GPU's is with the first."""
         if not anyway and not has_room():
             return False
         await asyncio.to_thread(import_ahead, (), devices, self._prepare)
+        config = self._config
+        if config.placement.rollout.gpus == 0 and has_room(config.rollout.engine.kv_cache_bytes):
+            await asyncio.to_thread(self._start)
         return True
 
     async def start(self) -> Whereabouts:
-        """Starts the engine; where it runs. Raises what making it raises."""
+        """Starts the engine, unless it is up already; where it runs. Raises what making it raises."""
         begin = time.perf_counter()
         await asyncio.to_thread(self._start)
         logger.info("the engine serves after %.1f s", time.perf_counter() - begin)
@@ -83,6 +88,8 @@ class RolloutGenerator:
         return make_engine
 
     def _start(self) -> None:
+        if self._engine is not None:
+            return
         config = self._config
         # First: the usual one sets the environment up before anything imports torch.
         make_engine = self._prepare()

@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 from actors.deadline import within
 from actors.failure import ActorError, cause_of, with_log
 from actors.generator_roster import GeneratorRoster
+from actors.keeping import Keep, as_it_is, keep_here
 from actors.placement import Placement
 from actors.rollout_generator import RolloutGenerator
 from actors.roster import Bundles, Member, MemberLostError
@@ -61,6 +62,7 @@ class RolloutPool:
         timeline: where every call is recorded.
         bundles: asked before a successor is started.
         spares: processes with their imports done; a successor that serves gets one beside it.
+        keep: brings what a generator made to this node, see keeping.py.
 
     Every method raises RoleLostError when no generator serves and none will, with the cause of each.
     """
@@ -75,8 +77,9 @@ class RolloutPool:
         timeline: Timeline | None = None,
         bundles: Bundles | None = None,
         spares: Spares | None = None,
+        keep: Keep = as_it_is,
     ) -> None:
-        self._config, self._spares = config.rollout, spares
+        self._config, self._spares, self._keep = config.rollout, spares, keep
         served = self._order_spare
         self._roster = GeneratorRoster(config, members, incidents, renew, kill, timeline, bundles, served)
         self._transfer = WeightTransfer(self._roster, config.rollout, incidents.report)
@@ -120,6 +123,7 @@ class RolloutPool:
             timeline=timeline,
             bundles=placement,
             spares=spares,
+            keep=keep_here,
         )
         pool._roster.keep_watch()
         for member in members:
@@ -197,14 +201,17 @@ class RolloutPool:
         timeout_s, setting = self._config.generate_timeout_s, "rollout.generate_timeout_s"
         firsts = iter([] if first is None else [first])
 
+        async def kept(header: Awaitable[Any], payload: ray.ObjectRef) -> Answer:
+            return await header, await self._keep(payload)
+
         async def pick(doubted: Sequence[Member]) -> Member:
             return next(firsts, None) or await self._roster.least_loaded(what, doubted)
 
         async def ask(member: Member) -> Answer:
             member.load, member.groups = member.load + load, member.groups + 1
             try:
-                header, payload = call(member.handle)
-                return await self._roster.ask(member, header, what, timeout_s, setting), payload
+                answer: Answer = await self._roster.ask(member, kept(*call(member.handle)), what, timeout_s, setting)
+                return answer
             finally:
                 member.load, member.groups = member.load - load, member.groups - 1
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from actors.deadline import DeadlineError, within
+from actors.deadline import DeadlineError, OvertakenError, before, within
 from actors.failure import ActorError, cause_of, log_tail, with_log
 from actors.process import Whereabouts
 from actors.supervision import Incidents, Restarts
@@ -60,6 +60,7 @@ class Member:
         load: what it has to do, in the pool's measure; groups: the groups of it.
         answered_at: when it last answered anything, on the monotonic clock.
         sick: groups in a row that it gave values for that are not finite.
+        gone: set when it is lost; what it was asked for may else never end, where its node is cut off.
     """
 
     index: int
@@ -69,6 +70,7 @@ class Member:
     groups: int = 0
     answered_at: float = field(default_factory=time.monotonic)
     sick: int = 0
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def node(self) -> str:
@@ -104,9 +106,8 @@ class Roster:
     role = ""
     start_faults: tuple[type[Exception], ...] = (RayError, DeadlineError)
     """What a successor may fail with on its way; anything else is a fault of this program."""
-    fatal: tuple[type[Exception], ...] = (RayActorError,)
-    """What an actor raises that is of no use any more."""
-    patience = ("rollout.start_timeout_s", "start_timeout_s")
+    fatal: tuple[type[Exception], ...] = (RayActorError, ObjectLostError)
+    """What an actor raises that is of no use any more, or whoever asks for what it made."""
 
     def __init__(
         self,
@@ -148,12 +149,14 @@ class Roster:
         """Returns when an actor serves: at once, or when a successor does.
 
         Raises:
-            RoleLostError: none serves, and none will.
-            DeadlineError: none served in time.
+            RoleLostError: none serves, and none will, or none did in time.
         """
         if not self.serving:
-            setting, name = self.patience
-            await within(self._one(), getattr(self._settings, name), f"a {self.role} actor to {purpose}", setting)
+            seconds, setting = self._supervision.vacancy_timeout_s, "supervision.vacancy_timeout_s"
+            try:
+                await within(self._one(), seconds, f"a {self.role} actor to {purpose}", setting)
+            except DeadlineError as error:
+                raise RoleLostError(self._none_left(str(error)), self._incidents.of(self.role)) from error
 
     async def _one(self) -> None:
         while not self.serving:
@@ -172,8 +175,11 @@ class Roster:
     def require_one(self) -> None:
         """Raises RoleLostError where no actor serves and none is on its way, with the cause of each."""
         if not self.serving and not self._successors:
-            causes = "; ".join(str(lost).splitlines()[0] for lost in self._lost.values())
-            raise RoleLostError(f"no {self.role} actor is left; {causes}", self._incidents.of(self.role))
+            raise RoleLostError(self._none_left(), self._incidents.of(self.role))
+
+    def _none_left(self, *words: str) -> str:
+        causes = [str(lost).splitlines()[0] for lost in self._lost.values()]
+        return "; ".join([f"no {self.role} actor is left", *words, *causes])
 
     # Asking.
 
@@ -188,7 +194,9 @@ class Roster:
         who, asked_at = f"{self.role} {member.index}", time.monotonic()
         try:
             with self._timeline.span(who, what):
-                found = await within(answer, timeout_s, f"{who} to {what}", setting)
+                found = await within(before(member.gone, answer), timeout_s, f"{who} to {what}", setting)
+        except OvertakenError as error:
+            raise self._lost[member.index] from error
         except DeadlineError as error:
             if member.answered_at > asked_at:
                 raise
@@ -288,6 +296,7 @@ class Roster:
             del self.serving[index]
             self._open[index] = _Loss(cause=cause_of(error), node=member.node, groups=member.groups)
             self._discard(index, member.handle, error)
+            member.gone.set()
             if self._may_restart(index):
                 name = f"successor of {self.role} {index}"
                 self._successors[index] = asyncio.create_task(self._succeed(index), name=name)

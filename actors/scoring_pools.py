@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 
 from actors.deadline import within
 from actors.failure import ActorError, cause_of, with_log
+from actors.keeping import Keep, as_it_is, keep_here
 from actors.placement import Placement
 from actors.reference_policy import ReferencePolicy
 from actors.reward_scorer import RewardScorer
@@ -147,9 +148,17 @@ class ScorerPool(GroupPool):
 
 
 class ReferencePool(GroupPool):
-    """The reference policies."""
+    """The reference policies.
+
+    Args:
+        keep: brings log-probs to this node, see keeping.py.
+    """
 
     roster_kind = ReferenceRoster
+
+    def __init__(self, config: Config, roster: Roster, keep: Keep = as_it_is) -> None:
+        super().__init__(config, roster)
+        self._keep = keep
 
     @classmethod
     async def start(
@@ -161,14 +170,17 @@ class ReferencePool(GroupPool):
         def make(index: int, options: dict[str, Any]) -> Any:
             return actor.options(**options).remote(str(model_folder), config, index)
 
-        return await cls.launch(config, placement, incidents, timeline, make)
+        pool = await cls.launch(config, placement, incidents, timeline, make)
+        pool._keep = keep_here
+        return pool
 
     async def logprobs(self, group: ray.ObjectRef) -> tuple[ray.ObjectRef, ReferenceHeader]:
         """A reference to the log-probs of one group, and what the driver sees of them."""
 
         async def call(reference: Any) -> tuple[ray.ObjectRef, ReferenceHeader]:
-            header, payload = reference.logprobs.remote(group)
-            return payload, await header
+            answer, payload = reference.logprobs.remote(group)
+            header = await answer
+            return await self._keep(payload), header
 
         return await self.ask(call, lambda answer: answer[1].finite)
 

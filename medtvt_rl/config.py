@@ -106,12 +106,15 @@ class SupervisionConfig:
         max_attempts: actors that one group is asked of before it is discarded: it may be the group that kills them.
         silence_s: an actor that does not even say that it lives for so long is lost, whatever it was asked for; 0
             leaves that to the deadlines of its calls.
+        vacancy_timeout_s: a role may be without any actor for so long, e.g. because no node has room for one; then the
+            run ends, with a checkpoint and a report.
     """
 
     max_restarts: int = 5
     restart_window_s: float = 600.0
     max_attempts: int = 3
     silence_s: float = 60.0
+    vacancy_timeout_s: float = 600.0
 
 
 @dataclass

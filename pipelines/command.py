@@ -182,7 +182,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def _save_traceback(config: Config) -> str:
-    path = config.folder / "logs" / "error.log"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{datetime.now(UTC).isoformat()}\n{traceback.format_exc()}\n")
+    path, text = config.folder / "logs" / "error.log", traceback.format_exc()
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now(UTC).isoformat()}\n{text}\n")
+    except OSError as error:  # a full disk may be what ended the run
+        return f"none, {path} cannot be written: {error}"
     return str(path)

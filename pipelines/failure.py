@@ -19,20 +19,22 @@ FAILURE_FILE = "failure.json"
 
 def write_failure(config: Config, store: CheckpointStore, error: RoleLostError) -> RoleLostError:
     """Writes the report: role, node, cause and last words of each loss, and where the run goes on. The error to raise
-    in its place names the file."""
+    in its place names the file, or says why there is none."""
     newest = next((store.place(version) for version in store.versions()), None)
     path = config.folder / FAILURE_FILE
-    write_json(
-        path,
-        {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "reason": str(error),
-            "incidents": [asdict(incident) for incident in error.incidents],
-            "checkpoint": newest,
-        },
-    )
+    report = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "reason": str(error),
+        "incidents": [asdict(incident) for incident in error.incidents],
+        "checkpoint": newest,
+    }
+    try:
+        write_json(path, report)
+        where = f"report: {path}"
+    except OSError as full:
+        where = f"no report: {full}"
     goes_on = f"the same command goes on from {newest}" if newest else "there is no checkpoint yet"
-    told = RoleLostError(f"{_short(str(error))}; {goes_on}; report: {path}", error.incidents)
+    told = RoleLostError(f"{_short(str(error))}; {goes_on}; {where}", error.incidents)
     told.__cause__ = error
     return told
 

@@ -119,7 +119,7 @@ class Layout:
             raise write_failure(config, self._store, error) from error
         finally:
             placement.release()
-            self._timeline.write(config.folder / "timeline.json")
+            self._write_timeline()
         return {"summary": {"grpo": {**summary, **self._best()}}}
 
     @staticmethod
@@ -132,6 +132,13 @@ class Layout:
     ) -> RunningScoring:
         """Who scores finished groups."""
         return await ScorerPool.start(config, placement, model_folder, incidents, timeline)
+
+    def _write_timeline(self) -> None:
+        """Only told where it fails: it must not hide what ended the run."""
+        try:
+            self._timeline.write(self._config.folder / "timeline.json")
+        except OSError as error:
+            self._tell(f"no timeline: {error}")
 
     def _start(self, placement: Placement, found: Checkpoint | None) -> Awaitable[Any]:
         where, told = (self._config, placement, self._folder), (self._incidents, self._timeline)

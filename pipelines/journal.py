@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from medtvt_rl.faults import Incident
 from medtvt_rl.types import Completion
 from pipelines.grpo_roles import TrainedStep, TrainingGroup
-from pipelines.json_lines import keep_rows
+from pipelines.json_lines import keep_rows, read_rows
 
 FILES = ("groups", "steps", "discarded", "samples", "events")
 SAMPLE_EVERY_STEPS = 10
@@ -133,11 +133,11 @@ class Journal:
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
-    """The lines of steps.jsonl in a journal's folder. Raises ValueError if there is none."""
+    """The whole lines of steps.jsonl in a journal's folder. Raises ValueError if there is none."""
     path = folder / "steps.jsonl"
     if not path.is_file():
         raise ValueError(f"journal: there is no {path}; name the folder of a run whose grpo stage has begun")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_rows(path)
 
 
 def _step_line(trained: TrainedStep) -> dict[str, Any]:

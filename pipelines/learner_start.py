@@ -82,4 +82,4 @@ async def start_learner(
     if found is not None:
         await gang.load_checkpoint(found.learner)
     steps = earlier_steps(config, 0 if found is None else found.version)
-    return LearnerSupervisor(config, start, gang, shelf, steps, incidents, spares)
+    return LearnerSupervisor(config, start, gang, shelf, steps, incidents, spares, placement)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,19 @@ class GrpoLearner:
 
     The policy stays in evaluation mode: no dropout and frozen BatchNorm, so that it scores exactly what the engine
     sampled.
+
+    Args:
+        enter: told the phase of a step that begins: forward, backward, optimizer step.
     """
 
-    def __init__(self, engine: TrainingEngine, items: ItemSource | None, config: Config) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        items: ItemSource | None,
+        config: Config,
+        enter: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self.engine, self._enter = engine, enter
         self._context = _Context(
             engine=engine, items=items, temperature=config.rollout.sampling.temperature, loss=config.grpo.loss
         )
@@ -130,11 +139,14 @@ class GrpoLearner:
     ) -> tuple[StepOutcome, dict[str, float], set[Fault]]:
         total, faults = Measures.none(), set[Fault]()
         for index, batch in enumerate(batches):
+            self._enter("forward")
             loss, measured, found = batch.loss(denominators, version)
+            self._enter("backward")
             # A fault need not reach the loss (a capped ratio hides an infinite log-prob), so it is made to: a loss
             # of NaN stops the step on every rank, without a collective of its own.
             self.engine.backward(loss * math.nan if found else loss, last=index == len(batches) - 1)
             total, faults = total + measured, faults | found
+        self._enter("optimizer step")
         outcome = self.engine.step(learning_rate)
         return outcome, report(total.reduced(self.engine)), faults
 

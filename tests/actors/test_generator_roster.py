@@ -10,7 +10,6 @@ import pytest
 from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from actors.deadline import DeadlineError
 from actors.roster import MemberLostError
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
@@ -74,10 +73,10 @@ def test_a_group_waits_for_the_successor_of_the_only_generator(tmp_path: Path) -
 
 def test_the_wait_for_a_successor_has_a_deadline(tmp_path: Path) -> None:
     async def run() -> None:
-        cast = Cast(tmp_path, 1, generate_timeout_s=0.05)
+        cast = Cast(tmp_path, 1, vacancy_timeout_s=0.05)
         cast.prepare = closed("start")
         cast.first[0].dead.set()
-        with pytest.raises(DeadlineError, match="for a rollout actor to generate group 3"):
+        with pytest.raises(RoleLostError, match=r"vacancy_timeout_s\) for a rollout actor to generate group 3; "):
             await cast.pool.generate(PROMPT, 3, 4)
 
     asyncio.run(run())

@@ -194,3 +194,37 @@ def test_steps_before_a_resume_are_repeated_by_what_the_journal_says(tmp_path: P
         assert cast.gangs[1].seen == [0, 2, 3]
 
     asyncio.run(run())
+
+
+class FakeBundles:
+    """The learners' node comes back after so many looks."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def has_node(self, role: str, index: int) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def wanting(self, role: str, index: int) -> str:
+        return "learner 0: 1 CPU. The cluster has nothing"
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_gang_waits_for_a_node_but_not_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returns: bool
+) -> None:
+    monkeypatch.setattr("actors.learner_supervisor.PLACE_POLL_S", 0.01)
+
+    async def run() -> None:
+        cast = Cast(tmp_path, "train 1", max_restarts=1, vacancy_timeout_s=0.2)
+        cast.learner._bundles = FakeBundles(3 if returns else 10**9)
+        if returns:
+            assert len(await cast.run()) == 6
+        else:
+            with pytest.raises(RoleLostError, match=r"no node had room for it in 0.2 s \(supervision.vacancy"):
+                await cast.run()
+            assert len(cast.gangs) == 1
+        assert "no node has room for learner 0: 1 CPU. The cluster has nothing; the run waits 0.2 s" in cast.told[1]
+
+    asyncio.run(run())

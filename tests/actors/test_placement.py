@@ -58,7 +58,7 @@ def test_no_reference_is_placed_without_a_kl_term() -> None:
 @pytest.mark.cluster
 def test_every_role_lands_where_it_is_declared(cluster: Cluster) -> None:
     config = declared(
-        rollout=RoleResources(cpus=1, gpus=1, labels={L4: "L4"}),
+        rollout=RoleResources(cpus=1, gpus=1, labels={L4: "in(A10G, L4)"}),
         learner=RoleResources(cpus=1, gpus=2, labels={H100: "H100"}),
     )
     placement = place(plan(config, {"learner": 1, "rollout": 1}), timeout_s=20)

@@ -165,6 +165,25 @@ def test_parts_are_merged_elsewhere_where_the_merging_generator_is_lost(tmp_path
     asyncio.run(run())
 
 
+def test_a_group_that_a_dead_node_cannot_hand_over_is_made_by_another(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+
+        async def keep(payload: str) -> str:
+            if payload.endswith("g0"):
+                cast.first[0].dead.set()
+                await asyncio.Event().wait()
+            return f"{payload}, kept"
+
+        cast.pool._keep = keep
+        group = asyncio.create_task(cast.pool.generate(PROMPT, 0, 4))
+        await cast.settle()
+        await cast.pool.stats()  # the next call finds out that the generator has died
+        assert (await group)[1] == "0..4 of g1, kept"
+
+    asyncio.run(run())
+
+
 def test_every_engine_scores(tmp_path: Path) -> None:
     async def run() -> None:
         pool: Any = Cast(tmp_path, 3).pool

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,7 +33,7 @@ CLASSES = {
     "reference": "ReferencePolicy",
     "learner": "LearnerWorker",
 }
-SHARED_MEMORY, SHARED_EVERY_S = "/dev/shm/", 0.5
+SHARED_MEMORY, SHARED_EVERY_S = "/dev/shm/", 3.0
 
 
 class FaultyRun:
@@ -42,25 +42,40 @@ class FaultyRun:
     Args:
         folder: the run folder that it writes.
         arguments: overrides.
+        prefix: what its command line begins with, e.g. `ip netns exec NAME`.
+        environment: variables beside those of this process.
+        log: the file of what it prints; None: beside the folder.
+        roots: processes, besides its own, whose descendants belong to it: the nodes of a cluster that it joins.
     """
 
-    def __init__(self, folder: Path, arguments: list[str], timeout_s: float = 300) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        timeout_s: float = 300,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        roots: Callable[[], list[psutil.Process]] | None = None,
+        log: Path | None = None,
+    ) -> None:
         self.folder, self._deadline = folder, time.monotonic() + timeout_s
         self._shared, self._shared_at = set[str](), 0.0
         self._seen: dict[int, psutil.Process] = {}
+        self._read: dict[str, tuple[int, list[dict[str, Any]]]] = {}
         place = [f"run.root={folder.parent}", f"run.name={folder.name}"]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self.log = folder.parent / f"{folder.name}.log"
-        with self.log.open("w") as log:
+        self.log = log or folder.parent / f"{folder.name}.log"
+        with self.log.open("a") as log:
+            self._said_from = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipelines.grpo", "-c", "configs/quickstart.yaml", *arguments, *place],
+                [*prefix, sys.executable, "-m", "pipelines.grpo", "-c", "configs/quickstart.yaml", *arguments, *place],
                 cwd=PROJECT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        self._driver = psutil.Process(self._process.pid)
+        self._driver, self._roots = psutil.Process(self._process.pid), roots
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +83,7 @@ class FaultyRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._look()
+        self.processes()
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -76,31 +91,55 @@ class FaultyRun:
             if process.is_running() and kind is not None:
                 process.kill()
 
+    # What it has written.
+
+    @property
+    def said(self) -> str:
+        """What it printed."""
+        return self.log.read_bytes()[self._said_from :].decode(errors="replace")
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of a file of the journal."""
-        path = self.folder / "journal" / f"{name}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return self._rows(self.folder / "journal" / f"{name}.jsonl")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
-        path = self.folder / "metrics.jsonl"
-        text = path.read_text() if path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines()]
+        return self._rows(self.folder / "metrics.jsonl")
 
-    def wait_for(self, condition: Callable[[], Any], pause_s: float = 0.05) -> Any:
+    def _rows(self, path: Path) -> list[dict[str, Any]]:
+        """Only what was added is read: a long run is looked at often."""
+        start, rows = self._read.get(path.name, (0, []))
+        if path.is_file():
+            if path.stat().st_size < start:  # it was written anew
+                start, rows = 0, []
+            with path.open("rb") as file:
+                file.seek(start)
+                added = file.read()
+            added = added[: added.rfind(b"\n") + 1]
+            rows = rows + [json.loads(line) for line in added.splitlines()]
+            self._read[path.name] = (start + len(added), rows)
+        return rows
+
+    # What it is doing.
+
+    def wait_for(self, condition: Callable[[], Any], pause_s: float = 0.05, within_s: float = 1e9) -> Any:
         """What the condition says once it holds. Raises AssertionError when the run ends before, or is late."""
+        deadline = min(self._deadline, time.monotonic() + within_s)
         while not (found := condition()):
-            self._look()
-            assert self._process.poll() is None, f"the run ended before:\n{self.log.read_text()[-3000:]}"
-            assert time.monotonic() < self._deadline, f"waited in vain:\n{self.log.read_text()[-3000:]}"
+            assert self._process.poll() is None, f"the run ended before:\n{self.said[-3000:]}"
+            assert time.monotonic() < deadline, f"waited in vain:\n{self.said[-3000:]}"
+            self._look_at_memory()
             time.sleep(pause_s)
         return found
 
     def actor(self, role: str, during: str | None = None) -> psutil.Process | None:
         """The process of an actor of a role, one that does what is named."""
         name = f"ray::{CLASSES[role]}" + (f".{during}" if during else "")
-        found = [each for each in self._look() if title(each) == name or (not during and title(each).startswith(name))]
-        return found[0] if found else None
+        for each in self.processes():
+            does = title(each.pid)
+            if does == name or does.startswith(f"{name} " if during else name):
+                return each
+        return None
 
     def signal(self, role: str, sent: signal.Signals, during: str | None = None) -> int:
         """Sends a signal to the actor of a role as soon as it does what is named; its process id."""
@@ -108,50 +147,77 @@ class FaultyRun:
         process.send_signal(sent)
         return int(process.pid)
 
+    def processes(self) -> list[psutil.Process]:
+        """Those of the run, each remembered."""
+        found = []
+        for root in [self._driver, *(self._roots() if self._roots else ())]:
+            try:
+                found += root.children(recursive=True)
+            except psutil.NoSuchProcess:
+                continue
+        for process in found:
+            self._seen.setdefault(process.pid, process)
+        return found
+
+    def _look_at_memory(self) -> None:
+        if time.monotonic() - self._shared_at > SHARED_EVERY_S:
+            self._shared_at = time.monotonic()
+            self._shared.update(path for process in self.processes() for path in shared_memory(process.pid))
+
+    # How it ends.
+
     def finish(self) -> str:
         """Waits for the end of the run; what it said. Raises AssertionError where it failed."""
-        said = self._wait()
+        said = self.wait()
         assert self._process.returncode == 0, said[-4000:]
         return said
 
     def finish_badly(self) -> dict[str, Any]:
         """Waits for the end of a run that must fail; its report."""
-        said = self._wait()
+        said = self.wait()
         assert self._process.returncode == 1 and "report: " in said, said[-4000:]
         report: dict[str, Any] = json.loads((self.folder / "failure.json").read_text())
         return report
 
-    def _wait(self) -> str:
-        while self._process.poll() is None:
-            self._look()
-            assert time.monotonic() < self._deadline, f"the run is late:\n{self.log.read_text()[-3000:]}"
-            time.sleep(0.2)
-        return self.log.read_text()
+    def stop(self, grace_s: float | None = None) -> int:
+        """Asks it to end, and kills it after the grace; its exit code."""
+        self.processes()
+        self._process.terminate()
+        if grace_s is not None:
+            try:
+                self._process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self.wait()
+        return int(self._process.returncode)
 
-    def leftovers(self) -> list[str]:
+    def kill(self) -> None:
+        """SIGKILL to the driver."""
+        self.processes()
+        self._process.kill()
+        self._process.wait()
+
+    def wait(self) -> str:
+        """Waits for its end, however it ends; what it said."""
+        while self._process.poll() is None:
+            assert time.monotonic() < self._deadline, f"the run is late:\n{self.said[-3000:]}"
+            self._look_at_memory()
+            time.sleep(0.2)
+        return self.said
+
+    def leftovers(self, within_s: float = 15) -> list[str]:
         """Processes of the run, and files in shared memory, that are still there some seconds after its end."""
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + within_s
         while (left := self._left()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return left
 
     def _left(self) -> list[str]:
         alive = [process for process in self._seen.values() if process.is_running() and not is_zombie(process)]
+        if self._roots is not None:  # what Ray keeps ready belongs to the cluster
+            alive = [process for process in alive if title(process.pid).startswith("ray::") and not is_idle(process)]
         shared = sorted(path for path in self._shared if Path(path).exists())
-        return [f"{process.pid} {title(process)}" for process in alive] + shared
-
-    def _look(self) -> list[psutil.Process]:
-        """The descendants of the run, each remembered."""
-        try:
-            found = self._driver.children(recursive=True)
-        except psutil.NoSuchProcess:
-            found = []
-        for process in found:
-            self._seen.setdefault(process.pid, process)
-        if time.monotonic() - self._shared_at > SHARED_EVERY_S:
-            self._shared_at = time.monotonic()
-            self._shared.update(path for process in found for path in shared_memory(process.pid))
-        return found
+        return [f"{process.pid} {title(process.pid)}" for process in alive] + shared
 
 
 def audit(run: FaultyRun, steps: int, groups_per_step: int, max_staleness: int) -> None:
@@ -167,12 +233,17 @@ def audit(run: FaultyRun, steps: int, groups_per_step: int, max_staleness: int) 
     assert run.leftovers() == []
 
 
-def title(process: psutil.Process) -> str:
+def title(pid: int) -> str:
     """What Ray calls a process; "" for one that has gone."""
     try:
-        return (process.cmdline() or [""])[0].split(" ")[0]
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0", 1)[0].decode(errors="replace").rstrip()
+    except OSError:
         return ""
+
+
+def is_idle(process: psutil.Process) -> bool:
+    """Whether it waits for an actor that it may become."""
+    return title(process.pid) == "ray::IDLE"
 
 
 def is_zombie(process: psutil.Process) -> bool:

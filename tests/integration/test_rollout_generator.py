@@ -56,6 +56,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def test_generates_updates_and_reports(generator: Any) -> None:
     assert ray.get(generator.health.remote(), timeout=60)["broken"] == "not started"
+    assert ray.get(generator.warm.remote(None, True), timeout=300), "as a spare it has its imports done"
     info = ray.get(generator.start.remote(), timeout=300)
     assert info.pid > 0 and info.node
 
