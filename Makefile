@@ -7,10 +7,10 @@ CONFIG ?= configs/quickstart.yaml
 SOURCES := medtvt_rl actors pipelines tests requirements
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format lock
+.PHONY: help setup quickstart test test-hosts lint format lock
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo '  Without a GPU and with the default package index: make setup TORCH_ARGS="--index-url ADDRESS-OF-CPU-BUILDS"'
 
 setup: ## create .venv with everything pinned; at once when nothing changed
@@ -21,6 +21,9 @@ quickstart: setup ## simulated cohort, PT, SFT, GRPO, evaluation and report on t
 
 test: setup ## every test; TESTS="tests/data -k ecg" for some
 	@$(PYTHON_VENV) -m pytest $(TESTS)
+
+test-hosts: setup ## a cluster of four hosts in namespaces of this machine: ray up, a job, ray down; needs root
+	@$(PYTHON_VENV) -m pytest -m hosts -rs -s tests/integration/three_hosts
 
 lint: setup ## ruff (rules and format) and mypy
 	@$(PYTHON_VENV) -m ruff check $(SOURCES)

@@ -15,6 +15,7 @@ KEPT = (
     "idle_timeout_minutes",
     "file_mounts",
     "rsync_exclude",
+    "rsync_filter",
     "setup_commands",
     "head_start_ray_commands",
     "worker_start_ray_commands",

@@ -19,7 +19,8 @@ from hosts import World, missing
 from small_run import SMALL
 from walk import WITHOUT_GPUS, Walk
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+WHY_NOT = missing()
+pytestmark = [pytest.mark.cluster, pytest.mark.hosts, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 STEPS = 12
 HOSTS_OF = {"learner": {"learner"}, "rollout": {"rollout"}, "reference": {"learner", "rollout"}, "reward": {"scoring"}}
 
@@ -45,6 +46,8 @@ def test_a_job_runs_on_the_hosts_declared_for_its_roles(folder: Path) -> None:
     before, walk = interfaces_and_mounts(), Walk(folder)
     with walk.world:
         walk.up()
+        resolved = walk.on_head("cd ~/medtvt-rl && python -m pipelines.run -c configs/on_cluster.yaml --dry-run")
+        assert "rollout 0: 1 CPU, 1 GPU on a node with role rollout" in resolved
         entry = ["-c", "configs/on_cluster.yaml", *WITHOUT_GPUS, *SMALL, f"grpo.steps={STEPS}"]
         entry += ["learner.num_workers=2", "pretrain.num_workers=2", "sft.num_workers=1", "rollout.num_generators=1"]
         entry += ["evaluation.num_generators=1", "placement.timeout_s=60"]

@@ -80,6 +80,10 @@ class Walk:
         verb, *rest = arguments
         return self.run(f"job_{verb}", ["ray", "job", verb, "--address", JOB_SERVER, *rest], 120)
 
+    def on_head(self, command: str) -> str:
+        """Output of `ray exec`."""
+        return self.run("exec", ["ray", "exec", CLUSTER_FILE, command], 120)
+
     def whereabouts(self) -> dict[str, set[str]]:
         """Role -> hosts on which Ray started actors of it, those that have ended included."""
         nodes = {node["node_id"]: node["node_name"] for node in self._listed("nodes")}
