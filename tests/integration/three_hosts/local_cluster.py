@@ -68,4 +68,6 @@ def _with_offer(command: str) -> str:
     """Node types of a cloud carry labels and resources; hosts that are there already say them themselves."""
     if "ray start" not in command:
         return command
-    return command.replace(" --num-cpus=0", "") + " $(cat /etc/ray_offer)"
+    start = command.replace(" --num-cpus=0", "") + " $(cat /etc/ray_offer)"
+    # Ray gives a node 30 s to start; four at once on a busy machine may need more.
+    return f"for attempt in 1 2 3; do {start} && exit 0; ~/medtvt-rl/.venv/bin/ray stop --force; done; exit 1"

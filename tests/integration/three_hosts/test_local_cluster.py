@@ -33,4 +33,8 @@ def test_ray_takes_it_and_it_differs_in_machines_alone(cluster: dict[str, Any]) 
     same = [key for key in KEPT if local[key] == cluster[key]]
     assert set(KEPT) - set(same) == {"setup_commands", "head_start_ray_commands", "worker_start_ray_commands"}
     start = local["head_start_ray_commands"][-1]
-    assert "RAY_AUTH_MODE=token" in start and start.endswith(" $(cat /etc/ray_offer)") and "--num-cpus" not in start
+    assert (
+        "RAY_AUTH_MODE=token" in start
+        and "~/ray_bootstrap_config.yaml $(cat /etc/ray_offer) && exit 0" in start
+        and "--num-cpus" not in start
+    )

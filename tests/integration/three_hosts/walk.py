@@ -61,7 +61,7 @@ class Walk:
         self.world.laptop_file(key).parent.mkdir(mode=0o700)
         shutil.copy(self.world.folder / "key", self.world.laptop_file(key))
         self.run("token", ["ray", "get-auth-token", "--generate"], 60)
-        self.run("up", ["ray", "up", "--yes", CLUSTER_FILE], 300)
+        self.run("up", ["ray", "up", "--yes", CLUSTER_FILE], 400)
         with (self._logs / "dashboard").open("wb") as log:
             command = self.world.laptop(["ray", "dashboard", CLUSTER_FILE], CLIENT)
             self._forward = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -126,7 +126,7 @@ class Walk:
         return log.read_text(errors="replace")
 
     def _wait_for_nodes(self, count: int) -> None:
-        deadline, told = time.monotonic() + 180, ""
+        deadline, told = time.monotonic() + 300, ""
         while time.monotonic() < deadline:
             try:
                 alive = [node for node in self._listed("nodes") if node["state"] == "ALIVE"]
@@ -136,12 +136,13 @@ class Walk:
                 if len(alive) == count:
                     return
                 told = f"{len(alive)} are"
-            time.sleep(2)
-        raise CommandError(f"waited 180 s for {count} nodes to be alive: {told}")
+            time.sleep(5)
+        said = self.on_head("tail -n 40 /tmp/ray/session_latest/logs/monitor.{log,out,err}")
+        raise CommandError(f"waited 300 s for {count} nodes to be alive: {told}; {said[-6000:]}")
 
     def _listed(self, what: str) -> list[dict[str, Any]]:
         options = ["--address", JOB_SERVER, "--format", "json", "--limit", "1000"]
-        text = self.run(f"list_{what}", ["ray", "list", what, "--detail", *options], 60)
+        text = self.run(f"list_{what}", ["ray", "list", what, "--detail", *options], 120)
         return list(json.loads(text[text.index("[") :]))
 
 
