@@ -149,6 +149,7 @@ class World:
             "LANG": "C.UTF-8",
             "PATH": f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
             **(environment or {}),
         }
         assigned = [f"{name}={value}" for name, value in variables.items()]

@@ -42,6 +42,7 @@ def running(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.timeout(2400)
 def test_a_job_runs_on_the_hosts_declared_for_its_roles(folder: Path) -> None:
     before, walk = interfaces_and_mounts(), Walk(folder)
     with walk.world:
@@ -53,7 +54,7 @@ def test_a_job_runs_on_the_hosts_declared_for_its_roles(folder: Path) -> None:
         entry += ["evaluation.num_generators=1", "placement.timeout_s=60"]
         run = folder / "shared" / "runs" / "small"
         _stop_in_the_middle(walk, run, entry)
-        output = walk.submit("again", entry, 400)
+        output = walk.submit("again", entry, 900)
         assert "grpo: goes on from step" in output and "succeeded" in output
         summary = json.loads((run / "summary.json").read_text())
         assert summary["grpo"]["steps"] == STEPS and (run / "report.html").is_file()
@@ -69,7 +70,7 @@ def test_a_job_runs_on_the_hosts_declared_for_its_roles(folder: Path) -> None:
 def _stop_in_the_middle(walk: Walk, run: Path, entry: list[str]) -> None:
     """`ray job stop` during GRPO leaves the checkpoint of its last step."""
     walk.submit("stopped", entry, 120, wait=False)
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count('"grpo"') < 2:
         assert time.monotonic() < deadline, walk.job("logs", "stopped")[-3000:]
         time.sleep(0.2)
