@@ -10,7 +10,7 @@ ONE_GPU := $(foreach role,rollout learner reference,placement.$(role).gpus=0.2) 
 SOURCES := medtvt_rl actors pipelines tests requirements
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-faults fuzz lint format lock audit
+.PHONY: help setup quickstart test test-faults test-hosts fuzz lint format lock audit
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,6 +30,9 @@ test-faults: setup ## every fault at every phase, an hour; writes docs/fault_tab
 
 fuzz: setup ## tests/fuzz with thousands of fresh cases, instead of the few hundred of make test
 	@MEDTVT_RL_FUZZ=fuzz $(PYTHON_VENV) -m pytest tests/fuzz $(TESTS)
+
+test-hosts: setup ## a cluster of four hosts in namespaces of this machine: ray up, a job, ray down; needs root
+	@$(PYTHON_VENV) -m pytest -m hosts -rs -s tests/integration/three_hosts
 
 lint: setup ## ruff (rules and format) and mypy
 	@$(PYTHON_VENV) -m ruff check $(SOURCES)

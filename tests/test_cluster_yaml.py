@@ -61,6 +61,17 @@ def test_no_actor_lands_on_the_head(cluster: dict[str, Any]) -> None:
     assert any("--num-cpus=0" in command for command in cluster["head_start_ray_commands"])
 
 
+def test_no_folder_of_the_project_is_left_out_for_its_name(cluster: dict[str, Any]) -> None:
+    # medtvt_rl/data has the name of a folder that is not sent.
+    assert "/data" in cluster["rsync_exclude"] and all(name.startswith("/") for name in cluster["rsync_exclude"])
+    assert cluster["rsync_filter"] == [".gitignore"] and "data" not in (ROOT / ".gitignore").read_text()
+
+
+def test_a_stopped_job_has_time_for_its_checkpoint(cluster: dict[str, Any]) -> None:
+    starts = [command for command in cluster["head_start_ray_commands"] if "ray start" in command]
+    assert all("export RAY_JOB_STOP_WAIT_TIME_S=300;" in command for command in starts)
+
+
 def test_the_maxima_add_up(cluster: dict[str, Any]) -> None:
     types = cluster["available_node_types"]
     assert sum(node_type.get("max_workers", 0) for node_type in types.values()) == cluster["max_workers"]

@@ -42,7 +42,14 @@ def test_google_cloud_has_no_fault_but_what_its_reader_fills_in() -> None:
 
 def test_google_cloud_differs_from_aws_in_machines_alone() -> None:
     aws, gcp = read_cluster(ROOT / "cluster.yaml"), read_cluster(FOLDER / "gcp.yaml")
-    for key in ("docker", "head_start_ray_commands", "worker_start_ray_commands", "file_mounts", "setup_commands"):
+    for key in (
+        "docker",
+        "head_start_ray_commands",
+        "worker_start_ray_commands",
+        "file_mounts",
+        "rsync_exclude",
+        "setup_commands",
+    ):
         assert aws[key] == gcp[key], key
     assert [(one.name, one.is_spot, one.max_nodes, one.labels["role"]) for one in node_types(aws)] == [
         (one.name, one.is_spot, one.max_nodes, one.labels["role"]) for one in node_types(gcp)
