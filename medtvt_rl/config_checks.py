@@ -18,7 +18,7 @@ class ConfigError(ValueError):
 
 def check_config(config: Config) -> None:
     """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
-    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision)
+    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision, _check_elastic)
     for check in (*checks, _check_rewards, _check_stages, _check_checkpoints, _check_data):
         check(config)
 
@@ -85,6 +85,27 @@ def _check_counts(config: Config) -> None:
         config.num_references,
         f"grpo.loss.kl.coefficient = {grpo.loss.kl.coefficient} needs a reference policy; set 1, or the coefficient 0",
     )
+
+
+def _check_elastic(config: Config) -> None:
+    rollout, (low, high) = config.rollout, config.rollout.bounds
+    count, elastic = rollout.num_generators, rollout.elastic
+    _require(low >= 1, "rollout.min", low, "set at least 1; a run without a generator ends")
+    _require(
+        low <= count <= high,
+        "rollout.num_generators",
+        count,
+        f"the run starts with so many; set it from rollout.min = {low} to rollout.max = {high}",
+    )
+    for name in ("window_s", "min_steps", "cooldown_s"):
+        _require(getattr(elastic, name) >= 0, f"rollout.elastic.{name}", getattr(elastic, name), "set 0 or more")
+    _require(
+        0 <= elastic.remove_below <= elastic.add_above < 1,
+        "rollout.elastic.add_above",
+        elastic.add_above,
+        f"set it from rollout.elastic.remove_below = {elastic.remove_below} to less than 1",
+    )
+    _require(0 < elastic.spare < 1, "rollout.elastic.spare", elastic.spare, "set it between 0 and 1")
 
 
 def _check_batches(config: Config) -> None:

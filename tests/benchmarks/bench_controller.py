@@ -59,6 +59,7 @@ class StandIn:
     def __init__(self) -> None:
         self._version = 0
 
+    @ray.method(num_returns=2)
     def generate(
         self, prompt: Prompt, group_id: int, size: int, greedy: bool, first_index: int, wave: Any
     ) -> tuple[GroupHeader, RolloutGroup]:
@@ -93,6 +94,7 @@ class StandIn:
         none = np.zeros(size, dtype=bool)
         return GroupRewards(components=dict.fromkeys(names, values), total=values, failed=none, reasons=(None,) * size)
 
+    @ray.method(num_returns=2)
     def logprobs(self, group: RolloutGroup) -> tuple[ReferenceHeader, tuple[np.ndarray, ...]]:
         size = len(group.completions)
         payload = tuple(np.zeros(LENGTH, dtype=np.float32) for _ in range(size))
@@ -102,6 +104,7 @@ class StandIn:
         metrics = {"updates": 1.0, "skipped": 0.0, "kl": 0.0, "entropy": 1.0, "tokens": 1.0}
         return LearnerStep(metrics=metrics)
 
+    @ray.method(num_returns=2)
     def export(self, version: int) -> tuple[WeightHeader, bytes]:
         return WeightHeader(version=version, checksum=CHECKSUM, num_bytes=8, seconds=0.0), b"weights"
 
@@ -152,9 +155,10 @@ def in_process() -> Callable[..., Any]:
 def by_ray() -> Callable[..., Any]:
     """Calls that an actor of its own process answers."""
     actor: Any = ray.remote(num_cpus=0)(StandIn).remote()
+    methods = {name: getattr(actor, name) for name in dir(StandIn) if not name.startswith("_")}
 
     def call(name: str, num_results: int, *args: Any, **kwargs: Any) -> Any:
-        return getattr(actor, name).options(num_returns=num_results).remote(*args, **kwargs)
+        return methods[name].remote(*args, **kwargs)
 
     return call
 
