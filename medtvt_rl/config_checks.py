@@ -18,8 +18,8 @@ class ConfigError(ValueError):
 
 def check_config(config: Config) -> None:
     """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
-    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision, _check_elastic)
-    for check in (*checks, _check_rewards, _check_stages, _check_checkpoints, _check_data):
+    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision)
+    for check in (*checks, _check_elastic, _check_rewards, _check_stages, _check_checkpoints, _check_data):
         check(config)
 
 

@@ -1,4 +1,4 @@
-"""One simulated run: the real loop, ledger, buffer and sampler on a clock that jumps, against roles that only take time.
+"""One simulated run: the real loop, ledger, buffer and sampler on a clock that jumps; the roles only take time.
 
 Owns: putting it together, what is measured of it. Does not own: the roles (medtvt_rl/simulation), which runs are made
 and how they are shown (simulate.py).

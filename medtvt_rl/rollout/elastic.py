@@ -1,4 +1,4 @@
-"""How many generators a run needs: one more while the learner waits for groups, one fewer while they have nothing to do.
+"""How many generators a run needs: one more while the learner waits for groups, one fewer while they are idle.
 
     after every step: policy.decide(now, Signals(...)) -> -1, 0 or +1
 
@@ -24,7 +24,8 @@ class Signals:
 
     Attributes:
         seconds: that passed.
-        learner_waited_s: of these the learner waited for groups (`seconds/wait_groups` of a step).
+        learner_waited_s: of these the learner waited for groups, or for generators that had too much to do to score a
+            probe (`seconds/wait_groups` and `seconds/conclude` of a step).
         generator_idle_s: of these a generator, on average, had nothing to do, because the buffer was full
             (`seconds/rollout_idle`).
         generators: that serve.

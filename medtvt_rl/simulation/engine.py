@@ -15,7 +15,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from medtvt_rl.simulation.cores import Cores
 from medtvt_rl.simulation.timings import Timings
@@ -100,7 +100,9 @@ class SimulatedEngine:
         self._task.cancel()
         self._note_idle()
         jobs = {*self._waiting, *(job for _, _, job, _ in self._running)}
-        for future in [*(job.future for job in jobs), *(update.future for update in self._updates)]:
+        asked: list[asyncio.Future[Any]] = [job.future for job in jobs]
+        asked += [update.future for update in self._updates]
+        for future in asked:
             if not future.done():
                 future.set_exception(GoneError("the generator is gone"))
                 future.exception()  # nobody may be listening any more
@@ -178,7 +180,8 @@ class SimulatedEngine:
         work = self._cores.begin(tokens * step_s, self._threads)
         news = asyncio.ensure_future(self._news.wait())
         try:
-            await asyncio.wait({work.done, news}, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {work.done, news}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             spent = self._cores.leave(work)
             if not work.done.done():  # the token under way is made first
                 whole = min(tokens, math.ceil(spent / step_s - 1e-9))

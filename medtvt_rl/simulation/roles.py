@@ -73,7 +73,7 @@ class SimulatedLearner:
 
     Attributes:
         trained: (begin, end, staleness of each group) of every step.
-        waited_s: between a publication and the next step; tokens: of completions that were trained on.
+        waited_s: for groups, and for the generators' answer to the probe; tokens: of completions that were trained on.
     """
 
     def __init__(self, config: Config, setting: Setting, timings: Timings, cores: Cores, driver: Driver) -> None:
@@ -104,6 +104,7 @@ class SimulatedLearner:
 
     async def export(self, version: int) -> tuple[int, int]:
         """Takes the time of an export."""
+        self.waited_s += self._loop.time() - self.trained[-1][1]
         await self._work(self._timings.export_s)
         return version, 0
 

@@ -112,12 +112,13 @@ class Timings:
         names = {field.name for field in fields(cls)}
         wanted = names - {"equal_share", "learner_ranks", "made_by"}
         if not isinstance(found, dict) or not wanted <= found.keys() <= names:
-            wrong = sorted(wanted ^ (found.keys() & wanted)) if isinstance(found, dict) else []
-            raise TimingsError(f"timings: {path} is no file of timings ({', '.join(wrong) or 'unknown fields'}); {mend}")
+            missing = sorted(wanted - found.keys()) if isinstance(found, dict) else []
+            raise TimingsError(f"timings: {path} is no file of timings (missing: {', '.join(missing)}); {mend}")
         found["decode_s"] = tuple((float(number), float(seconds)) for number, seconds in found["decode_s"])
         found["lengths"] = tuple(tuple(int(length) for length in group) for group in found["lengths"])
         timings = cls(**found)
-        numbers = [v for n in names - {"decode_s", "lengths", "made_by"} if (v := getattr(timings, n)) is not None]
-        if not timings.decode_s or not timings.lengths or not all(isinstance(v, int | float) and v >= 0 for v in numbers):
+        numbers = [getattr(timings, name) for name in names - {"decode_s", "lengths", "made_by"}]
+        are_times = all(isinstance(number, int | float) and number >= 0 for number in numbers)
+        if not timings.decode_s or not timings.lengths or not are_times:
             raise TimingsError(f"timings: {path} holds a value that is no time, or none at all; {mend}")
         return timings
