@@ -26,6 +26,7 @@ from actors.process import Whereabouts, has_room, import_ahead, whereabouts
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
+from medtvt_rl.learner.config import LearnerConfig
 from medtvt_rl.logs import redirect_output
 from medtvt_rl.storage import Digest, Storage, digest_of
 from medtvt_rl.types import LearnerStep, RolloutGroup, TrainingSequence
@@ -37,10 +38,8 @@ if TYPE_CHECKING:
     from medtvt_rl.learner.nccl_sender import WeightSender
     from medtvt_rl.learner.training_state import TrainingState
 
-# What setting up a rank imports, the larger part of a start.
+# What setting up a rank imports beside its training engine, the larger part of a start.
 IMPORTS = (
-    "deepspeed",
-    "medtvt_rl.learner.deepspeed_engine",
     "medtvt_rl.learner.grpo_learner",
     "medtvt_rl.learner.step_record",
     "medtvt_rl.model.policy",
@@ -119,7 +118,9 @@ class LearnerWorker:
 
             process_group.prepare_environment(self._config.learner.num_threads)
 
-        import_ahead(IMPORTS, devices, prepare)
+        make_engine = self._config.learner.make_engine
+        usual = ("deepspeed",) if make_engine == LearnerConfig.make_engine else ()
+        import_ahead((*usual, make_engine.partition(":")[0], *IMPORTS), devices, prepare)
         return True
 
     def whereabouts(self) -> Whereabouts:
@@ -314,7 +315,7 @@ def has_memory_for(state: TrainingState, in_background: str, num_ranks: int) -> 
 def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearner:
     import torch
 
-    from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
+    from medtvt_rl.learner.engine import EngineSettings
     from medtvt_rl.learner.grpo_learner import GrpoLearner
     from medtvt_rl.model.policy import load_policy
 
@@ -326,9 +327,11 @@ def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearne
         weight_decay=config.learner.weight_decay,
         adam_betas=(config.learner.adam_betas[0], config.learner.adam_betas[1]),
     )
-    policy = load_policy(model_folder, dtype=settings.dtype, lora=config.model.lora)
+    # First, since importing the task may make its model known to transformers.
     items = resolve(config.task.items, "task.items")(config) if config.task.items else None
-    return GrpoLearner(DeepSpeedEngine(policy, settings, device), items, config)
+    policy = load_policy(model_folder, dtype=settings.dtype, lora=config.model.lora)
+    make_engine = resolve(config.learner.make_engine, "learner.make_engine")
+    return GrpoLearner(make_engine(policy, settings, device), items, config)
 
 
 def fetch_sequences(shards: list[LearnerShard], timeout_s: float) -> list[TrainingSequence]:

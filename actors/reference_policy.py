@@ -32,9 +32,10 @@ class ReferencePolicy:
 
         torch.set_num_threads(config.learner.num_threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        # First, since importing the task may make its model known to transformers.
+        self._items = resolve(config.task.items, "task.items")(config) if config.task.items else None
         policy: Any = load_policy(model_folder, dtype=getattr(torch, config.learner.dtype))
         self._policy = policy.requires_grad_(False).to(device)
-        self._items = resolve(config.task.items, "task.items")(config) if config.task.items else None
         self._config = config
 
     def ready(self) -> Whereabouts:

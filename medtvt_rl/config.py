@@ -49,16 +49,24 @@ class TaskConfig:
     """What is learnt, as dotted paths; the actors and the loop know nothing else of it.
 
     Attributes:
-        prompts: f(config, tokenizer, split) -> list[Prompt].
+        prompts: f(config, tokenizer, split) -> list[Prompt]; splits are train, validation, and `evaluation.split`.
+        examples: f(config, tokenizer, split) -> list[Example], what SFT learns from; None takes the questions and
+            answers of the study store.
         items: f(config) -> object with `get(item_id) -> dict[str, array]`, the multimodal item; None for plain text.
         item_modality: the name under which the engine's model takes an item.
         evaluate: f(config, split) -> Evaluator that turns answers into metrics; None reports the mean reward alone.
     """
 
     prompts: str = "medtvt_rl.data.task:diagnosis_prompts"
+    examples: str | None = None
     items: str | None = "medtvt_rl.data.task:StudyItems"
     item_modality: str = "study"
     evaluate: str | None = "medtvt_rl.evaluation.diagnosis:DiagnosisEvaluator"
+
+    @property
+    def medical(self) -> bool:
+        """Whether any of it is the packages' own, about patients; what a user names may be about anything."""
+        return any(getattr(self, name) == getattr(TaskConfig, name) for name in ("prompts", "items", "evaluate"))
 
 
 @dataclass
@@ -147,6 +155,12 @@ class Config:
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run.root) / self.run.name
+
+    @property
+    def best_by(self) -> str:
+        """The held-out metric whose best checkpoint is kept: `grpo.held_out.best_by`, else what the gain is told in."""
+        own = "jaccard" if self.task.evaluate == TaskConfig.evaluate else "reward"
+        return self.grpo.held_out.best_by or own
 
     def stage_folder(self, stage: str) -> Path:
         """Where a stage keeps its model and its marker."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from medtvt_rl.algorithm.config import ADVANTAGES, LOSSES
+from medtvt_rl.config_bounds import fault, numbers
+
 if TYPE_CHECKING:
     from medtvt_rl.config import Config
 
@@ -18,8 +21,12 @@ class ConfigError(ValueError):
 
 def check_config(config: Config) -> None:
     """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
-    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision)
-    for check in (*checks, _check_elastic, _check_rewards, _check_stages, _check_checkpoints, _check_data):
+    for key, value in numbers(config):
+        expected = fault(key, value)
+        _require(expected is None, key, value, str(expected))
+    checks = (_check_task, _check_algorithm, _check_counts, _check_batches, _check_sampling, _check_model, _check_sync)
+    others = (_check_supervision, _check_elastic, _check_rewards, _check_stages, _check_checkpoints, _check_data)
+    for check in (*checks, *others):
         check(config)
 
 
@@ -28,48 +35,51 @@ def _require(condition: bool, key: str, value: object, expected: str) -> None:
         raise ConfigError(f"{key} is {value!r}: {expected}")
 
 
+def _check_task(config: Config) -> None:
+    task = config.task
+    for name in ("prompts", "evaluate"):
+        path = getattr(task, name)
+        _require(
+            task.items is not None or path != getattr(type(task), name),
+            f"task.{name}",
+            path,
+            f"it is about studies, and task.items is null; name your own{' or set null' if name == 'evaluate' else ''}",
+        )
+    _require(
+        config.evaluation.metrics != "paper" or task.evaluate is not None,
+        "evaluation.metrics",
+        config.evaluation.metrics,
+        "task.evaluate is null, and the mean reward has no published form; set honest, or name an evaluator that has",
+    )
+
+
+def _check_algorithm(config: Config) -> None:
+    for key, kind, known in (
+        ("grpo.advantage", config.grpo.advantage, ADVANTAGES),
+        ("grpo.loss.kind", config.grpo.loss.kind, LOSSES),
+    ):
+        expected = f"name one of {', '.join(known)}, or your own as 'package.module:function'"
+        _require(kind in known or ":" in kind, key, kind, expected)
+
+
 def _check_counts(config: Config) -> None:
     grpo, rollout = config.grpo, config.rollout
     _require(
         grpo.group_size >= 2, "grpo.group_size", grpo.group_size, "a group of one has no advantage; set at least 2"
     )
-    positive = {
-        "grpo.steps": grpo.steps,
-        "grpo.keep_checkpoints": grpo.keep_checkpoints,
-        "grpo.groups_per_step": grpo.groups_per_step,
-        "grpo.updates_per_batch": grpo.updates_per_batch,
-        "rollout.num_generators": rollout.num_generators,
-        "num_scorers": config.num_scorers,
-        "learner.num_workers": config.learner.num_workers,
-        "learner.token_budget": config.learner.token_budget,
-        "grpo.held_out.max_prompts": grpo.held_out.max_prompts,
-        "evaluation.num_samples": config.evaluation.num_samples,
-        "alarms.first_steps": config.alarms.first_steps,
-        "alarms.equal_steps": config.alarms.equal_steps,
-        "rollout.sampling.max_new_tokens": rollout.sampling.max_new_tokens,
-        "pretrain.epochs": config.pretrain.epochs,
-        "pretrain.batch_size": config.pretrain.batch_size,
-        "sft.epochs": config.sft.epochs,
-        "sft.batch_size": config.sft.batch_size,
-    }
-    for key, value in positive.items():
-        _require(value >= 1, key, value, "set at least 1")
-    not_negative = {
-        "grpo.dynamic_sampling.max_replaced": grpo.dynamic_sampling.max_replaced,
-        "grpo.held_out.every_steps": grpo.held_out.every_steps,
-        "grpo.max_nonfinite_groups": grpo.max_nonfinite_groups,
-        "grpo.checkpoint_every": grpo.checkpoint_every,
-    }
-    for key, value in not_negative.items():
-        _require(value >= 0, key, value, "set 0 (off) or more")
-    _require(grpo.max_staleness >= 0, "grpo.max_staleness", grpo.max_staleness, "0 is on-policy; it can't be negative")
     _require(
         config.learner.zero_stage in (0, 1, 2, 3),
         "learner.zero_stage",
         config.learner.zero_stage,
         "ZeRO has stages 0 to 3",
     )
-    _require(grpo.loss.kl.coefficient >= 0, "grpo.loss.kl.coefficient", grpo.loss.kl.coefficient, "set 0 or more")
+    importance = grpo.loss.importance
+    _require(
+        importance.floor < importance.cap,
+        "grpo.loss.importance.floor",
+        importance.floor,
+        f"it must be below cap = {importance.cap}; 0 drops no small ratio",
+    )
     weight, buffer, limit = grpo.overlong.weight, grpo.overlong.buffer_tokens, rollout.sampling.max_new_tokens
     _require(weight >= 0, "grpo.overlong.weight", weight, "it weighs a penalty; set 0 (off) or more")
     _require(
@@ -97,8 +107,6 @@ def _check_elastic(config: Config) -> None:
         count,
         f"the run starts with so many; set it from rollout.min = {low} to rollout.max = {high}",
     )
-    for name in ("window_s", "min_steps", "cooldown_s"):
-        _require(getattr(elastic, name) >= 0, f"rollout.elastic.{name}", getattr(elastic, name), "set 0 or more")
     _require(
         0 <= elastic.remove_below <= elastic.add_above < 1,
         "rollout.elastic.add_above",
@@ -118,7 +126,6 @@ def _check_batches(config: Config) -> None:
         f"it does not divide by learner.num_workers = {workers}; change one of the three",
     )
     for name, stage in (("pretrain", config.pretrain), ("sft", config.sft)):
-        _require(stage.num_workers >= 1, f"{name}.num_workers", stage.num_workers, "set at least 1")
         _require(
             stage.batch_size % stage.num_workers == 0,
             f"{name}.batch_size",
@@ -177,16 +184,18 @@ def _check_model(config: Config) -> None:
         model.init,
         f"name the folder where model.init_from = {model.init_from} is to be kept, e.g. runs/models/NAME",
     )
-    if config.task.items is None:
-        return
     width, heads = model.backbone.hidden_size, model.backbone.num_heads
     if model.init is None:
+        _require(width % heads == 0, "model.backbone.hidden_size", width, f"it does not divide by num_heads = {heads}")
         _require(
             config.rollout.engine.max_model_len <= model.backbone.max_positions,
             "rollout.engine.max_model_len",
             config.rollout.engine.max_model_len,
             f"the model has model.backbone.max_positions = {model.backbone.max_positions}; lower it, or raise that",
         )
+    if not config.task.medical:
+        return
+    if model.init is None:
         for name in ("ecg_steps", "cxr_steps", "lab_steps"):
             steps = getattr(config.encoders, name)
             _require(
@@ -195,19 +204,12 @@ def _check_model(config: Config) -> None:
                 steps,
                 "the encoders learn findings, and data.findings_csv is null; name their table, or set 0",
             )
-        _require(width % heads == 0, "model.backbone.hidden_size", width, f"it does not divide by num_heads = {heads}")
         _require(
             width % model.perception.num_heads == 0,
             "model.perception.num_heads",
             model.perception.num_heads,
             f"model.backbone.hidden_size = {width} does not divide by it",
         )
-    _require(
-        model.perception.tokens_per_modality >= 1,
-        "model.perception.tokens_per_modality",
-        model.perception.tokens_per_modality,
-        "set at least 1",
-    )
     _require(
         config.data.film.size == model.cxr.image_size,
         "data.film.size",
@@ -224,9 +226,6 @@ def _check_model(config: Config) -> None:
 
 
 def _check_sync(config: Config) -> None:
-    rollout = config.rollout
-    share = rollout.max_completions_per_engine
-    _require(share is None or share >= 0, "rollout.max_completions_per_engine", share, "set 0 or more")
     try:
         config.weights.resolved(config.model.lora)
     except ValueError as error:
@@ -243,12 +242,6 @@ def _check_sync(config: Config) -> None:
 
 
 def _check_supervision(config: Config) -> None:
-    settings = config.supervision
-    for name, least in (("max_restarts", 0), ("max_attempts", 1), ("silence_s", 0)):
-        value = getattr(settings, name)
-        _require(value >= least, f"supervision.{name}", value, f"set {least} or more")
-    window_s = settings.restart_window_s
-    _require(window_s > 0, "supervision.restart_window_s", window_s, "set more than 0")
     for key, spares in (("rollout.spares", config.rollout.spares), ("learner.spares", config.learner.spares)):
         _require(spares in (None, 0, 1), key, spares, "set 0 or 1, or null to let free memory decide")
 
@@ -283,18 +276,35 @@ def _check_stages(config: Config) -> None:
         f"each stage stands once, in the order {', '.join(known)}",
     )
     splits = config.data.splits
+    of_studies = [stage for stage in ("cohort", "pretrain") if stage in config.run.stages]
     _require(
-        config.task.items is None or config.evaluation.split in splits,
-        "evaluation.split",
-        config.evaluation.split,
-        f"data.labs_csv has the splits {', '.join(splits)}",
+        config.task.items is not None or not of_studies,
+        "run.stages",
+        config.run.stages,
+        f"task.items is null, and {' and '.join(of_studies)} need studies; set [sft, grpo, evaluate], or fewer",
     )
+    _require(
+        config.task.items is not None or config.task.examples is not None or "sft" not in config.run.stages,
+        "task.examples",
+        None,
+        "task.items is null, so sft has no studies to learn from; name f(config, tokenizer, split) -> list[Example], "
+        "or take sft out of run.stages and set model.init",
+    )
+    used = {"evaluation.split": config.evaluation.split}
+    if config.grpo.held_out.every_steps > 0:
+        used["grpo.held_out.split"] = config.grpo.held_out.split
+    for key, split in used.items():
+        _require(
+            not config.task.medical or split in splits,
+            key,
+            split,
+            f"data.labs_csv has the splits {', '.join(splits)}",
+        )
 
 
 def _check_checkpoints(config: Config) -> None:
     """The file system behind a URL must be known, and its package installed."""
     grpo = config.grpo
-    _require(grpo.checkpoint_timeout_s > 0, "grpo.checkpoint_timeout_s", grpo.checkpoint_timeout_s, "set more than 0")
     protocol, separator, _ = (grpo.checkpoint_root or "").partition("://")
     if not separator:
         return

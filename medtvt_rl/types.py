@@ -1,7 +1,7 @@
 """The records that travel through the system, from the prompt to the learner.
 
-Owns: Study (what a patient's item is), Prompt, Completion, RolloutGroup and TrainingSequence, with their invariants;
-GroupHeader and LearnerStep, what the driver sees of a group and of a step.
+Owns: Study (what a patient's item is), Prompt, Example, Completion, RolloutGroup and TrainingSequence, with their
+invariants; GroupHeader and LearnerStep, what the driver sees of a group and of a step.
 Does not own: how any of them is made, moved or stored. Later stages derive new records; none is changed in place.
 Arrays are numpy, so that a record travels through the Ray object store without a copy.
 """
@@ -79,6 +79,18 @@ class Prompt:
             raise ValueError(
                 f"prompt {self.prompt_id}: token_ids has shape {self.token_ids.shape}, expected (P,), P > 0"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A prompt and the answer that supervised training teaches.
+
+    Attributes:
+        answer: text; the end token is added behind its tokens.
+    """
+
+    prompt: Prompt
+    answer: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ HELP = {
     "cohort": "write the simulated cohort (if configured) and build the study store",
     "pretrain": "train the encoders' stand-in and explain each modality alone",
     "sft": "supervised fine-tuning on chains of evidence",
-    "grpo": "reinforcement learning with the Jaccard reward",
+    "grpo": "reinforcement learning with the configured rewards",
     "evaluate": "held-out evaluation before and after GRPO",
 }
 # Beside the stages. NAME lives in pipelines/NAME.py (with _ for -): add_arguments(parser), command(args) -> exit code.

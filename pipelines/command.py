@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medtvt_rl.algorithm.config import ADVANTAGES, LOSSES
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.config_checks import ConfigError
 
@@ -55,10 +56,14 @@ def check_named(config: Config) -> None:
     try:
         if config.rewards:
             Scorer(config.rewards)
-        for name in ("prompts", "items", "evaluate"):
+        for name in ("prompts", "examples", "items", "evaluate"):
             path, key = getattr(config.task, name), f"task.{name}"
             if path is not None:
                 resolve(path, key)
+        for key, path in _own_paths(config).items():
+            resolve(path, key)
+        if config.task.items is None and config.model.init_from is None:
+            _check_text_model(config)
         key = "model.init_from"
         if config.model.init_from is not None:
             _check_source(config)
@@ -66,6 +71,30 @@ def check_named(config: Config) -> None:
         raise ConfigError(str(error)) from error
     except Exception as error:  # the modules are the user's code: importing one may raise anything
         raise ConfigError(f"{key}: a module that it names cannot be imported: {_one_line(error)}") from error
+
+
+def _own_paths(config: Config) -> dict[str, str]:
+    """Key -> dotted path of what the user brings in the place of the packages' own."""
+    grpo, usual = config.grpo, Config()
+    named = {
+        "rollout.make_engine": (config.rollout.make_engine, (usual.rollout.make_engine,)),
+        "learner.make_engine": (config.learner.make_engine, (usual.learner.make_engine,)),
+        "grpo.layout": (grpo.layout, (usual.grpo.layout,)),
+        "grpo.advantage": (grpo.advantage, ADVANTAGES),
+        "grpo.loss.kind": (grpo.loss.kind, LOSSES),
+    }
+    return {key: path for key, (path, known) in named.items() if path not in known}
+
+
+def _check_text_model(config: Config) -> None:
+    """Raises ValueError where `model.init` holds no language model."""
+    folder = Path(config.model.init or ".")
+    missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
+    if config.model.init is not None and missing:
+        raise ValueError(
+            f"model.init: {config.model.init!r} holds no {' and no '.join(missing)}; expected a Hugging Face folder of "
+            "a causal language model with its tokenizer"
+        )
 
 
 def _check_source(config: Config) -> None:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import ray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.learner_supervisor import LearnerSupervisor
-from actors.placement import Placement, grpo_roles, place, plan
+from actors.placement import Bundle, Placement, grpo_roles, place, plan
 from actors.rollout_pool import RolloutPool
 from actors.scoring_pools import ReferencePool, ScorerPool
 from actors.supervision import Incidents
@@ -33,7 +34,7 @@ from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.failure import forget_failure, write_failure
 from pipelines.group_ledger import EQUAL_REWARDS, GroupLedger
 from pipelines.grpo_loop import GrpoLoop
-from pipelines.grpo_roles import FinishedGroup, LoopResult, TrainedStep, TrainingGroup
+from pipelines.grpo_roles import FinishedGroup, LoopResult, Scoring, TrainedStep, TrainingGroup
 from pipelines.held_out import HeldOutMeasurement
 from pipelines.identity import identity_of
 from pipelines.journal import Journal, failures, fetch
@@ -62,13 +63,23 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
     stop = Stop()
     with stop_on_signals(stop):
         try:
-            return await _Stage(config, reporter, stop).run()
+            layout = resolve(config.grpo.layout, "grpo.layout")(config, reporter, stop)
+            return dict(await layout.run())
         except asyncio.CancelledError:
             raise Stopped(stop.number, f"asked twice to stop. {GOES_ON}") from None
 
 
-class _Stage:
-    """One run of the stage, from what it starts from or goes on from to the saved policy."""
+class RunningScoring(Scoring, Protocol):
+    """Scorers that can be ended."""
+
+    def stop(self) -> None:
+        """Ends them."""
+
+
+class Layout:
+    """One run of the stage, from what it starts from or goes on from to the saved policy. `grpo.layout` may name one of
+    its kind that has another role: see docs/reuse.md.
+    """
 
     def __init__(self, config: Config, reporter: Reporter, stop: Stop) -> None:
         self._config, self._reporter, self._stop = config, reporter, stop
@@ -83,7 +94,7 @@ class _Stage:
         config = self._config
         identity = await asyncio.to_thread(identity_of, config, self._folder, self._prompts)
         found = await asyncio.to_thread(find_resume, config, self._store, identity, self._tell)
-        bundles = plan(config, grpo_roles(config))
+        bundles = self.bundles(config)
         self._tell(f"starting {len(bundles)} actors")
         self._reporter.forget("grpo", _first(found))
         forget_failure(config)
@@ -111,12 +122,23 @@ class _Stage:
             self._timeline.write(config.folder / "timeline.json")
         return {"summary": {"grpo": {**summary, **self._best()}}}
 
+    @staticmethod
+    def bundles(config: Config) -> list[Bundle]:
+        """What is placed."""
+        return plan(config, grpo_roles(config))
+
+    async def start_scoring(
+        self, config: Config, placement: Placement, model_folder: Path, incidents: Incidents, timeline: Timeline
+    ) -> RunningScoring:
+        """Who scores finished groups."""
+        return await ScorerPool.start(config, placement, model_folder, incidents, timeline)
+
     def _start(self, placement: Placement, found: Checkpoint | None) -> Awaitable[Any]:
         where, told = (self._config, placement, self._folder), (self._incidents, self._timeline)
         needs_reference = grpo_roles(self._config)["reference"] > 0
         return asyncio.gather(
             RolloutPool.start(*where, *told, with_spares=True),
-            ScorerPool.start(*where, *told),
+            self.start_scoring(*where, *told),
             ReferencePool.start(*where, *told) if needs_reference else asyncio.sleep(0),
             start_learner(*where, *told, self._store, found),
         )
@@ -125,7 +147,7 @@ class _Stage:
         self,
         found: Checkpoint | None,
         rollouts: RolloutPool,
-        scoring: ScorerPool,
+        scoring: RunningScoring,
         reference: ReferencePool | None,
         learner: LearnerSupervisor,
         keeper: CheckpointKeeper,
@@ -154,7 +176,7 @@ class _Stage:
 
     def _best(self) -> dict[str, Any]:
         """The best checkpoint on held-out answers, with a line for the reader."""
-        best, metric = self._store.best(), self._config.grpo.held_out.best_by
+        best, metric = self._store.best(), self._config.best_by
         if best is None:
             return {}
         step, value = best
@@ -194,6 +216,9 @@ def summarise(result: LoopResult) -> dict[str, float]:
         "steps": result.steps,
         "skipped_steps": result.skipped_steps,
         "completions": result.completions,
+        "empty_completions": result.empty_completions,
+        "one_token_completions": result.one_token_completions,
+        "unscored_completions": result.unscored_completions,
         "discarded": result.discarded,
         "replaced": result.replaced,
         "nonfinite": result.nonfinite,

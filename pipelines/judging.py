@@ -92,7 +92,7 @@ def _add_texts(
 
         def told(done: int, words: str = words, total: int = len(answers[policy])) -> None:
             if done == 0:
-                start(f"texts {words} GRPO", total, "study")
+                start(f"texts {words} GRPO", total, "prompt")
             progress(done)
 
         result = evaluator.compare_texts(answers[policy], told)
@@ -102,12 +102,9 @@ def _add_texts(
 
 
 def summarise(result: Any) -> dict[str, Any]:
-    """The metrics by name, the F1 of single diseases below `per_disease`."""
+    """The metrics by name, beside what else the result tells."""
     found = result.to_dict()
-    metrics = found.pop("metrics")
-    per_disease = {name.removeprefix("f1/"): value for name, value in metrics.items() if name.startswith("f1/")}
-    rest = {name: value for name, value in metrics.items() if not name.startswith("f1/")}
-    return {**rest, "per_disease": per_disease, **found}
+    return {**found.pop("metrics"), **found}
 
 
 def same_prompts(answers: Mapping[str, Answers]) -> bool:

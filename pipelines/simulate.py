@@ -29,15 +29,11 @@ HEAD = "generators  step s  groups/s  tokens/s  staleness    idle: generators  l
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `simulate`."""
     parser.add_argument("-c", "--config", required=True, help="YAML file with deviations from the defaults")
-    parser.add_argument(
-        "--timings", type=Path, help="of `medtvt-rl bench` (default: in the run's folder)"
-    )
+    parser.add_argument("--timings", type=Path, help="of `medtvt-rl bench` (default: in the run's folder)")
     parser.add_argument("--generators", default=GENERATORS, help=f"numbers to try (default {GENERATORS})")
     parser.add_argument("--learners", default=LEARNERS, help=f"ranks to find the best ratio for (default {LEARNERS})")
     parser.add_argument("--steps", type=int, default=24, help="of each simulated run, without warm-up (default 24)")
-    parser.add_argument(
-        "--straggler", type=float, default=5.0, help="how much slower one generator is (default 5)"
-    )
+    parser.add_argument("--straggler", type=float, default=5.0, help="how much slower one generator is (default 5)")
     parser.add_argument("--loss-minutes", type=float, default=10.0, help="for which one generator is gone (default 10)")
     parser.add_argument("--out", type=Path, help="folder for the page and the JSON; by default that of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
@@ -50,9 +46,7 @@ def command(args: argparse.Namespace) -> int:
         generators = numbers("--generators", args.generators)
         learners = numbers("--learners", args.learners)
         if args.steps < 2 or args.straggler < 1 or args.loss_minutes <= 0:
-            raise ConfigError(
-                "simulate: expected --steps 2 or more, --straggler 1 or more, --loss-minutes above 0"
-            )
+            raise ConfigError("simulate: expected --steps 2 or more, --straggler 1 or more, --loss-minutes above 0")
         from medtvt_rl.simulation.timings import Timings, TimingsError
 
         try:

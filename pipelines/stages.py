@@ -155,7 +155,13 @@ def trained_model(name: str, config: Config) -> Path:
 def write_summary(config: Config) -> dict[str, Any]:
     """Collects what the finished stages left into summary.json, and returns it."""
     simulated = config.cohort is not None
-    summary: dict[str, Any] = {"run": config.run.name, "simulated": simulated, "stages": {}, "peak_rss_bytes": 0}
+    summary: dict[str, Any] = {
+        "run": config.run.name,
+        "medical": config.task.medical,
+        "simulated": simulated,
+        "stages": {},
+        "peak_rss_bytes": 0,
+    }
     for name in ORDER:
         marker = _marker(name, config)
         if not marker.is_file():

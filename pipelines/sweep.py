@@ -193,7 +193,7 @@ class Sweep:
         whole, broken = self._run(setting, steps), self._run(lost, steps)
         found = Loss(generators=count, seconds=seconds, delay_s=broken.ends[-1] - whole.ends[-1], again=broken.again)
         self._tell(
-            f"loss: one of {count} generators gone for {seconds / 60:.1f} min and the {self._timings.start_s:.0f} s of a "
+            f"loss: one of {count} generators gone for {seconds / 60:.1f} min and {self._timings.start_s:.0f} s of "
             f"start: the run ends {found.delay_s:.0f} s later, {found.again} groups were begun twice"
         )
         return found

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from medtvt_rl.data.errors import DataError
 
+PERCENTILES_FILE = "labs_percentiles.json"
+"""The percentile table beside a trained model, with which it reads a new patient's raw values."""
 LAB_ITEMS: dict[str, str] = {
     "50802": "Base Excess",
     "50804": "Calculated Total CO2",

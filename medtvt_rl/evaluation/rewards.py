@@ -20,7 +20,7 @@ from medtvt_rl.evaluation.bootstrap import (
     bootstrap_paired_difference,
     mean_measure,
 )
-from medtvt_rl.evaluation.diagnosis import StudyAnswers
+from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.rewards.scorer import Scorer
 from medtvt_rl.types import Prompt
 

@@ -85,7 +85,8 @@ def load_policy(
     """The policy in a Hugging Face folder, encoders frozen, in evaluation mode.
 
     Args:
-        folder: a MedTVT folder, or that of any causal language model of `transformers`.
+        folder: a MedTVT folder, or that of any causal language model of `transformers`; one whose class is a
+            PolicyModel itself is taken as it is.
         lora: adds adapters where its rank is not 0: the one that the folder keeps, else fresh ones. With rank 0 what
             the folder keeps is merged.
 
@@ -98,7 +99,7 @@ def load_policy(
     config = AutoConfig.from_pretrained(folder)
     kind: Any = MedTVTForCausalLM if isinstance(config, MedTVTConfig) else AutoModelForCausalLM
     model = load_exactly(kind, folder, dtype)
-    policy = model if isinstance(model, MedTVTForCausalLM) else TextPolicy(model)
+    policy: Any = model if isinstance(model, PolicyModel) else TextPolicy(model)
     set_encoders_trainable(policy, False)
     kept = read_adapter(folder)
     if lora is not None and lora.rank > 0:

@@ -73,6 +73,7 @@ class RolloutConfig:
 
     Attributes:
         min, max: bounds of their number where it follows the learner's need; None keeps to num_generators.
+        make_engine: dotted path of f(model_folder, config, version) -> RolloutEngine (rollout/engine.py).
         on_update: what happens to requests in flight when new weights arrive.
         spares: 1 keeps, beside each generator, a process that has vLLM imported and takes its place when it is lost; 0
             none; None one where the node has memory to spare.
@@ -85,6 +86,7 @@ class RolloutConfig:
     min: int | None = None
     max: int | None = None
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    make_engine: str = "medtvt_rl.rollout.engine:vllm_engine"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     on_update: Literal["continue", "finish", "restart"] = "continue"

@@ -210,5 +210,5 @@ def test_answers_are_checked():
 def test_result_is_json_ready():
     written = json.loads(json.dumps(evaluator().evaluate(ANSWERS).to_dict(), allow_nan=False))
     assert written["num_studies"] == written["num_patients"] == 4
-    assert written["metrics"]["f1/Diabetes Mellitus"]["value"] is None
+    assert written["per_disease"]["Diabetes Mellitus"]["value"] is None
     assert written["metrics"]["jaccard"]["low"] <= 0.5 <= written["metrics"]["jaccard"]["high"]

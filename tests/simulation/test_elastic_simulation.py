@@ -44,7 +44,7 @@ def test_it_converges_to_what_the_learner_needs_and_stays(generators: int) -> No
     steps = {after - before for before, after in pairwise(counts(found))}
     assert steps == ({1} if generators < last else {-1}), "straight to the goal, without a turn back"
     late = [after - before for before, after in pairwise(found.ends[-200:-5])]
-    assert sum(late) / len(late) == pytest.approx(1.0, rel=0.1), "the learner's own time"
+    assert sum(late) / len(late) == pytest.approx(1.1, rel=0.1), "the learner's own time"
 
 
 def test_a_loss_for_good_is_made_up_for() -> None:

@@ -33,7 +33,9 @@ def test_on_policy_a_step_is_the_sum_of_its_parts() -> None:
     found = run(0, timings(reward_s=1e-6))
     assert found.step_s == pytest.approx(1.5, rel=1e-3)
     assert (found.staleness, found.max_staleness) == (0.0, 0)
-    assert found.generator_idle == pytest.approx(2 / 3, abs=0.01) and found.learner_idle == pytest.approx(1 / 3, abs=0.01)
+    assert found.generator_idle == pytest.approx(2 / 3, abs=0.01) and found.learner_idle == pytest.approx(
+        1 / 3, abs=0.01
+    )
     assert found.groups_per_s == pytest.approx(16 / 1.5, rel=1e-3)
     assert found.tokens_per_s == pytest.approx(16 * 400 / 1.5, rel=1e-3)
 
