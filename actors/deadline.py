@@ -28,7 +28,8 @@ async def within(awaitable: Awaitable[T], seconds: float, what: str, setting: st
         DeadlineError: the time is over.
     """
     try:
-        return await asyncio.wait_for(awaitable, seconds)
+        async with asyncio.timeout(seconds):
+            return await awaitable
     except TimeoutError as error:
         raise DeadlineError(f"waited {seconds:g} s ({setting}) for {what}") from error
 

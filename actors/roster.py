@@ -25,6 +25,7 @@ from actors.failure import ActorError, cause_of, log_tail, with_log
 from actors.process import Whereabouts
 from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
+from actors.turns import Turns
 from medtvt_rl.config import Config
 from medtvt_rl.faults import Incident, Outcome, RoleLostError
 
@@ -101,6 +102,7 @@ class Roster:
 
     Attributes:
         serving: by index.
+        turns: who waits for a member that has nothing to do.
     """
 
     role = ""
@@ -130,20 +132,22 @@ class Roster:
         self._successors: dict[int, asyncio.Task[None]] = {}
         self._starting: dict[int, Any] = {}
         self._event = asyncio.Event()
+        self.turns = Turns()
         self._watch: asyncio.Task[None] | None = None
 
     # Who serves.
 
     def by_load(self) -> list[Member]:
         """The members, those with the least to do first."""
-        return sorted(self.serving.values(), key=lambda member: (member.load, member.index))
+        return sorted(self.serving.values(), key=_by_load)
 
     async def least_loaded(self, purpose: str, but: Iterable[Member] = ()) -> Member:
         """The member with the least to do, one of `but` only where there is no other. Waits and raises as
         `wait_for_one` does."""
         await self.wait_for_one(purpose)
-        members, avoided = self.by_load(), list(but)
-        return next((member for member in members if member not in avoided), members[0])
+        avoided = list(but)
+        others = [member for member in self.serving.values() if member not in avoided] if avoided else None
+        return min(others or self.serving.values(), key=_by_load)
 
     async def wait_for_one(self, purpose: str) -> None:
         """Returns when an actor serves: at once, or when a successor does.
@@ -164,13 +168,20 @@ class Roster:
             await self.change()
 
     async def change(self) -> None:
-        """Returns when a member came, went, or has something less to do."""
+        """Returns when a member came, went, or has nothing more to do."""
         await self._event.wait()
 
     def changed(self) -> None:
-        """Wakes those who wait for a change."""
+        """A member came or went: wakes all who wait."""
         event, self._event = self._event, asyncio.Event()
         event.set()
+        self.turns.all()
+
+    def freed(self) -> None:
+        """A member has nothing more to do: wakes who waits for a change, and whose turn it is."""
+        event, self._event = self._event, asyncio.Event()
+        event.set()
+        self.turns.next()
 
     def require_one(self) -> None:
         """Raises RoleLostError where no actor serves and none is on its way, with the cause of each."""
@@ -388,3 +399,7 @@ class Roster:
         where = await within(handle.ready.remote(), timeout_s, f"{self.role} {index} to start again", setting)
         self.serving[index] = Member(index=index, handle=handle, where=where)
         return ""
+
+
+def _by_load(member: Member) -> tuple[int, int]:
+    return member.load, member.index

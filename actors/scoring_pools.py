@@ -52,15 +52,18 @@ async def ask_alone(
     """What an actor that has nothing else to do makes of a group; raises what Roster.ask_in_turn raises."""
 
     async def pick(doubted: Sequence[Member]) -> Member:
+        waited = False
         while True:
             await roster.wait_for_one(WHAT)
-            free = [member for member in roster.by_load() if member.load == 0]
-            others = [member for member in free if member not in doubted]
-            if others or (free and all(member in doubted for member in roster.by_load())):
-                member = (others or free)[0]
+            free = [member for member in roster.serving.values() if member.load == 0]
+            others = [member for member in free if member not in doubted] if doubted else free
+            if others or (free and all(member in doubted for member in roster.serving.values())):
+                member = min(others or free, key=lambda member: member.index)
                 member.load = member.groups = 1
                 return member
-            await roster.change()
+            # Whoever is choosy may not keep a free actor from those behind it.
+            await (roster.change() if doubted else roster.turns.wait(first=waited))
+            waited = True
 
     async def ask(member: Member) -> T:
         try:
@@ -68,7 +71,7 @@ async def ask_alone(
             return await roster.ask(member, answer, WHAT, config.score_timeout_s, "score_timeout_s")
         finally:
             member.load = member.groups = 0
-            roster.changed()
+            roster.freed()
 
     return await roster.ask_in_turn(WHAT, pick, ask, is_finite)
 

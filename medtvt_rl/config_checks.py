@@ -25,7 +25,8 @@ def check_config(config: Config) -> None:
         expected = fault(key, value)
         _require(expected is None, key, value, str(expected))
     checks = (_check_task, _check_algorithm, _check_counts, _check_batches, _check_sampling, _check_model, _check_sync)
-    for check in (*checks, _check_supervision, _check_rewards, _check_stages, _check_checkpoints, _check_data):
+    others = (_check_supervision, _check_elastic, _check_rewards, _check_stages, _check_checkpoints, _check_data)
+    for check in (*checks, *others):
         check(config)
 
 
@@ -94,6 +95,25 @@ def _check_counts(config: Config) -> None:
         config.num_references,
         f"grpo.loss.kl.coefficient = {grpo.loss.kl.coefficient} needs a reference policy; set 1, or the coefficient 0",
     )
+
+
+def _check_elastic(config: Config) -> None:
+    rollout, (low, high) = config.rollout, config.rollout.bounds
+    count, elastic = rollout.num_generators, rollout.elastic
+    _require(low >= 1, "rollout.min", low, "set at least 1; a run without a generator ends")
+    _require(
+        low <= count <= high,
+        "rollout.num_generators",
+        count,
+        f"the run starts with so many; set it from rollout.min = {low} to rollout.max = {high}",
+    )
+    _require(
+        0 <= elastic.remove_below <= elastic.add_above < 1,
+        "rollout.elastic.add_above",
+        elastic.add_above,
+        f"set it from rollout.elastic.remove_below = {elastic.remove_below} to less than 1",
+    )
+    _require(0 < elastic.spare < 1, "rollout.elastic.spare", elastic.spare, "set it between 0 and 1")
 
 
 def _check_batches(config: Config) -> None:

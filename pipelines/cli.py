@@ -29,12 +29,14 @@ HELP = {
 }
 # Beside the stages. NAME lives in pipelines/NAME.py (with _ for -): add_arguments(parser), command(args) -> exit code.
 COMMANDS = {
+    "bench": "measure on this machine what `simulate` computes with",
     "build-qa": "make the instruction set from structured labels, by templates or by a language model",
     "check-cluster": "what is wrong in a cluster.yaml, which role would run where, and what it would cost",
     "check-data": "walk the data before a GPU is rented: counts, joins, units, labels, lengths, leakage",
     "diagnose": "read one patient's ECG, film and blood values, and name the diagnoses",
     "import-reference": "turn a published checkpoint into a model folder",
     "replay": "repeat recorded GRPO steps of a run and compare the weights bit for bit",
+    "simulate": "what more generators or learners would bring: the real loop on a simulated clock",
     "study": "say which study a hashed id of a run's logs stands for",
 }
 

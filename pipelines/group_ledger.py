@@ -37,6 +37,7 @@ class GroupLedger:
         self._prompt_of: dict[int, int] = {}
         self._undecided: dict[int, FinishedGroup | None] = {}
         self._finished: dict[int, FinishedGroup] = {}
+        self._to_sift: list[int] = []
         self._again: list[int] = []
 
     # From prompt to buffer.
@@ -70,6 +71,7 @@ class GroupLedger:
         group_id = group.header.group_id
         self.in_flight.discard(group_id)
         self._undecided[group_id] = self._finished[group_id] = group
+        self._to_sift.append(group_id)
 
     def discard(self, group_id: int, reason: str) -> None:
         """A group was given up while it was made."""
@@ -85,11 +87,11 @@ class GroupLedger:
         They are then judged in id order, so that it does not hang on a group's speed which ones are replaced.
         """
         in_order, replaced = self._config.dynamic_sampling.max_replaced > 0, []
-        for group_id, group in list(self._undecided.items()):
+        finished, self._to_sift = self._to_sift, []
+        for group_id in list(self._undecided) if in_order else finished:
+            group = self._undecided[group_id]
             if group is None:
-                if in_order:
-                    break
-                continue
+                break
             del self._undecided[group_id]
             if self._is_replaceable(group):
                 self._drop(group_id, EQUAL_REWARDS)
@@ -152,6 +154,7 @@ class GroupLedger:
             self._finished[group_id] = group
             if group_id in undecided:
                 self._undecided[group_id] = group
+                self._to_sift.append(group_id)
             else:
                 self.buffer.finish(group_id, group, group.header.oldest_version)
 

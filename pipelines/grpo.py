@@ -41,6 +41,7 @@ from pipelines.held_out import HeldOutMeasurement
 from pipelines.identity import identity_of
 from pipelines.journal import Journal, failures, fetch
 from pipelines.learner_start import start_learner
+from pipelines.memory import rare_collections
 from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
 from pipelines.resume import find_resume
 from pipelines.stages import start_model
@@ -51,7 +52,8 @@ GOES_ON = "The same command goes on from there"
 
 def run(config: Config, reporter: Reporter) -> dict[str, Any]:
     """Trains; leaves the policy in stages/grpo/model and returns what the summary says of it."""
-    return asyncio.run(_train(config, reporter))
+    with rare_collections():
+        return asyncio.run(_train(config, reporter))
 
 
 def finished(config: Config) -> None:

@@ -232,6 +232,7 @@ class GrpoLoop:
             groups, outcome = await self._learn(groups, rate, step)
             clock.lap("train")
             await self._concluded()
+            clock.lap("conclude")
             weights, checksum = await self._learner.export(version)
             publication = self._spawn(self._publish(weights, version, checksum), f"publish {version}")
             await self._stop.unless(asyncio.shield(publication), None)

@@ -84,9 +84,10 @@ class Journal:
 
     def write(self, trained: TrainedStep) -> None:
         """One step: a line for it and for each of its groups, and now and then the text of one group."""
-        for group in trained.groups:
-            line = {**_group_line(trained.step, group), "failed_texts": self._failed_texts(group)}
-            self._append("groups", line)
+        lines = (
+            {**_group_line(trained.step, group), "failed_texts": self._failed_texts(group)} for group in trained.groups
+        )
+        self._append("groups", *lines)
         self._append("steps", _step_line(trained))
         if trained.step % SAMPLE_EVERY_STEPS == 0:
             self._append("samples", self._sample_line(trained.step, trained.groups[0]))
@@ -126,9 +127,9 @@ class Journal:
             ],
         }
 
-    def _append(self, name: str, content: dict[str, Any]) -> None:
+    def _append(self, name: str, *rows: dict[str, Any]) -> None:
         file = self._files[name]
-        file.write(json.dumps(content) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -90,6 +91,7 @@ class AdmissionBuffer(Generic[T]):
         self._next_id = 0
         self._waiting: dict[int, _Slot[T]] = {}
         self._in_training: dict[int, dict[int, int]] = {}
+        self._num_finished = 0  # of those that wait
 
     def can_admit(self) -> bool:
         """Whether another group may be started now."""
@@ -117,10 +119,11 @@ class AdmissionBuffer(Generic[T]):
         if slot.admission_version is None:
             slot.admission_version = oldest_version
         self.counts.finished += 1
+        self._num_finished += 1
 
     def discard(self, group_id: int, reason: str) -> None:
         """Gives up a group that has not been taken; its slot is free at once, for a group with a new id."""
-        self._slot(group_id)
+        self._num_finished -= self._slot(group_id).finished
         del self._waiting[group_id]
         self.counts.discarded += 1
         self.discard_reasons[reason] += 1
@@ -153,6 +156,7 @@ class AdmissionBuffer(Generic[T]):
                     f"{ages[group_id]} exceeds max_staleness {self.max_staleness}; check its engine's weights"
                 )
         step = [(group_id, self._waiting.pop(group_id).item) for group_id in selection]
+        self._num_finished -= len(step)
         self.staleness_histogram.update(ages.values())
         self._in_training[self.steps_taken] = ages
         self.steps_taken += 1
@@ -244,7 +248,9 @@ class AdmissionBuffer(Generic[T]):
 
     def _selection(self) -> list[int] | None:
         """The first finished groups within the window, if those left behind can all be trained in time."""
-        window = list(self._waiting.items())[: self.groups_per_step + self.look_ahead]
+        if self._num_finished < self.groups_per_step:
+            return None  # asked after every group that finishes: this answer is cheap
+        window = list(islice(self._waiting.items(), self.groups_per_step + self.look_ahead))
         chosen = [group_id for group_id, slot in window if slot.finished][: self.groups_per_step]
         if len(chosen) < self.groups_per_step:
             return None

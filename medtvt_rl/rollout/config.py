@@ -48,10 +48,31 @@ class EngineConfig:
 
 
 @dataclass
+class ElasticConfig:
+    """When generators are added and removed while a run lasts, see elastic.py. Shares are of time, over a window.
+
+    Attributes:
+        window_s: both shares are taken over so long, and over at least `min_steps` steps.
+        cooldown_s: after the number of generators has changed nothing is decided for so long.
+        add_above: one is added where the learner waits for groups for a larger share, and the generators less.
+        remove_below: one is removed where the learner waits for a smaller share, and the others would still be left
+            without work for a share of `spare`.
+    """
+
+    window_s: float = 120.0
+    min_steps: int = 3
+    cooldown_s: float = 120.0
+    add_above: float = 0.1
+    remove_below: float = 0.05
+    spare: float = 0.15
+
+
+@dataclass
 class RolloutConfig:
     """The rollout generators.
 
     Attributes:
+        min, max: bounds of their number where it follows the learner's need; None keeps to num_generators.
         make_engine: dotted path of f(model_folder, config, version) -> RolloutEngine (rollout/engine.py).
         on_update: what happens to requests in flight when new weights arrive.
         spares: 1 keeps, beside each generator, a process that has vLLM imported and takes its place when it is lost; 0
@@ -62,6 +83,9 @@ class RolloutConfig:
     """
 
     num_generators: int = 1
+    min: int | None = None
+    max: int | None = None
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     make_engine: str = "medtvt_rl.rollout.engine:vllm_engine"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -71,6 +95,12 @@ class RolloutConfig:
     start_timeout_s: float = 300.0
     generate_timeout_s: float = 300.0
     update_timeout_s: float = 60.0
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Fewest and most generators; the one that is not set is `num_generators`."""
+        low = self.num_generators if self.min is None else self.min
+        return low, self.num_generators if self.max is None else self.max
 
     @property
     def engine_share(self) -> int | None:

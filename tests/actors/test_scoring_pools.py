@@ -108,6 +108,34 @@ def test_the_group_of_a_scorer_that_dies_is_scored_by_its_successor_and_no_other
     asyncio.run(run())
 
 
+def test_thousands_that_wait_for_a_scorer_are_served_in_order_and_woken_once_each(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 3)
+        cast.config.score_timeout_s = 10.0
+        pool, looked = cast.scorers(), 0
+        wait_for_one = pool._roster.wait_for_one
+
+        async def counted(purpose: str) -> None:
+            nonlocal looked
+            looked += 1
+            await wait_for_one(purpose)
+
+        pool._roster.wait_for_one = counted
+        groups = [f"group {number}" for number in range(2000)]
+        waiting = [asyncio.ensure_future(pool.score(group)) for group in groups]
+        await asyncio.sleep(0)
+        for cancelled in waiting[10:20]:
+            cancelled.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert looked <= 2 * len(groups), "a scorer that is free wakes one, not all"
+        for actor in cast.started:
+            order = [int(group.split()[1]) for group in actor.seen]
+            assert order == sorted(order)
+        assert sum(len(actor.seen) for actor in cast.started) == len(groups) - 10
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("killer", ["die", "hang"])
 def test_a_completion_that_kills_its_scorer_is_given_up_after_so_many_and_the_others_go_on(
     tmp_path: Path, killer: str

@@ -63,8 +63,13 @@ def run_variant(args: argparse.Namespace, folder: Path, name: str, staleness: in
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {found.returncode}:\n{found.stdout}{found.stderr}")
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["stage"] == "grpo"][WARM_UP_STEPS:]
+    return rows_of(folder / name)[WARM_UP_STEPS:]
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    """The metrics of every step of a run."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["stage"] == "grpo"]
 
 
 def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
