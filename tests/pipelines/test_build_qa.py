@@ -25,7 +25,8 @@ from medtvt_rl.data.config import CohortConfig
 from medtvt_rl.data.labels import DISEASES
 from medtvt_rl.data.qa.build import MANIFEST, REJECTED
 from medtvt_rl.data.simulate.cohort import write_cohort
-from medtvt_rl.data.simulate.label_tables import CXR_TABLE, ECG_TABLE, ICD_TABLE, LABELS
+from medtvt_rl.data.simulate.label_tables import CXR_TABLE, ECG_TABLE, ICD_TABLE
+from medtvt_rl.data.simulate.layout_plain import LABELS
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.tokenizer import train_tokenizer
 from pipelines import cli
