@@ -40,11 +40,12 @@ class DataConfig:
             by a hash of the patient id; 0 takes none.
         ecg_folder, cxr_folder: what paths of ECGs and films count from, relative to root or absolute (MIMIC may lie
             elsewhere); no path in a data file leaves it.
-        labs_means: json of mean percentiles, relative to root.
+        labs_means: json of mean percentiles, which stand where an item was not measured, relative to root; null takes
+            those of the training table.
         qa: one json per kind and split; {split} and {kind} are replaced, kinds are ecg, cxr, lab, diagnosis.
         qa_files: KIND_SPLIT, such as diagnosis_train, -> file relative to root, where its name does not follow `qa`.
-        questions: "given" reads the files of `qa_files`, and by `qa` what is not named there; "built" reads by `qa` alone
-            what `medtvt-rl build-qa` wrote.
+        questions: "given" reads the files of `qa_files`, and by `qa` what is not named there; "built" reads by `qa`
+            alone, what `medtvt-rl build-qa` wrote.
         findings_csv: labels of findings per study, relative to root; None where there are none.
         store: folder of the Arrow study store that every process memory-maps.
         num_workers: processes that read and validate; 0 means one per core.
@@ -60,7 +61,7 @@ class DataConfig:
     validation_share: float = 0.0
     ecg_folder: str = ""
     cxr_folder: str = ""
-    labs_means: str = "labs_means.json"
+    labs_means: str | None = "labs_means.json"
     qa: str = "qa/{kind}_{split}.json"
     qa_files: dict[str, str] = field(default_factory=dict)
     questions: Questions = "given"

@@ -168,16 +168,24 @@ def read_tables(config: DataConfig) -> Tables:
     if config.findings_csv is not None:
         findings, refused = read_findings(root, config.findings_csv)
         problems += refused
-    means = read_labs_means(inside_root(root, config.labs_means, "data.labs_means"))
-    return Tables(
+    tables = Tables(
         parsed=parsed,
         rows=kept,
         num_rows=num_rows,
         num_left_out=num_left_out,
         problems=problems,
         findings=findings,
-        lab_means=means,
+        lab_means=np.empty(0, np.float32),
     )
+    tables.lab_means = mean_percentiles(config, tables)
+    return tables
+
+
+def mean_percentiles(config: DataConfig, tables: Tables) -> NDArray[np.float32]:
+    """[50], what stands for an item that was not measured. Raises DataError if their file cannot be used."""
+    if config.labs_means is None:
+        return tables.percentile_table(config).mean_percentiles()
+    return read_labs_means(inside_root(Path(config.root), config.labs_means, "data.labs_means"))
 
 
 def qa_files(config: DataConfig) -> list[tuple[str, QAKind, str]]:
@@ -214,7 +222,8 @@ def _fingerprints(config: DataConfig, tables: Tables) -> tuple[str, str]:
                 digest.update(f"{path.name}\0missing\0".encode())
     studies = digest.hexdigest()
     digest.update(json.dumps(later, sort_keys=True).encode())
-    for name in [config.labs_means, *(file for _, _, file in qa_files(config))]:
+    means = [config.labs_means] if config.labs_means else []
+    for name in [*means, *(file for _, _, file in qa_files(config))]:
         _add_file(digest, root, name)
     return studies, digest.hexdigest()
 

@@ -90,9 +90,7 @@ def write_label_tables(paths: LabelTables, studies: Sequence[SimulatedLabels], s
             film.append([study.patient_id, study.film_id, *(labels.get(name, "") for name in CXR_LABELS)])
         codes = [_CODES[name] for name in DISEASES if name in study.diseases]
         codes += [code for code in _FURTHER_CODES if rng.random() < 0.3]
-        stays += [
-            [study.patient_id, study.stay_id, number, code, 10] for number, code in enumerate(codes, start=1)
-        ]
+        stays += [[study.patient_id, study.stay_id, number, code, 10] for number, code in enumerate(codes, start=1)]
     _write(paths.ecg, ["subject_id", "study_id", *reports], ecg)
     _write(paths.cxr, ["subject_id", "study_id", *CXR_LABELS], film)
     _write(paths.icd, ["subject_id", "hadm_id", "seq_num", "icd_code", "icd_version"], stays)
