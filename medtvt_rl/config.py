@@ -1,7 +1,7 @@
 """The root configuration: composes the areas' settings, loads YAML and overrides, checks across fields.
 
-Importable without torch. YAML files hold deviations from the defaults only; an unknown key
-is an error that names the nearest.
+Importable without torch. YAML files hold deviations from the defaults only, or from another file that their key `base`
+names; an unknown key is an error that names the nearest.
 """
 
 from __future__ import annotations
@@ -182,17 +182,17 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML file, then `key=value` overrides; checked across fields.
 
+    A file whose key `base` names another, relative to itself, deviates from that one. An empty mapping, such as
+    `labels: {}`, takes out what stood there.
+
     Raises:
         ConfigError: a missing file, an unknown key (with the nearest valid name), a wrong type, or settings that
             contradict.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"configuration {path} does not exist; configs/ holds examples")
     malformed = [item for item in overrides if "=" not in item]
     if malformed:
         raise ConfigError(f"override {malformed[0][:LONGEST_KEY]!r} is not of the form key=value")
-    schema = OmegaConf.structured(Config)
-    merged = _merge(schema, lambda: OmegaConf.load(path), str(path))
+    merged = _with_file(OmegaConf.structured(Config), Path(path))
     given = [_in_full(item) for item in overrides]
     merged = _merge(merged, lambda: OmegaConf.from_dotlist(given), "the command line")
     try:
@@ -217,9 +217,28 @@ def _in_full(override: str) -> str:
     return f"{SHORT_KEYS.get(key, key)}={value}"
 
 
+def _with_file(base: DictConfig, path: Path, within: tuple[Path, ...] = ()) -> DictConfig:
+    """`base` with a file on top, after the file that it deviates from itself."""
+    if not path.is_file():
+        named = f" ({within[-1]} names it as its base)" if within else "; configs/ holds examples"
+        raise ConfigError(f"configuration {path} does not exist{named}")
+    content = _merge(OmegaConf.create(), lambda: OmegaConf.load(path), str(path))
+    below = content.pop("base", None)
+    if below is not None:
+        if not isinstance(below, str) or path.resolve() in within:
+            raise ConfigError(f"{path}: base is {below!r}: expected another file, relative to this one")
+        base = _with_file(base, path.parent / below, (*within, path.resolve()))
+    return _merge(base, lambda: content, str(path))
+
+
 def _merge(base: DictConfig, read: Any, source: str) -> DictConfig:
     try:
-        return OmegaConf.merge(base, read())  # type: ignore[return-value]
+        given = read()
+        merged: DictConfig = OmegaConf.merge(base, given)  # type: ignore[assignment]
+        for key in _emptied(OmegaConf.to_container(given)):
+            if get_origin(_type_at(key.split("."))) is dict:
+                OmegaConf.update(merged, key, {}, merge=False)
+        return merged
     except ConfigKeyError as error:
         key = str(error.full_key)
         raise ConfigError(f"{source}: unknown key {key[:LONGEST_KEY]!r}{_nearest(key)}") from error
@@ -228,6 +247,14 @@ def _merge(base: DictConfig, read: Any, source: str) -> DictConfig:
     except Exception as error:  # what does not parse fails in many ways; YAML's own words name line and column
         what = "valid YAML" if type(error).__module__.startswith("yaml") else "a file of key: value settings"
         raise ConfigError(f"{source}: not {what}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _emptied(content: Any, key: str = "") -> list[str]:
+    """The dotted keys at which an empty mapping stands."""
+    if not isinstance(content, dict):
+        return []
+    below = [found for name, value in content.items() for found in _emptied(value, f"{key}.{name}" if key else name)]
+    return below if content or not key else [key]
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ import pytest
 from medtvt_rl.config import TaskConfig, load_config, to_yaml
 from medtvt_rl.config_bounds import numbers
 from medtvt_rl.config_checks import ConfigError
+from pipelines import cli
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -163,3 +164,41 @@ def test_a_text_task_that_cannot_run_is_refused(override: str, message: str) -> 
     assert not config.task.medical and config.best_by == "reward"
     with pytest.raises(ConfigError, match=message):
         load_config(TEXT, [override])
+
+
+def test_a_file_may_deviate_from_another(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "first.yaml").write_text(
+        "run: {name: first, seed: 3}\nrewards: {jaccard: {function: 'a:b'}}\n"
+        "placement: {learner: {labels: {role: learner}}, rollout: {labels: {role: rollout}}}\n"
+    )
+    second = tmp_path / "second.yaml"
+    second.write_text("base: below/first.yaml\nrun: {name: second}\nplacement: {learner: {gpus: 1, labels: {}}}\n")
+    config = load_config(second, ["run.root=r"])
+    assert (config.run.name, config.run.seed, config.run.root) == ("second", 3, "r")
+    # An empty mapping takes out what stood there, and nothing beside it.
+    assert config.placement.learner.labels == {} and config.placement.learner.gpus == 1
+    assert config.placement.rollout.labels == {"role": "rollout"}
+    assert load_config(second, ["placement.rollout.labels={}"]).placement.rollout.labels == {}
+    (tmp_path / "below" / "first.yaml").write_text("base: ../second.yaml\n")
+    with pytest.raises(ConfigError, match=r"base is '.*yaml': expected another file"):
+        load_config(second)
+    second.write_text("base: none.yaml\n")
+    with pytest.raises(ConfigError, match=r"none\.yaml does not exist \(.*second\.yaml names it as its base\)"):
+        load_config(second)
+
+
+def test_the_recipe_fits_one_machine_of_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = QUICKSTART.with_name("medtvt_r1.yaml")
+    one = load_config(recipe.with_name("medtvt_r1_one_machine.yaml"))
+    roles = {"learner": one.learner.num_workers, "rollout": one.rollout.num_generators, "reference": one.num_references}
+    assert sum(getattr(one.placement, role).gpus * count for role, count in roles.items()) == 8
+    assert one.cluster.address is None and not any(getattr(one.placement, r).labels for r in (*roles, "reward"))
+    # What is learnt, and how, is the recipe's.
+    one.run.name, one.rollout.num_generators = "medtvt_r1", 4
+    one.placement, one.cluster = load_config(recipe).placement, load_config(recipe).cluster
+    assert one == load_config(recipe)
+    command = ["run", "-c", str(recipe.with_name("medtvt_r1_one_machine.yaml")), "data.root=/d", "--dry-run"]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "32 completions" in shown and "role: learner" not in shown

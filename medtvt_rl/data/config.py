@@ -8,7 +8,8 @@ from typing import Literal
 
 Crop = Literal["whole", "center", "published"]
 Normalisation = Literal["centred", "imagenet"]
-VALIDATION = "validation"
+Questions = Literal["given", "built"]
+TRAIN, VALIDATION = "train", "validation"
 
 
 @dataclass
@@ -39,9 +40,12 @@ class DataConfig:
             by a hash of the patient id; 0 takes none.
         ecg_folder, cxr_folder: what paths of ECGs and films count from, relative to root or absolute (MIMIC may lie
             elsewhere); no path in a data file leaves it.
-        labs_means: json of mean percentiles, relative to root.
+        labs_means: json of mean percentiles, which stand where an item was not measured, relative to root; null takes
+            those of the training table.
         qa: one json per kind and split; {split} and {kind} are replaced, kinds are ecg, cxr, lab, diagnosis.
         qa_files: KIND_SPLIT, such as diagnosis_train, -> file relative to root, where its name does not follow `qa`.
+        questions: "given" reads the files of `qa_files`, and by `qa` what is not named there; "built" reads by `qa`
+            alone, what `medtvt-rl build-qa` wrote.
         findings_csv: labels of findings per study, relative to root; None where there are none.
         store: folder of the Arrow study store that every process memory-maps.
         num_workers: processes that read and validate; 0 means one per core.
@@ -57,9 +61,10 @@ class DataConfig:
     validation_share: float = 0.0
     ecg_folder: str = ""
     cxr_folder: str = ""
-    labs_means: str = "labs_means.json"
+    labs_means: str | None = "labs_means.json"
     qa: str = "qa/{kind}_{split}.json"
     qa_files: dict[str, str] = field(default_factory=dict)
+    questions: Questions = "given"
     findings_csv: str | None = "findings.csv"
     store: str = "${.root}/store"
     film: FilmConfig = field(default_factory=FilmConfig)
@@ -75,6 +80,15 @@ class DataConfig:
     def takes_validation(self) -> bool:
         """Whether the validation split is taken out of the training patients."""
         return self.validation_share > 0 and VALIDATION not in self.tables
+
+    def table_split(self, split: str) -> str:
+        """The split whose table, and whose files of questions, hold the studies of `split`."""
+        return TRAIN if split == VALIDATION and self.takes_validation else split
+
+    def qa_file(self, kind: str, split: str) -> str:
+        """The file of questions of one kind that belongs to the table of `split`, relative to root."""
+        by_name = self.qa.format(kind=kind, split=split)
+        return by_name if self.questions == "built" else self.qa_files.get(f"{kind}_{split}", by_name)
 
     @property
     def splits(self) -> tuple[str, ...]:

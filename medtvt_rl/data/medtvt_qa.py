@@ -19,7 +19,7 @@ from medtvt_rl.data.labels import DISEASES
 from medtvt_rl.data.labs import read_json
 from medtvt_rl.data.paths import inside_root
 from medtvt_rl.data.raw_ecg import record_path
-from medtvt_rl.data.study_rows import StudyRow
+from medtvt_rl.data.study_rows import StudyRow, plain_id
 
 QAKind = Literal["ecg", "cxr", "lab", "diagnosis"]
 QA_KINDS: tuple[QAKind, ...] = get_args(QAKind)
@@ -162,7 +162,7 @@ def read_qa(
 
 def _study_id(entry: Any) -> str | None:
     value = entry.get("study_id") if isinstance(entry, dict) else None
-    return str(value) if isinstance(value, str | int) else None
+    return plain_id(str(value)) if isinstance(value, str | int | float) else None
 
 
 def _example(entry: Any, kind: QAKind, studies: StudyIndex) -> QAExample:

@@ -33,7 +33,7 @@ from medtvt_rl.data.study_parts import StudyParts, building_folder
 from medtvt_rl.data.study_rows import StudyRow, read_findings, read_rows
 from medtvt_rl.data.validation import check_ids, write_problems
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 META, STUDIES, QUESTIONS, PROBLEMS, PERCENTILES = (
     "meta.json",
     "studies.arrow",
@@ -92,7 +92,7 @@ def build_store(config: DataConfig, progress: Progress | None = None) -> Path:
     tables = read_tables(config)
     for _, kind, file in qa_files(config):
         if not inside_root(Path(config.root), file, "data.qa").is_file():
-            raise DataError(f"data.qa: {file}: no such file; put the {kind} questions there, or mend data.qa_files")
+            raise DataError(f"data.qa: {file}: no such file; {_mend(config, kind)}")
     studies_print, fingerprint = _fingerprints(config, tables)
     if _stored_fingerprint(store) == fingerprint:
         return store
@@ -106,6 +106,12 @@ def build_store(config: DataConfig, progress: Progress | None = None) -> Path:
         _swap_in(new, store, fingerprint)
         shutil.rmtree(folder, ignore_errors=True)
     return store
+
+
+def _mend(config: DataConfig, kind: QAKind) -> str:
+    if config.questions == "built":
+        return "run `medtvt-rl build-qa` with the same configuration first"
+    return f"put the {kind} questions there, or mend data.qa_files"
 
 
 def _check_place(store: Path) -> None:
@@ -162,16 +168,24 @@ def read_tables(config: DataConfig) -> Tables:
     if config.findings_csv is not None:
         findings, refused = read_findings(root, config.findings_csv)
         problems += refused
-    means = read_labs_means(inside_root(root, config.labs_means, "data.labs_means"))
-    return Tables(
+    tables = Tables(
         parsed=parsed,
         rows=kept,
         num_rows=num_rows,
         num_left_out=num_left_out,
         problems=problems,
         findings=findings,
-        lab_means=means,
+        lab_means=np.empty(0, np.float32),
     )
+    tables.lab_means = mean_percentiles(config, tables)
+    return tables
+
+
+def mean_percentiles(config: DataConfig, tables: Tables) -> NDArray[np.float32]:
+    """[50], what stands for an item that was not measured. Raises DataError if their file cannot be used."""
+    if config.labs_means is None:
+        return tables.percentile_table(config).mean_percentiles()
+    return read_labs_means(inside_root(Path(config.root), config.labs_means, "data.labs_means"))
 
 
 def qa_files(config: DataConfig) -> list[tuple[str, QAKind, str]]:
@@ -180,7 +194,7 @@ def qa_files(config: DataConfig) -> list[tuple[str, QAKind, str]]:
     files = []
     for split in config.tables:
         for kind in QA_KINDS:
-            file = config.qa_files.get(f"{kind}_{split}", config.qa.format(kind=kind, split=split))
+            file = config.qa_file(kind, split)
             needed = kind == "diagnosis" or split == "train"
             if needed or inside_root(Path(config.root), file, "data.qa").is_file():
                 files.append((split, kind, file))
@@ -193,7 +207,7 @@ def _fingerprints(config: DataConfig, tables: Tables) -> tuple[str, str]:
     root, settings = Path(config.root), dataclasses.asdict(config)
     for key in ("root", "store", "num_workers", "ecg_folder", "cxr_folder"):
         del settings[key]
-    later = {key: settings.pop(key) for key in ("qa", "qa_files", "labs_means", "max_unusable_share")}
+    later = {key: settings.pop(key) for key in ("qa", "qa_files", "questions", "labs_means", "max_unusable_share")}
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, settings], sort_keys=True).encode())
     findings = [config.findings_csv] if config.findings_csv else []
     for name in [*config.tables.values(), *findings]:
@@ -208,7 +222,8 @@ def _fingerprints(config: DataConfig, tables: Tables) -> tuple[str, str]:
                 digest.update(f"{path.name}\0missing\0".encode())
     studies = digest.hexdigest()
     digest.update(json.dumps(later, sort_keys=True).encode())
-    for name in [config.labs_means, *(file for _, _, file in qa_files(config))]:
+    means = [config.labs_means] if config.labs_means else []
+    for name in [*means, *(file for _, _, file in qa_files(config))]:
         _add_file(digest, root, name)
     return studies, digest.hexdigest()
 

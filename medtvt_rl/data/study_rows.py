@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,13 @@ from medtvt_rl.data.paths import inside_root
 
 _REQUIRED = ("subject_id", "ecg_path", "cxr_path", *LAB_IDS)
 _PERCENTILES = tuple(item + PERCENTILE_SUFFIX for item in LAB_IDS)
+_WHOLE_NUMBER = re.compile(r"-?\d+\.0")
+
+
+def plain_id(cell: str) -> str:
+    """An id, or a code, that a program may have turned into a number: " 22595853.0" -> "22595853"."""
+    text = cell.strip()
+    return text[:-2] if _WHOLE_NUMBER.fullmatch(text) else text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +90,10 @@ def read_rows(config: DataConfig, split: str) -> TableRows:
     problems: list[Problem] = []
     num_left_out = 0
     for line, cells in _table(Path(config.root), file, (id_column, *_REQUIRED), _PERCENTILES):
-        if any(cells.get(name, value).strip() != value for name, value in config.only_rows.items()):
+        if any(plain_id(cells.get(name, value)) != plain_id(value) for name, value in config.only_rows.items()):
             num_left_out += 1
             continue
-        study_id = cells.get(id_column, "").strip()
+        study_id = plain_id(cells.get(id_column, ""))
         try:
             rows.append(_row(cells, id_column, split, taken, file, line))
         except DataError as error:
@@ -102,12 +110,12 @@ def _row(cells: dict[str, str], id_column: str, split: str, taken: float, file: 
             raise DataError(f"column {name}: empty; every row needs one")
     if "|" in cells[id_column]:
         raise DataError(f"column {id_column}: {cells[id_column]!r} holds '|', which is reserved; rename the study")
-    patient_id = cells["subject_id"].strip()
+    patient_id = plain_id(cells["subject_id"])
     return StudyRow(
         split=VALIDATION if patient_place(patient_id) < taken else split,
         file=file,
         line=line,
-        study_id=cells[id_column].strip(),
+        study_id=plain_id(cells[id_column]),
         patient_id=patient_id,
         ecg_path=cells["ecg_path"].strip(),
         cxr_path=cells["cxr_path"].strip(),
@@ -129,7 +137,7 @@ def read_findings(root: Path, file: str) -> tuple[dict[str, NDArray[np.bool_]], 
     findings: dict[str, NDArray[np.bool_]] = {}
     problems: list[Problem] = []
     for line, cells in _table(root, file, ("study_id", *ALL_FINDINGS), ()):
-        study_id = cells.get("study_id", "").strip()
+        study_id = plain_id(cells.get("study_id", ""))
         bad = next((key for key in ALL_FINDINGS if cells.get(key, "").strip() not in {"0", "1"}), None)
         if bad is not None or study_id in findings or not study_id:
             field = bad or "study_id"

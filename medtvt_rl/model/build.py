@@ -6,7 +6,6 @@ Owns: sizes, initialisation, new tokens in an existing vocabulary. Does not own:
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from medtvt_rl.data.tokenizer import modality_token_ids
-from medtvt_rl.model.config import BackboneConfig, ModelConfig
+from medtvt_rl.model.config import BackboneConfig, ModelConfig, kept_settings
+from medtvt_rl.model.encoder_init import load_encoders
 from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
 from medtvt_rl.model.seal import check_model_folder
@@ -35,16 +35,22 @@ def build_model(config: ModelConfig, tokenizer: Any) -> MedTVTForCausalLM:
         tokenizer: a Hugging Face tokenizer that holds <ecg>, <cxr>, <lab>, a pad and an end token.
 
     Raises:
-        ValueError: the tokenizer lacks a token, or the folder holds another kind of model or other sizes.
+        ValueError: the tokenizer lacks a token, the folder holds another kind of model or other sizes, or the weights
+            of an encoder do not fit.
     """
     placeholders = list(modality_token_ids(tokenizer).values())
     if config.init is None:
-        return _fresh_model(config, tokenizer, placeholders)
+        fresh = _fresh_model(config, tokenizer, placeholders)
+        load_encoders(fresh, config)
+        return fresh
     if not (Path(config.init) / "config.json").is_file():
         raise ValueError(f"model.init: {config.init!r} holds no config.json; expected a Hugging Face model folder")
     check_model_folder(config.init)
     found = AutoConfig.from_pretrained(config.init, trust_remote_code=False)
     if isinstance(found, MedTVTConfig):
+        given = [f"model.{modality}.init" for modality in MODALITIES if getattr(config, modality).init is not None]
+        if given:
+            raise ValueError(f"{given[0]}: model.init={config.init!r} brings its encoders along; leave it out")
         model = load_exactly(MedTVTForCausalLM, config.init, torch.float32)
         kept = read_adapter(config.init)
         if kept is not None:
@@ -52,6 +58,7 @@ def build_model(config: ModelConfig, tokenizer: Any) -> MedTVTForCausalLM:
         _check_same_tower(config, found, config.init)
     elif isinstance(found, LlamaConfig) and found.model_type == "llama":
         model = _model_on_llama(config, config.init, placeholders)
+        load_encoders(model, config)
     else:
         raise ValueError(
             f"model.init: {config.init!r} is a {found.model_type!r} model, expected a Llama or a MedTVT folder"
@@ -61,7 +68,7 @@ def build_model(config: ModelConfig, tokenizer: Any) -> MedTVTForCausalLM:
 
 
 def _tower_fields(config: ModelConfig) -> dict[str, Any]:
-    return {name: dataclasses.asdict(getattr(config, name)) for name in (*MODALITIES, "perception")}
+    return {name: kept_settings(getattr(config, name)) for name in (*MODALITIES, "perception")}
 
 
 def _fresh_model(config: ModelConfig, tokenizer: Any, placeholders: list[int]) -> MedTVTForCausalLM:

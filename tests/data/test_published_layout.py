@@ -15,6 +15,7 @@ from medtvt_rl.config import ConfigError, load_config
 from medtvt_rl.data.config import CohortConfig, DataConfig, FilmConfig
 from medtvt_rl.data.ecg import LEADS
 from medtvt_rl.data.errors import DataError
+from medtvt_rl.data.labs import LAB_IDS
 from medtvt_rl.data.simulate.cohort import write_cohort
 from medtvt_rl.data.simulate.layout_published import CXR_FOLDER, ECG_FOLDER, QUESTIONS, TABLES
 from medtvt_rl.data.study_rows import patient_place
@@ -74,6 +75,14 @@ def test_the_recipe_reads_it(root: Path, tmp_path: Path) -> None:
     by_id = {row["hadm_id"]: row for row in rows(root, "train")}
     percentile = store.study(train[3]).lab_percentiles[16]
     assert percentile == pytest.approx(float(by_id[train[3]]["50912_percentile"]), abs=1e-6)
+
+
+def test_without_a_file_of_means_they_are_those_of_the_training_table(root: Path, tmp_path: Path) -> None:
+    settings = data(root, "data.labs_means=null", f"data.store={tmp_path / 'store'}")
+    means = StudyStore.build(settings).lab_mean_percentiles
+    written = json.loads((root / "QA/labs_means.json").read_text())
+    # The rounding of raw values in the table moves no rank.
+    assert means == pytest.approx(np.array([written[f"{item}_percentile"] for item in LAB_IDS]), abs=1e-6)
 
 
 def test_a_cohort_of_another_layout_is_another_cohort(root: Path) -> None:

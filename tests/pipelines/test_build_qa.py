@@ -11,21 +11,26 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "qa"))
-from chat_server import ChatServer, chat_server
+from chat_server import chat_server
 from tiny_llama import tiny_llama
 
 from medtvt_rl.config import load_config
-from medtvt_rl.data.config import CohortConfig
+from medtvt_rl.data.config import CohortConfig, DataConfig
 from medtvt_rl.data.labels import DISEASES
-from medtvt_rl.data.qa.build import MANIFEST, REJECTED
+from medtvt_rl.data.qa.build import MANIFEST, REJECTED, make_items
+from medtvt_rl.data.qa.labels import LabelSources, read_labels
+from medtvt_rl.data.qa.templates import chat_messages, template_answer
 from medtvt_rl.data.simulate.cohort import write_cohort
-from medtvt_rl.data.simulate.label_tables import CXR_TABLE, ECG_TABLE, ICD_TABLE, LABELS
+from medtvt_rl.data.simulate.label_tables import CXR_TABLE, ECG_TABLE, ICD_TABLE
+from medtvt_rl.data.simulate.layout_plain import LABELS
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.tokenizer import train_tokenizer
 from pipelines import cli
@@ -205,14 +210,48 @@ def test_tables_of_other_patients_are_told(
     assert not folder.exists()
 
 
+def save_model_of_one_answer(cohort: Path, folder: Path) -> tuple[str, str]:
+    """Writes a tiny Llama that has learnt the template's answer to one ECG question by heart, and little else.
+
+    Returns:
+        The study that the question is about, and the answer.
+    """
+    sources = LabelSources(ecg=cohort / LABELS / ECG_TABLE, cxr=None, icd=None)
+    (item,) = make_items(read_labels(DataConfig(root=str(cohort)), sources, ("ecg",)).studies[:1], ("ecg",), seed=0)
+    answer = template_answer(item)
+    tokenizer = train_tokenizer([answer, *(message["content"] for message in chat_messages(item))], 600)
+    model = tiny_llama(len(tokenizer), 32, num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=8192)
+    prompt = tokenizer.apply_chat_template(chat_messages(item), add_generation_prompt=True, tokenize=False)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer + tokenizer.eos_token)]
+    tokens, labels = torch.tensor([ids[0] + ids[1]]), torch.tensor([[-100] * len(ids[0]) + ids[1]])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(400):
+        loss = model(input_ids=tokens, labels=labels).loss
+        if loss.item() < 0.01:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return item.labels.study_id, answer
+
+
+@dataclass(frozen=True)
+class VllmServer:
+    """A server, and the one question that its model can answer."""
+
+    url: str
+    study_id: str
+    answer: str
+
+
 @pytest.fixture(scope="module")
-def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatServer]:
-    """vLLM's own OpenAI-compatible server, with a Llama of random weights that writes noise."""
+def vllm_server(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    """vLLM's own OpenAI-compatible server, with a tiny Llama that knows one answer."""
     model = tmp_path_factory.mktemp("vllm") / "tiny"
-    tokenizer = train_tokenizer(["ECG: sinus rhythm. Explain the chest X-ray. Name only findings."] * 4, 320)
-    tokenizer.save_pretrained(model)
-    tiny_llama(len(tokenizer), 32, num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=8192
-    ).save_pretrained(model)  # fmt: skip
+    study_id, answer = save_model_of_one_answer(cohort, model)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -229,8 +268,7 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatServer
             start_new_session=True,
         )
     try:
-        server = ChatServer([])
-        server.url = f"http://127.0.0.1:{port}/v1"
+        server = VllmServer(f"http://127.0.0.1:{port}/v1", study_id, answer)
         wait_for(lambda: is_up(f"{server.url}/models"), process, 400)
         yield server
     finally:
@@ -250,20 +288,26 @@ def is_up(url: str) -> bool:
 
 
 @pytest.mark.engine
-def test_vllm_s_server_is_asked_and_its_noise_is_refused(
-    vllm_server: ChatServer, command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+def test_of_vllm_s_server_a_right_answer_is_taken_and_the_others_are_refused(
+    vllm_server: VllmServer, command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = [*command, "--limit", "2", "--attempts", "2", "--max-tokens", "24", "--endpoint", vllm_server.url]
+    told = [*command, "--limit", "2", "--attempts", "2", "--max-tokens", "120", "--request", '{"temperature": 0}']
+    told += ["--endpoint", vllm_server.url]
     assert cli.main([*told, "--model", "absent"]) == 1
     assert "status 404; check --endpoint" in capsys.readouterr().err
-    assert cli.main([*told, "--model", "tiny"]) == 1
-    captured = capsys.readouterr()
-    assert f"no answer was accepted; the reasons are in {folder / REJECTED}" in captured.err
-    manifest = json.loads((folder / MANIFEST).read_text())
-    rejected = [json.loads(line) for line in (folder / REJECTED).read_text().splitlines()]
-    num_items = sum(n for split in manifest["splits"].values() for n in split["without_accepted_answer"].values())
-    assert len(rejected) == manifest["rejected_answers"] == 2 * num_items > 20
+    assert cli.main([*told, "--model", "tiny"]) == 0, capsys.readouterr()
+    first = contents(folder)
+    entries = json.loads(first["ecg_train.json"])
+    (right,) = [entry for entry in entries if entry["study_id"] == vllm_server.study_id]
+    assert right["messages"][1] == {"role": "assistant", "content": vllm_server.answer}
+    manifest = json.loads(first[MANIFEST])
+    rejected = [json.loads(line) for line in first[REJECTED].decode().splitlines()]
+    num_left_out = sum(n for split in manifest["splits"].values() for n in split["without_accepted_answer"].values())
+    assert len(rejected) == manifest["rejected_answers"] >= 2 * num_left_out > 20
     assert all(line["reason"] for line in rejected)
     assert manifest["tokens"]["out"] > 0 and manifest["tokens"]["in"] > 100 * len(rejected)
-    assert cli.main([*told, "--model", "tiny"]) == 1
-    assert f"{len(rejected)} taken from" in capsys.readouterr().out
+    capsys.readouterr()
+    assert cli.main([*told, "--model", "tiny"]) == 0
+    assert " taken from " in capsys.readouterr().out and contents(folder) == first
+    assert cli.main([*told, "--model", "tiny", "--kinds", "cxr"]) == 1
+    assert f"no answer was accepted; the reasons are in {folder / REJECTED}" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from medtvt_rl.data.raw_ecg import RawEcg
 LIMB_LEADS = LEADS[:6]
 PUBLISHED_RATE_HZ = 500.0
 SMALLEST_MV, LARGEST_MV = 0.15, 20.0
+FLAT_MV = 0.01
 MAX_RESIDUAL = 0.1
 _GOOD_RESIDUAL = 0.02
 # Rows are sums of I II III aVR aVF aVL that are zero.
@@ -30,7 +31,8 @@ _LAWS = np.array(
     ]
 )
 
-ORDER, UNIT, RATE, GAPS, AMPLITUDE, LIMBS = "lead order", "unit", "rate", "gaps", "amplitude", "limb leads"
+ORDER, UNIT, RATE, GAPS = "lead order", "unit", "rate", "gaps"
+AMPLITUDE, FLAT, LIMBS = "amplitude", "flat lead", "limb leads"
 
 
 def raw_notes(raw: RawEcg) -> dict[str, str]:
@@ -64,6 +66,10 @@ def signal_notes(signal: NDArray[np.float32]) -> dict[str, str]:
             f"the largest lead spans {peak:.3g} mV, expected {SMALLEST_MV:g} to {LARGEST_MV:g}; "
             "is the unit in the header right (mV or uV)?"
         )
+    else:
+        flat = [lead for lead, span in zip(LEADS, np.ptp(signal, axis=1)) if span < FLAT_MV]
+        if flat:
+            notes[FLAT] = f"{', '.join(flat)} spans less than {FLAT_MV:g} mV; was an electrode off?"
     limbs = signal[:6].astype(np.float64)
     limbs -= limbs.mean(axis=1, keepdims=True)
     products = limbs @ limbs.T

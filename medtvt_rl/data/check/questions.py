@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 JOINS, LABELS, TOKENS = "questions", "diagnoses", "token lengths"
 RARE_SHARE, RARE_COUNT = 0.01, 5
+_REASONED = re.compile(r"<think>.*\S.*</think>\s*<answer>", re.DOTALL)
 _UNKNOWN = re.compile(r"diagnosis '(?P<name>.*)' is unknown; ")
 PhaseProgress = Callable[[str, int, int], None]
 
@@ -59,6 +60,7 @@ def check_questions(
             f"data.max_unusable_share={data.max_unusable_share:g}",
         )
     _check_asked(report, config, usable, examples)
+    _check_answers(report, usable, examples)
     _check_vocabulary(report, usable, examples)
     return examples
 
@@ -99,6 +101,30 @@ def _check_asked(report: Report, config: Config, usable: Mapping[str, StudyRow],
     for stage, split, kinds in _needs(config):
         if not any(counts[split][kind] for kind in kinds):
             report.stop(JOINS, f"{stage} needs questions ({', '.join(kinds)}) about the {split} split: there are none")
+
+
+def _check_answers(report: Report, usable: Mapping[str, StudyRow], examples: Sequence[QAExample]) -> None:
+    """Answers that training would take as they are, and that teach something odd."""
+    asked: Counter[tuple[str, str, str]] = Counter((e.study_id, e.kind, e.question) for e in examples)
+    named: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for example in examples:
+        if example.kind == "diagnosis":
+            named[example.study_id].add(parse_diagnoses(example.answer))
+            if not _REASONED.search(example.answer):
+                reason = "the answer has no <think> ... </think> before <answer>; the format reward wants it"
+                _look(report, usable, example.study_id, reason)
+    for study_id, sets in named.items():
+        if len(sets) > 1:
+            told = " against ".join(sorted("; ".join(names) for names in sets))
+            _look(report, usable, study_id, f"the answers to this study contradict each other: {told}")
+    for (study_id, kind, _), times in asked.items():
+        if times > 1:
+            _look(report, usable, study_id, f"the same {kind} question stands {times} times; keep one")
+
+
+def _look(report: Report, usable: Mapping[str, StudyRow], study_id: str, reason: str) -> None:
+    row = usable[study_id]
+    report.add(JOINS, "look", reason, split=row.split, file=row.location, study=study_id, field="messages")
 
 
 def _needs(config: Config) -> list[tuple[str, str, tuple[str, ...]]]:

@@ -1,4 +1,4 @@
-"""The whole walk over a data root: tables, laboratory values, patients, questions, tokens, then every file.
+"""The whole walk: the model to start from, tables, laboratory values, patients, questions, tokens, then every file.
 
 Owns: the order, what is common to the checks, and when training would stop. Does not own: any single check, or the
 terminal. What is cheap comes first, so that an interrupted walk has said the most.
@@ -16,12 +16,11 @@ from medtvt_rl.config import Config
 from medtvt_rl.data.check.labs import check_labs
 from medtvt_rl.data.check.questions import PhaseProgress, check_questions, check_tokens
 from medtvt_rl.data.check.report import Report
+from medtvt_rl.data.check.start_model import check_start_model
 from medtvt_rl.data.check.studies import check_files
 from medtvt_rl.data.errors import DataError, Problem
-from medtvt_rl.data.labs import read_labs_means
 from medtvt_rl.data.medtvt_qa import plain_path
-from medtvt_rl.data.paths import inside_root
-from medtvt_rl.data.study_build import Tables
+from medtvt_rl.data.study_build import Tables, mean_percentiles
 from medtvt_rl.data.study_rows import StudyRow, read_findings, read_rows
 from medtvt_rl.data.validation import check_ids
 
@@ -37,12 +36,13 @@ def check_data(config: Config, quick: bool = False, progress: PhaseProgress | No
     """
     report = Report()
     data = config.data
+    check_start_model(report, config)
     report.open(TABLES, "rows")
     if not _folders_are_there(report, config):
         return report
     tables = _read_tables(report, config)
     if not tables.rows:
-        if not report.stops:
+        if not report.checks[TABLES].counts["stop"]:
             report.stop(TABLES, "no usable row in any table; the file of problems lists why")
         return report
     means = tables.lab_means if tables.lab_means.size else None
@@ -67,7 +67,7 @@ def _folders_are_there(report: Report, config: Config) -> bool:
     for key, folder in folders.items():
         if not folder.is_dir():
             report.stop(TABLES, f"{key}: {folder} is no folder; mount it, or name another")
-    return not report.stops
+    return all(folder.is_dir() for folder in folders.values())
 
 
 def _read_tables(report: Report, config: Config) -> Tables:
@@ -102,6 +102,9 @@ def _read_tables(report: Report, config: Config) -> Tables:
         counts["studies"] += 1
         counts["with laboratory values"] += bool(row.labs.measured.any())
         counts["laboratory values"] += int(row.labs.measured.sum())
+        counts["rows without an ECG"] += not row.ecg_path
+        counts["rows without a film"] += not row.cxr_path
+        counts["rows without laboratory values"] += not row.labs.measured.any()
     for split in data.splits:
         report.splits.setdefault(split, Counter())["patients"] = len(
             {row.patient_id for row in tables.rows if row.split == split}
@@ -112,10 +115,14 @@ def _read_tables(report: Report, config: Config) -> Tables:
 def _read_further_tables(report: Report, config: Config, tables: Tables, root: Path) -> None:
     data = config.data
     try:
-        tables.lab_means = read_labs_means(inside_root(root, data.labs_means, "data.labs_means"))
+        if data.labs_means is not None or "train" in data.tables:
+            tables.lab_means = mean_percentiles(data, tables)
     except DataError as error:
-        said = f"{data.labs_means}: missing, or not the means of the 50 items; mend data.labs_means"
-        report.stop(TABLES, said, str(error), file=data.labs_means)
+        said = (
+            f"{data.labs_means}: missing, or not the means of the 50 items; mend data.labs_means, or set it null "
+            "to take those of the training table"
+        )
+        report.stop(TABLES, said, str(error), file=str(data.labs_means))
     if data.findings_csv is not None:
         try:
             tables.findings, refused = read_findings(root, data.findings_csv)

@@ -2,7 +2,9 @@
 
 Owns: the folder and its atomic appearance, entries, the manifest. Does not own: labels, answers or checks. The folder
 is written beside its place and renamed, so that it is whole or as it was; the same labels, seed and answers give the
-same bytes. A study stays in the split that its table gives; a patient of two splits stays in the later one only.
+same bytes. Entries stand in the files of the split whose table holds their study, as the study store reads them: those
+of a validation split that is taken out of the training patients in the training files. A patient of two splits stays
+in the later one only.
 """
 
 from __future__ import annotations
@@ -44,8 +46,14 @@ def qa_folder(config: DataConfig) -> Path:
     """The folder that data.qa names before its first placeholder; it holds nothing but what build-qa writes.
 
     Raises:
-        DataError: there is no such folder in data.qa, it leaves data.root, or something else lies there.
+        DataError: there is no such folder in data.qa, it leaves data.root, something else lies there, or other files of
+            questions would be read in its stead.
     """
+    if config.qa_files and config.questions == "given":
+        raise DataError(
+            "data.qa_files: names the questions that are read, so that those written here never would be; add "
+            "data.questions=built, here and to every later command"
+        )
     parts = Path(config.qa).parts
     own = parts[: next((place for place, part in enumerate(parts) if "{" in part), len(parts))]
     if not own or len(own) == len(parts) or not all(name in config.qa for name in ("{kind}", "{split}")):
@@ -115,10 +123,13 @@ def write_qa(
     partial.mkdir(parents=True)
     try:
         entries: dict[tuple[str, str], list[dict[str, Any]]]
-        entries = {(kind, split): [] for split in config.splits for kind in kinds}
+        entries = {(kind, split): [] for split in config.tables for kind in kinds}
+        written: Counter[tuple[str, str]] = Counter()
         for place, item in enumerate(items):
             if place in answers.accepted:
-                entries[item.kind, item.labels.split].append(_entry(item, answers.accepted[place]))
+                split = item.labels.split
+                entries[item.kind, config.table_split(split)].append(_entry(item, answers.accepted[place]))
+                written[item.kind, split] += 1
         digests = {}
         for (kind, split), rows in entries.items():
             path = inside_root(Path(config.root), config.qa.format(kind=kind, split=split), "data.qa")
@@ -129,7 +140,7 @@ def write_qa(
             digests[str(name)] = hashlib.sha256(content).hexdigest()
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in answers.rejected]
         (partial / REJECTED).write_text("".join(lines), encoding="utf-8")
-        manifest = _manifest(config, labelled, kinds, entries, answers, {**source, "sha256": digests})
+        manifest = _manifest(config, labelled, kinds, written, answers, {**source, "sha256": digests})
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         _swap_in(partial, folder)
     finally:
@@ -159,7 +170,7 @@ def _manifest(
     config: DataConfig,
     labelled: Labelled,
     kinds: Sequence[QAKind],
-    entries: Mapping[tuple[str, str], Sequence[object]],
+    written: Mapping[tuple[str, str], int],
     answers: Answers,
     source: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -170,10 +181,10 @@ def _manifest(
         splits[split] = {
             "studies": len(studies),
             "patients": len({study.patient_id for study in studies}),
-            "entries": {kind: len(entries[kind, split]) for kind in kinds},
+            "entries": {kind: written[kind, split] for kind in kinds},
             "without_labels": {kind: dict(sorted(gaps[kind].items())) for kind in kinds},
             "without_accepted_answer": {
-                kind: len(studies) - sum(gaps[kind].values()) - len(entries[kind, split]) for kind in kinds
+                kind: len(studies) - sum(gaps[kind].values()) - written[kind, split] for kind in kinds
             },
         }
     return {

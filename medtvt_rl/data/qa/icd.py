@@ -3,7 +3,8 @@
 Owns: which codes count for which disease, and what becomes of codes of other kinds. Does not own: the table that the
 codes come from (labels.py).
 
-ICD-10: the code families of the paper's published evaluation (arXiv 2506.18512), each with all of its subcodes.
+ICD-10: the families of the codes that the paper's published evaluation lists (arXiv 2506.18512). The paper takes exact
+codes; here a family counts with all of its subcodes (E11.22, for one, is not on the paper's list).
 ICD-9: the paper maps none; the families below are this project's, the ICD-9-CM counterparts of the same conditions,
 and are used only where the user asks for it.
 """

@@ -21,7 +21,7 @@ from medtvt_rl.data.medtvt_qa import QAKind, plain_path
 from medtvt_rl.data.qa.icd import diseases_of_stay
 from medtvt_rl.data.qa.reference_ranges import LabReading, read_ranges, readings
 from medtvt_rl.data.qa.tables import rows_of
-from medtvt_rl.data.study_rows import StudyRow, read_rows
+from medtvt_rl.data.study_rows import StudyRow, plain_id, read_rows
 from medtvt_rl.data.validation import check_ids
 
 NO_FINDING = "No Finding"
@@ -183,16 +183,11 @@ def _ids(config: DataConfig, rows: Sequence[StudyRow], stays: bool) -> dict[str,
     for row in rows:
         cells = links[row.study_id]
         ids[row.study_id] = _Ids(
-            ecg=_plain(cells.get("ecg_study_id", "")) or _id_of_path(row.ecg_path),
-            film=_plain(cells.get("cxr_study_id", "")) or _id_of_path(row.cxr_path),
-            stay=_plain(cells.get("hadm_id", "")),
+            ecg=plain_id(cells.get("ecg_study_id", "")) or _id_of_path(row.ecg_path),
+            film=plain_id(cells.get("cxr_study_id", "")) or _id_of_path(row.cxr_path),
+            stay=plain_id(cells.get("hadm_id", "")),
         )
     return ids
-
-
-def _plain(number: str) -> str:
-    """An id that a spreadsheet may have turned into a number: "22595853.0" -> "22595853"."""
-    return number.strip().removesuffix(".0")
 
 
 def _id_of_path(path: str) -> str:
@@ -214,7 +209,7 @@ def _own_rows(
     if path is None:
         raise DataError(f"{option}: no table is given; name it, or leave out the kinds of questions that need it")
     for row in rows_of(path, key, [known for known in patients if known], ("subject_id", *columns), _REPORTS):
-        if _plain(row["subject_id"]) == patients[row[key]]:
+        if plain_id(row["subject_id"]) == patients[row[key]]:
             yield row
         else:
             counts["rows whose patient is not the study's"] += 1
@@ -253,7 +248,7 @@ def _films(path: Path | None, patients: Mapping[str, str], counts: Counter[str])
             continue
         labels = {}
         for name in CXR_LABELS:
-            value = _CXR_VALUES.get(_plain(row[name]))
+            value = _CXR_VALUES.get(plain_id(row[name]))
             if value is not None:
                 labels[name] = value
                 counts[f"labels {value}"] += 1
@@ -266,7 +261,7 @@ def _films(path: Path | None, patients: Mapping[str, str], counts: Counter[str])
 def _codes(path: Path | None, patients: Mapping[str, str], counts: Counter[str]) -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in _own_rows(path, "--icd-table", "hadm_id", patients, counts, ("icd_code", "icd_version")):
-        found[row["hadm_id"]].append((row["icd_code"], _plain(row["icd_version"])))
+        found[row["hadm_id"]].append((row["icd_code"], plain_id(row["icd_version"])))
     return found
 
 

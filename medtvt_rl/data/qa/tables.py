@@ -13,12 +13,13 @@ import pyarrow as pa
 from pyarrow import compute, csv
 
 from medtvt_rl.data.errors import DataError
+from medtvt_rl.data.study_rows import plain_id
 
 
 def rows_of(
     path: Path, key: str, wanted: Collection[str], columns: tuple[str, ...], pattern: str | None = None
 ) -> Iterator[dict[str, str]]:
-    """Yields column -> text for the rows whose `key` is one of `wanted`, in the order of the file.
+    """Yields column -> text for the rows whose `key` is one of `wanted`, in the order of the file; the key is plain.
 
     Args:
         columns: those that the table must have, beside `key`.
@@ -27,7 +28,7 @@ def rows_of(
     Raises:
         DataError: the file is missing, is no CSV file, or lacks a column.
     """
-    needed = [key, *columns]
+    needed = list(dict.fromkeys([key, *columns]))
     try:
         names = _names(path)
         missing = [name for name in needed if name not in names]
@@ -39,8 +40,10 @@ def rows_of(
         values = pa.array(sorted(wanted), pa.string())
         with csv.open_csv(path, convert_options=options, parse_options=_PARSE) as reader:
             for batch in reader:
-                chosen = batch.filter(compute.is_in(compute.utf8_trim_whitespace(batch.column(key)), values))
-                yield from ({name: text.strip() for name, text in row.items()} for row in chosen.to_pylist())
+                keys = compute.utf8_trim_whitespace(batch.column(key))
+                keys = compute.replace_substring_regex(keys, r"^(-?\d+)\.0$", r"\1")
+                for row in batch.filter(compute.is_in(keys, values)).to_pylist():
+                    yield {name: plain_id(text) if name == key else text.strip() for name, text in row.items()}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path of the table") from None
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:

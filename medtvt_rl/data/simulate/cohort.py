@@ -30,7 +30,7 @@ from medtvt_rl.data.simulate.plan import Findings, Layout, Plan
 from medtvt_rl.data.simulate.render import RenderTask, render_study
 from medtvt_rl.types import MODALITIES
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MARKER = "cohort.json"
 SPLITS = ("train", "validation", "test")
 _FIRST_STUDY_ID = 40_000_001

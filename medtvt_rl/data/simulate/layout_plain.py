@@ -16,9 +16,19 @@ import numpy as np
 from medtvt_rl.data.labels import ALL_FINDINGS
 from medtvt_rl.data.labs import LAB_IDS, PERCENTILE_SUFFIX, PercentileTable
 from medtvt_rl.data.medtvt_qa import qa_entry
-from medtvt_rl.data.simulate.label_tables import LABELS, SimulatedLabels, stay_id, write_label_tables
+from medtvt_rl.data.simulate.label_tables import (
+    CXR_TABLE,
+    ECG_TABLE,
+    ICD_TABLE,
+    LabelTables,
+    simulated_labels,
+    write_label_tables,
+)
 from medtvt_rl.data.simulate.plan import Findings, Plan
 from medtvt_rl.types import MODALITIES
+
+LABELS = "labels"
+_STAY_ID_STEP = -20_000_000
 
 
 class PlainLayout:
@@ -44,7 +54,9 @@ class PlainLayout:
                 writer.writerows(_finding_rows(plan, found))
                 self._write_labs(root / f"{plan.split}.csv", plan, table)
                 self._write_questions(root / "qa", plan, found)
-        write_label_tables(root / LABELS, _labels(plans, findings), plans[0].seed[0])
+        folder = root / LABELS
+        tables = LabelTables(ecg=folder / ECG_TABLE, cxr=folder / CXR_TABLE, icd=folder / ICD_TABLE)
+        write_label_tables(tables, simulated_labels(plans, findings, _ids), plans[0].seed[0])
 
     def _write_labs(self, path: Path, plan: Plan, table: PercentileTable) -> None:
         percentiles = table.percentiles(plan.labs)
@@ -57,7 +69,7 @@ class PlainLayout:
                 cells = []
                 for value, percentile in zip(plan.labs[index], percentiles[index]):
                     cells += ["", ""] if np.isnan(value) else [f"{value:g}", f"{percentile:.6f}"]
-                writer.writerow([study_id, patient_id, stay_id(study_id), paths["ecg"], paths["cxr"], *cells])
+                writer.writerow([study_id, patient_id, _ids(study_id)["stay_id"], paths["ecg"], paths["cxr"], *cells])
 
     def _write_questions(self, folder: Path, plan: Plan, findings: Sequence[Findings]) -> None:
         entries: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (*MODALITIES, "diagnosis")}
@@ -69,12 +81,8 @@ class PlainLayout:
             (folder / f"{kind}_{plan.split}.json").write_text(json.dumps(rows, indent=0))
 
 
-def _labels(plans: Sequence[Plan], findings: Sequence[Sequence[Findings]]) -> list[SimulatedLabels]:
-    return [
-        SimulatedLabels(study_id=study_id, patient_id=patient_id, findings=shown, diseases=plan.names(index))
-        for plan, found in zip(plans, findings)
-        for index, ((study_id, patient_id), shown) in enumerate(zip(plan.ids, found))
-    ]
+def _ids(study_id: str) -> dict[str, str]:
+    return {"ecg_id": study_id, "film_id": study_id, "stay_id": str(int(study_id) + _STAY_ID_STEP)}
 
 
 def _finding_rows(plan: Plan, findings: Sequence[Findings]) -> list[list[str]]:

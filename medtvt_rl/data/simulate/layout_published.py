@@ -3,7 +3,8 @@
 Owns: names, columns and joins: ECGs as in MIMIC-IV-ECG 1.0, films as in MIMIC-CXR-JPG 2.1.0, tables as in Symile-MIMIC
 1.0.0 (https://doi.org/10.13026/3vvj-s428), questions as in MedTVT-QA. Does not own: what is in the files (plan.py).
 Studies are hospital admissions; questions name them by the path of an ECG or a film alone; there are none about the
-validation table.
+validation table. The tables of labels that `build-qa` reads lie where MIMIC-IV-ECG, MIMIC-CXR-JPG and MIMIC-IV have
+theirs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,24 @@ from typing import Any
 import numpy as np
 
 from medtvt_rl.data.labs import LAB_IDS, PERCENTILE_SUFFIX, PercentileTable
+from medtvt_rl.data.simulate.label_tables import (
+    CXR_TABLE,
+    ECG_TABLE,
+    ICD_TABLE,
+    LabelTables,
+    simulated_labels,
+    write_label_tables,
+)
 from medtvt_rl.data.simulate.plan import Findings, Plan
 from medtvt_rl.types import MODALITIES
 
 ECG_FOLDER = "Dataset/mimic-iv-ecg-diagnostic-electrocardiogram-matched-subset-1.0"
 CXR_FOLDER = "Dataset/mimic-cxr-jpg-chest-radiographs-with-structured-labels-2.1.0"
+LABEL_TABLES = {
+    "ecg": f"{ECG_FOLDER}/{ECG_TABLE}",
+    "cxr": f"{CXR_FOLDER}/{CXR_TABLE}.gz",
+    "icd": f"Dataset/mimic-iv/hosp/{ICD_TABLE}.gz",
+}
 TABLES = {
     "train": "Dataset/symile-mimic/train.csv",
     "validation": "Dataset/symile-mimic/val.csv",
@@ -62,7 +76,7 @@ class PublishedLayout:
         dicom = "-".join(film[start : start + 8] for start in range(0, 40, 8))
         paths = {
             "ecg": f"files/p{patient[:4]}/p{patient}/s{number}/{number}",
-            "cxr": f"files/p{patient[:2]}/p{patient}/s{number + _STUDY_ID_STEP}/{dicom}.jpg",
+            "cxr": f"files/p{patient[:2]}/p{patient}/s{_ids(str(number))['film_id']}/{dicom}.jpg",
         }
         return {modality: "" if plan.missing[index] == modality else path for modality, path in paths.items()}
 
@@ -77,6 +91,8 @@ class PublishedLayout:
         for plan, found in zip(plans, findings):
             self._write_table(root / TABLES[plan.split], plan, found, table)
             self._write_questions(root / "QA", plan, found)
+        tables = LabelTables(**{name: root / file for name, file in LABEL_TABLES.items()})
+        write_label_tables(tables, simulated_labels(plans, findings, _ids), plans[0].seed[0])
 
     def _write_table(self, path: Path, plan: Plan, findings: Sequence[Findings], table: PercentileTable) -> None:
         rows = []
@@ -106,6 +122,11 @@ class PublishedLayout:
         for kind, rows in entries.items():
             if (kind, plan.split) in QUESTIONS:
                 (folder / QUESTIONS[kind, plan.split]).write_text(json.dumps(rows, indent=4))
+
+
+def _ids(study_id: str) -> dict[str, str]:
+    """Of a study's ECG, film and stay: it is named by its stay."""
+    return {"ecg_id": study_id, "film_id": str(int(study_id) + _STUDY_ID_STEP), "stay_id": study_id}
 
 
 def _with_candidates(rows: list[list[Any]]) -> list[list[Any]]:

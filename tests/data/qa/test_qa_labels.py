@@ -20,7 +20,8 @@ from medtvt_rl.data.medtvt_qa import QA_KINDS
 from medtvt_rl.data.qa.icd import ICD9, ICD10, diseases_of_stay
 from medtvt_rl.data.qa.labels import Labelled, LabelSources, StudyLabels, clean_statement, read_labels
 from medtvt_rl.data.qa.reference_ranges import RANGES, Range, read_ranges, readings
-from medtvt_rl.data.simulate.label_tables import CXR_TABLE, ECG_TABLE, ICD_TABLE, LABELS
+from medtvt_rl.data.simulate.label_tables import CXR_TABLE, ECG_TABLE, ICD_TABLE
+from medtvt_rl.data.simulate.layout_plain import LABELS
 from medtvt_rl.data.study_store import StudyStore
 
 
