@@ -1,6 +1,7 @@
 """The evaluation stage: held-out answers of the policy before and after GRPO, by the rollout generators.
 
-Both policies answer the same prompts with the same seeds, so that their difference is paired over patients.
+Both policies answer the same prompts with the same seeds, so that their difference is paired over patients. In a run
+without GRPO there is one policy, the model that it would start from.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from pipelines.diagnose import PERCENTILES_FILE
 from pipelines.grpo import load_prompts
 from pipelines.judging import judged, same_prompts, save_answers, saved_answers
 from pipelines.reporter import Reporter
-from pipelines.stages import StageError, start_model, trained_model
+from pipelines.stages import StageError, evaluated_policies, start_model, trained_model
 
 Ask = Callable[..., Awaitable[dict[str, StudyAnswers]]]
 
 
 def run(config: Config, reporter: Reporter) -> dict[str, Any]:
-    """Evaluates what SFT and GRPO left; copies the final policy to RUN/model."""
+    """Evaluates what SFT and GRPO left, or the one model that there is; copies the final policy to RUN/model."""
     return asyncio.run(_evaluate(config, reporter))
 
 
@@ -50,7 +51,7 @@ def judge_again(config: Config, reporter: Reporter, done: dict[str, Any]) -> dic
         StageError: the answers were not kept.
     """
     answers = saved_answers(config)
-    if not same_prompts(answers):
+    if not same_prompts(answers, evaluated_policies(config)):
         raise StageError(
             f"evaluate is finished, and its answers are not in {config.stage_folder('evaluate')}; "
             "delete that folder to ask the model again"
@@ -64,8 +65,9 @@ def judge_again(config: Config, reporter: Reporter, done: dict[str, Any]) -> dic
 
 
 async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
-    before_folder = start_model(config)
-    after_folder = trained_model("grpo", config)
+    names, before_folder = evaluated_policies(config), start_model(config)
+    after_folder = trained_model("grpo", config) if "grpo" in names else before_folder
+    first, last = next(iter(names)), list(names)[-1]
     tokenizer = AutoTokenizer.from_pretrained(before_folder)
     prompts = held_out_prompts(config, load_prompts(config, tokenizer, config.evaluation.split), reporter)
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
@@ -79,9 +81,10 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
             reporter.start(label, len(some), "study")
             return await asker.answers(some, sample, reporter.update)
 
-        answers = {"sft": await ask("before GRPO", prompts)}
-        await load_into(pool, after_folder)
-        answers["grpo"] = await ask("after GRPO", prompts)
+        answers = {first: await ask(names[first], prompts)}
+        if last != first:
+            await load_into(pool, after_folder)
+            answers[last] = await ask(names[last], prompts)
         save_answers(config, answers)
         ablated = await _ablated_answers(config, ask, prompts)
         pool.stop()
@@ -89,7 +92,7 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
         placement.release()
     publish_model(config, after_folder)
     summary, results = judged(config, evaluator, answers, reporter.start, reporter.update)
-    summary["ablations"] = _ablations(config, evaluator, ablated, results["grpo"])
+    summary["ablations"] = _ablations(config, evaluator, ablated, results[last])
     return {"summary": {"evaluation": summary}}
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from medtvt_rl.evaluation.charts import IntervalRow, Series, bar_chart, interval_chart, line_chart
 from medtvt_rl.evaluation.page import card, cell, details, missing_line, page, section, table
-from medtvt_rl.evaluation.result_page import AFTER, BEFORE, by_disease, calibration, headline
+from medtvt_rl.evaluation.result_page import by_disease, calibration, headline
 from medtvt_rl.evaluation.summary import (
     METRICS,
     PAPER,
@@ -34,6 +34,7 @@ from medtvt_rl.evaluation.summary import (
     block,
     curves,
     estimate,
+    evaluated,
     missing_metrics,
     paper_first,
     paper_metrics,
@@ -148,41 +149,44 @@ def render_report(
 
 
 def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> None:
-    """Prints the metrics before and after GRPO, and F1 by disease; with rules and colours only on a terminal."""
+    """Prints the metrics of each policy, and F1 by disease; with rules and colours only on a terminal."""
     console = Console(file=stream or sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = 110
-    before, after = policy_metrics(summary, "sft"), policy_metrics(summary, "grpo")
-    if not before and not after:
+    policies = evaluated(summary)
+    metrics = [policy_metrics(summary, policy) for policy in policies]
+    if not any(metrics):
         console.print("no evaluation: the evaluate stage has not run")
         return
     shown = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     shown.add_column("held-out, 95 % interval")
-    for header in (BEFORE, AFTER):
-        shown.add_column(header, justify="right")
+    for header in policies.values():
+        shown.add_column(escape_markup(header), justify="right")
     if paper_first(summary):
-        first, last = paper_metrics(summary, "sft"), paper_metrics(summary, "grpo")
-        for name, label in PAPER.items():
-            if name in first or name in last:
-                shown.add_row(escape_markup(f"as published: {label}"), _text(first.get(name)), _text(last.get(name)))
-        left_out = [answers_dropped(summary, policy) for policy in ("sft", "grpo")]
+        published = [paper_metrics(summary, policy) for policy in policies]
+        _add_rows(shown, published, {name: f"as published: {label}" for name, label in PAPER.items()})
+        left_out = [answers_dropped(summary, policy) for policy in policies]
         if any(number is not None for number in left_out):
             shown.add_row("as published: answers left out", *("-" if n is None else str(n) for n in left_out))
-    for name, label in METRICS.items():
-        if name in before or name in after:
-            shown.add_row(label, _text(before.get(name)), _text(after.get(name)))
-    first, last = per_disease(summary, "sft"), per_disease(summary, "grpo")
-    for disease in dict.fromkeys([*first, *last]):
-        shown.add_row(escape_markup(f"F1, {disease}"), _text(first.get(disease)), _text(last.get(disease)))
+    _add_rows(shown, metrics, METRICS)
+    diseases = [per_disease(summary, policy) for policy in policies]
+    _add_rows(shown, diseases, {name: f"F1, {name}" for found in diseases for name in found})
     console.print(shown)
     gain = estimate(block(summary, "evaluation").get("gain"))
     if gain is not None:
-        what = "reward, paired over prompts" if "reward" in after else "Jaccard, paired over patients"
+        what = "reward, paired over prompts" if "reward" in metrics[-1] else "Jaccard, paired over patients"
         console.print(f"gain of GRPO in sampled {what}: {gain.value:+.3f} {gain.interval}", markup=False)
     for reason, names in missing_metrics(summary).items():
         console.print(f"not computed: {names}: {reason}", markup=False, soft_wrap=True)
     if summary.get("simulated") is True:
         console.print("These are scores on a simulated cohort: they mean nothing clinically.")
+
+
+def _add_rows(shown: Table, found: Sequence[Mapping[str, Estimate]], labels: Mapping[str, str]) -> None:
+    """A row for each label of which a policy has a value."""
+    for name, label in labels.items():
+        if any(name in values for values in found):
+            shown.add_row(escape_markup(label), *(_text(values.get(name)) for values in found))
 
 
 def _ablations(summary: Mapping[str, Any]) -> str:

@@ -91,10 +91,16 @@ def block(summary: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def evaluated(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Policy -> what it is called: before and after GRPO, or the one model that was evaluated."""
+    told = block(summary, "evaluation", "policies") or {"sft": "after SFT", "grpo": "after GRPO"}
+    return {str(policy): str(words) for policy, words in told.items()}
+
+
 def policy_metrics(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:
-    """Metric -> estimate of `policy` ("sft" or "grpo"), in the order of METRICS."""
-    evaluated = block(summary, "evaluation", policy)
-    values = block(evaluated, "metrics") or evaluated
+    """Metric -> estimate of `policy`, one of `evaluated`, in the order of METRICS."""
+    found_for = block(summary, "evaluation", policy)
+    values = block(found_for, "metrics") or found_for
     found = {name: estimate(values.get(name)) for name in METRICS}
     return {name: one for name, one in found.items() if one is not None}
 
@@ -127,9 +133,9 @@ def missing_metrics(summary: Mapping[str, Any]) -> dict[str, str]:
 
 def per_disease(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:
     """Disease -> F1 of `policy`."""
-    evaluated = block(summary, "evaluation", policy)
-    values = {**block(evaluated, "metrics"), **block(evaluated, "per_disease")}
-    listed = block(evaluated, "per_disease")
+    found_for = block(summary, "evaluation", policy)
+    values = {**block(found_for, "metrics"), **block(found_for, "per_disease")}
+    listed = block(found_for, "per_disease")
     found = {
         name.removeprefix(PER_DISEASE): estimate(value)
         for name, value in values.items()
