@@ -33,7 +33,7 @@ from medtvt_rl.data.study_parts import StudyParts, building_folder
 from medtvt_rl.data.study_rows import StudyRow, read_findings, read_rows
 from medtvt_rl.data.validation import check_ids, write_problems
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 META, STUDIES, QUESTIONS, PROBLEMS, PERCENTILES = (
     "meta.json",
     "studies.arrow",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from medtvt_rl.data.labels import NOT_AVAILABLE, SECTIONS
 from medtvt_rl.data.medtvt_qa import QAExample
 from medtvt_rl.data.task import without
+from medtvt_rl.data.tokenizer import answer_lead
 from medtvt_rl.learner.scoring import ScoredSequence
 from medtvt_rl.types import MODALITIES
 
@@ -60,7 +61,7 @@ class QaExamples:
         if not examples:
             raise ValueError("examples: there are none; check data.qa and the problems.csv of the study store")
         self._examples, self._withholding = list(examples), withholding
-        self._tokenizer = tokenizer
+        self._tokenizer, self._lead = tokenizer, answer_lead(tokenizer)
         questions = {example.question for example in self._examples}
         self._prompts = {question: encode_question(question) for question in questions}
         self._answers: dict[str, NDArray[np.int32]] = {}
@@ -89,9 +90,9 @@ class QaExamples:
         )
 
     def _encode_answer(self, answer: str) -> NDArray[np.int32]:
-        """The answer's tokens and the end token; answers repeat from epoch to epoch."""
+        """The answer's tokens, as the model is to write them, and the end token; answers repeat from epoch to epoch."""
         if answer not in self._answers:
-            ids = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
+            ids = self._tokenizer(self._lead + answer, add_special_tokens=False)["input_ids"]
             self._answers[answer] = np.array([*ids, self._tokenizer.eos_token_id], dtype=np.int32)
         return self._answers[answer]
 
