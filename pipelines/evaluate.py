@@ -16,21 +16,22 @@ from typing import Any
 
 import ray
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from actors.placement import evaluation_generators, place, plan
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
+from medtvt_rl.data.labs import PERCENTILES_FILE
 from medtvt_rl.data.study_build import store_folder
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.task import without
 from medtvt_rl.evaluation.records import StudyAnswers
+from medtvt_rl.model.config import UNTRAINED_STAND_INS
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import load_policy
 from medtvt_rl.types import MODALITIES, Prompt
 from medtvt_rl.weights import pack_weights
 from pipelines.answers import Asker, Evaluator, make_evaluator, one_per_item
-from pipelines.diagnose import PERCENTILES_FILE
 from pipelines.grpo import load_prompts
 from pipelines.judging import judged, same_prompts, save_answers, saved_answers
 from pipelines.reporter import Reporter
@@ -60,8 +61,9 @@ def judge_again(config: Config, reporter: Reporter, done: dict[str, Any]) -> dic
     prompts = load_prompts(config, tokenizer, config.evaluation.split)
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
     summary, _ = judged(config, evaluator, answers, reporter.start, reporter.update)
-    ablations = done["summary"]["evaluation"]["ablations"]
-    return {**done, "summary": {"evaluation": {**summary, "ablations": ablations}}}
+    before = done["summary"]["evaluation"]
+    kept = {key: before[key] for key in ("ablations", "remarks") if key in before}
+    return {**done, "summary": {"evaluation": {**summary, **kept}}}
 
 
 async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
@@ -93,6 +95,8 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     publish_model(config, after_folder)
     summary, results = judged(config, evaluator, answers, reporter.start, reporter.update)
     summary["ablations"] = _ablations(config, evaluator, ablated, results[last])
+    if getattr(AutoConfig.from_pretrained(after_folder), "untrained_stand_ins", False):
+        summary["remarks"] = [UNTRAINED_STAND_INS]
     return {"summary": {"evaluation": summary}}
 
 

@@ -40,6 +40,7 @@ from medtvt_rl.evaluation.summary import (
     paper_metrics,
     per_disease,
     policy_metrics,
+    remarks,
 )
 
 MODALITY_NAMES = {"ecg": "without the ECG", "cxr": "without the film", "lab": "without the labs"}
@@ -176,6 +177,8 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
     if gain is not None:
         what = "reward, paired over prompts" if "reward" in metrics[-1] else "Jaccard, paired over patients"
         console.print(f"gain of GRPO in sampled {what}: {gain.value:+.3f} {gain.interval}", markup=False)
+    for remark in remarks(summary):
+        console.print(remark, markup=False, soft_wrap=True)
     for reason, names in missing_metrics(summary).items():
         console.print(f"not computed: {names}: {reason}", markup=False, soft_wrap=True)
     if summary.get("simulated") is True:

@@ -26,6 +26,7 @@ from medtvt_rl.evaluation.summary import (
     paper_metrics,
     per_disease,
     policy_metrics,
+    remarks,
 )
 
 CARDS = {
@@ -73,6 +74,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     )
     honest = table(["", *found, *(["change"] if len(found) > 1 else [])], rows) + words
     published = _paper(summary)
+    honest += "".join(f'<p class="note">{escape(remark)}</p>' for remark in remarks(summary))
     parts = [published, honest] if paper_first(summary) else [honest, published]
     cards = _cards(before if len(found) > 1 else {}, after, gain)
     return f'<div class="cards">{cards}</div><p></p>{"<p></p>".join(parts)}'

@@ -131,6 +131,12 @@ def missing_metrics(summary: Mapping[str, Any]) -> dict[str, str]:
     return {reason: "; ".join(missing) for reason, missing in names.items()}
 
 
+def remarks(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the result must know of the model."""
+    found = block(summary, "evaluation").get("remarks")
+    return [str(remark) for remark in found] if isinstance(found, list) else []
+
+
 def per_disease(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:
     """Disease -> F1 of `policy`."""
     found_for = block(summary, "evaluation", policy)

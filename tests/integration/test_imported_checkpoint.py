@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from golden_model import TOKENS, golden_state, write_files
 from small_run import PROJECT
 
+from medtvt_rl.data.labs import PERCENTILES_FILE
 from medtvt_rl.data.tokenizer import train_tokenizer
+from medtvt_rl.model.config import UNTRAINED_STAND_INS
 from medtvt_rl.model.policy import load_policy
 from medtvt_rl.model.reference_folder import import_reference
-from pipelines.diagnose import PERCENTILES_FILE
 
 COHORT = [
     *("cohort.num_train=8", "cohort.num_validation=2", "cohort.num_test=2", "cohort.film_size=224"),
@@ -74,6 +75,7 @@ def test_a_published_checkpoint_is_evaluated_without_a_stage_of_training(root: P
     evaluation = json.loads((root / "scored" / "summary.json").read_text())["evaluation"]
     assert evaluation["policies"] == {"model": "start"} and "grpo" not in evaluation and "gain" not in evaluation
     assert evaluation["model"]["paper"]["answers_dropped"] is not None and "jaccard" in evaluation["model"]
+    assert UNTRAINED_STAND_INS in evaluation["remarks"] and UNTRAINED_STAND_INS in done.stdout
     assert "start" in next(line for line in done.stdout.splitlines() if line.startswith("held-out"))
     assert (root / "scored" / "model" / "adapter" / "adapter_config.json").is_file()
     assert (root / "scored" / "model" / PERCENTILES_FILE).is_file()
@@ -85,7 +87,7 @@ def test_a_published_checkpoint_goes_through_the_stages(root: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     summary = json.loads((root / "imported" / "summary.json").read_text())
     assert summary["grpo"]["completions"] == 2 and summary["grpo"]["logprob_max_abs_diff"] <= 1e-4
-    assert "jaccard" in summary["evaluation"]["grpo"]
+    assert "jaccard" in summary["evaluation"]["grpo"] and "remarks" not in summary["evaluation"]
     model = load_policy(root / "imported" / "model")
     assert model.config.study_placeholders == list(TOKENS.values())
     assert (root / "imported" / "model" / PERCENTILES_FILE).is_file()
