@@ -25,7 +25,7 @@ HELP = {
     "pretrain": "train the encoders' stand-in and explain each modality alone",
     "sft": "supervised fine-tuning on chains of evidence",
     "grpo": "reinforcement learning with the configured rewards",
-    "evaluate": "held-out evaluation before and after GRPO",
+    "evaluate": "held-out evaluation before and after GRPO, or of the one model that there is",
 }
 # Beside the stages. NAME lives in pipelines/NAME.py (with _ for -): add_arguments(parser), command(args) -> exit code.
 COMMANDS = {

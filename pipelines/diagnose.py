@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from medtvt_rl.data.config import Crop, FilmConfig
 from medtvt_rl.data.labs import PERCENTILES_FILE
 from medtvt_rl.data.simulate.texts import QUESTIONS
+from medtvt_rl.model.config import UNTRAINED_STAND_INS
 from medtvt_rl.types import MODALITIES, Study
 from pipelines.command import EXIT_USAGE, fail
 
@@ -45,6 +46,7 @@ class Diagnosis:
         gates: modality -> contribution gate of the perception layer (arXiv 2506.18512, section 3), in 0..1.
         missing: modalities that were not given; their gates are those of the model's stand-ins.
         well_formed: whether the answer keeps the format.
+        remarks: what else a reader must know.
     """
 
     reasoning: str
@@ -52,6 +54,7 @@ class Diagnosis:
     gates: dict[str, float]
     missing: tuple[str, ...]
     well_formed: bool
+    remarks: tuple[str, ...] = ()
 
 
 def diagnose(
@@ -63,6 +66,7 @@ def diagnose(
     question: str = DEFAULT_QUESTION,
     crop: Crop = "whole",
     max_new_tokens: int = MAX_NEW_TOKENS,
+    percentiles: Path | None = None,
 ) -> Diagnosis:
     """Answers for one patient, greedily, on the CPU.
 
@@ -74,6 +78,7 @@ def diagnose(
         question: what is asked.
         crop: how a film becomes a square, as data.film.crop of the training had it.
         max_new_tokens: the answer is cut there.
+        percentiles: a table of laboratory values in place of the folder's own; percentiles.json of a study store.
 
     Raises:
         ValueError: no modality is given, a file cannot be used, or the folder is not that of a tri-modal model.
@@ -86,13 +91,14 @@ def diagnose(
 
     folder = Path(model_folder)
     model, tokenizer = load_model(folder)
-    table = _lab_table(folder, needed=labs is not None)
+    table = _lab_table(percentiles or folder / PERCENTILES_FILE, needed=labs is not None)
     square = FilmConfig(size=model.config.cxr["image_size"], crop=crop)
     study = read_patient(ecg=ecg, cxr=cxr, labs=labs, film=square, table=table)
     if labs is not None and not study.lab_measured.any():
         raise ValueError(f"{labs}: no value of an item that the training patients had; check the file, or leave it out")
     text, gates = _answer(model, tokenizer, study, table.mean_percentiles(), question, max_new_tokens)
-    return _read_answer(text, dict(zip(MODALITIES, gates)), study)
+    untrained = model.config.untrained_stand_ins and not all(study.present)
+    return _read_answer(text, dict(zip(MODALITIES, gates)), study, (UNTRAINED_STAND_INS,) if untrained else ())
 
 
 def load_model(folder: Path) -> tuple[MedTVTForCausalLM, PreTrainedTokenizerBase]:
@@ -110,21 +116,21 @@ def load_model(folder: Path) -> tuple[MedTVTForCausalLM, PreTrainedTokenizerBase
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def _lab_table(folder: Path, needed: bool) -> PercentileTable:
+def _lab_table(path: Path, needed: bool) -> PercentileTable:
     """What turns blood values into percentiles; an empty table where there are none to turn.
 
     Raises:
-        ValueError: it is needed, and the model folder has none.
+        ValueError: it is needed, and not there.
     """
     from medtvt_rl.data.labs import NUM_LABS, PercentileTable
 
     if not needed:
         return PercentileTable((np.empty(0),) * NUM_LABS)
-    path = folder / PERCENTILES_FILE
     if not path.is_file():
         raise ValueError(
-            f"model folder: {folder} has no {PERCENTILES_FILE}, which turns laboratory values into percentiles of the "
-            "training patients; copy that of RUN/model of a run on the same data, or leave the labs out"
+            f"{path}: it is not there, and turns laboratory values into percentiles of the training patients; give "
+            "--percentiles STORE/percentiles.json of a study store, import the checkpoint with --labs-csv, or leave "
+            "the labs out"
         )
     return PercentileTable.load(path)
 
@@ -141,6 +147,7 @@ def _answer(
     import torch
 
     from medtvt_rl.data.task import prompt_token_ids, study_item
+    from medtvt_rl.data.tokenizer import stop_token_ids
 
     prompt = prompt_token_ids(tokenizer, question, model.config.tokens_per_modality)
     ids = torch.from_numpy(prompt.astype(np.int64))[None]
@@ -164,14 +171,14 @@ def _answer(
             **tensors,
             do_sample=False,
             max_new_tokens=min(max_new_tokens, room),
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stop_token_ids(tokenizer, model.generation_config),
             pad_token_id=tokenizer.pad_token_id,
         )
     text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return str(text), [float(gate) for gate in gates[0]]
 
 
-def _read_answer(text: str, gates: dict[str, float], study: Study) -> Diagnosis:
+def _read_answer(text: str, gates: dict[str, float], study: Study, remarks: tuple[str, ...] = ()) -> Diagnosis:
     from medtvt_rl.rewards.answer import parse_answer
 
     parsed = parse_answer(text)
@@ -181,6 +188,7 @@ def _read_answer(text: str, gates: dict[str, float], study: Study) -> Diagnosis:
         gates=gates,
         missing=tuple(name for name, there in zip(MODALITIES, study.present) if not there),
         well_formed=parsed is not None,
+        remarks=remarks,
     )
 
 
@@ -196,6 +204,7 @@ def render(diagnosis: Diagnosis) -> str:
     for name, gate in diagnosis.gates.items():
         words = "  not given" if name in diagnosis.missing else ""
         lines.append(f"  {MODALITY_NAMES[name]:<5}{gate:.3f}  {'#' * round(20 * gate):<20}{words}".rstrip())
+    lines += diagnosis.remarks
     lines.append("A research system, not a medical device: do not act on this for a patient.")
     return "\n".join(lines)
 
@@ -206,6 +215,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ecg", type=Path, help="12-lead ECG: WFDB record or DICOM waveform")
     parser.add_argument("--cxr", type=Path, help="chest film: JPEG, PNG or DICOM")
     parser.add_argument("--labs", type=Path, help="blood values: json or CSV of item id or name and value")
+    parser.add_argument("--percentiles", type=Path, help="percentiles.json of a study store, if the model has none")
     parser.add_argument("--question", default=DEFAULT_QUESTION, help="what to ask (default: %(default)s)")
     parser.add_argument("--crop", choices=get_args(Crop), default="whole", help="data.film.crop of the training")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="the answer is cut there")
@@ -231,6 +241,7 @@ def command(args: argparse.Namespace) -> int:
                 question=args.question,
                 crop=args.crop,
                 max_new_tokens=args.max_new_tokens,
+                percentiles=args.percentiles,
             )
     except (ValueError, OSError) as error:
         return fail(f"diagnose: {' '.join(str(error).split())}", EXIT_USAGE)

@@ -1,6 +1,7 @@
 """The evaluation stage: held-out answers of the policy before and after GRPO, by the rollout generators.
 
-Both policies answer the same prompts with the same seeds, so that their difference is paired.
+Both policies answer the same prompts with the same seeds, so that their difference is paired. In a run without GRPO
+there is one policy, the model that it would start from.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 
 import ray
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from actors.placement import evaluation_generators, place, plan
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
 from medtvt_rl.evaluation.records import StudyAnswers
+from medtvt_rl.model.config import UNTRAINED_STAND_INS
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import load_policy
 from medtvt_rl.model.seal import seal
@@ -30,13 +32,13 @@ from pipelines.answers import Ablating, Asker, Evaluator, make_evaluator, one_pe
 from pipelines.grpo import load_prompts
 from pipelines.judging import judged, same_prompts, save_answers, saved_answers
 from pipelines.reporter import Reporter
-from pipelines.stages import StageError, start_model, trained_model
+from pipelines.stages import StageError, evaluated_policies, start_model, trained_model
 
 Ask = Callable[..., Awaitable[dict[str, StudyAnswers]]]
 
 
 def run(config: Config, reporter: Reporter) -> dict[str, Any]:
-    """Evaluates what SFT and GRPO left; copies the final policy to RUN/model."""
+    """Evaluates what SFT and GRPO left, or the one model that there is; copies the final policy to RUN/model."""
     return asyncio.run(_evaluate(config, reporter))
 
 
@@ -47,7 +49,7 @@ def judge_again(config: Config, reporter: Reporter, done: dict[str, Any]) -> dic
         StageError: the answers were not kept.
     """
     answers = saved_answers(config)
-    if not same_prompts(answers):
+    if not same_prompts(answers, evaluated_policies(config)):
         raise StageError(
             f"evaluate is finished, and its answers are not in {config.stage_folder('evaluate')}; "
             "delete that folder to ask the model again"
@@ -56,13 +58,15 @@ def judge_again(config: Config, reporter: Reporter, done: dict[str, Any]) -> dic
     prompts = load_prompts(config, tokenizer, config.evaluation.split)
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
     summary, _ = judged(config, evaluator, answers, reporter.start, reporter.update)
-    ablations = done["summary"]["evaluation"]["ablations"]
-    return {**done, "summary": {"evaluation": {**summary, "ablations": ablations}}}
+    before = done["summary"]["evaluation"]
+    kept = {key: before[key] for key in ("ablations", "remarks") if key in before}
+    return {**done, "summary": {"evaluation": {**summary, **kept}}}
 
 
 async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
-    before_folder = start_model(config)
-    after_folder = trained_model("grpo", config)
+    names, before_folder = evaluated_policies(config), start_model(config)
+    after_folder = trained_model("grpo", config) if "grpo" in names else before_folder
+    first, last = next(iter(names)), list(names)[-1]
     tokenizer = AutoTokenizer.from_pretrained(before_folder)
     prompts = held_out_prompts(config, load_prompts(config, tokenizer, config.evaluation.split), reporter)
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
@@ -76,9 +80,10 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
             reporter.start(label, len(some), "prompt")
             return await asker.answers(some, sample, reporter.update)
 
-        answers = {"sft": await ask("before GRPO", prompts)}
-        await load_into(pool, after_folder)
-        answers["grpo"] = await ask("after GRPO", prompts)
+        answers = {first: await ask(names[first], prompts)}
+        if last != first:
+            await load_into(pool, after_folder)
+            answers[last] = await ask(names[last], prompts)
         save_answers(config, answers)
         ablated = await _ablated_answers(config, ask, evaluator, prompts)
         pool.stop()
@@ -86,7 +91,9 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
         placement.release()
     publish_model(config, after_folder)
     summary, results = judged(config, evaluator, answers, reporter.start, reporter.update)
-    summary["ablations"] = _ablations(evaluator, ablated, results["grpo"])
+    summary["ablations"] = _ablations(evaluator, ablated, results[last])
+    if getattr(AutoConfig.from_pretrained(after_folder), "untrained_stand_ins", False):
+        summary["remarks"] = [UNTRAINED_STAND_INS]
     return {"summary": {"evaluation": summary}}
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medtvt_rl.model.config import UNTRAINED_STAND_INS
 from pipelines.command import EXIT_USAGE, fail
 
 if TYPE_CHECKING:
@@ -30,6 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="json of token -> id, with <ecg>, <cxr>, <lab> (default: the published ids, <ecg> is 128006)",
     )
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder of the tokenizer that the folder gets")
+    parser.add_argument(
+        "--labs-csv", type=Path, help="table of the training patients, by which diagnose reads laboratory values"
+    )
+    parser.add_argument(
+        "--chat-template",
+        choices=("published", "keep"),
+        default="published",
+        help="published: a prompt is the question as it is, answers end in <|end_of_text|>; keep: the tokenizer's own",
+    )
+    parser.add_argument(
+        "--answer-tokens",
+        action="store_true",
+        help="read <think>, </think>, <answer>, </answer> as single tokens; the published model read them as text",
+    )
     parser.add_argument(
         "--adapter", action="store_true", help="keep the low-rank pairs as a peft adapter, OUT/adapter, unmerged"
     )
@@ -53,7 +68,10 @@ def command(args: argparse.Namespace) -> int:
                 args.out,
                 special_tokens=tokens,
                 tokenizer=args.tokenizer,
+                keep_template=args.chat_template == "keep",
+                answer_tokens=args.answer_tokens,
                 keep_adapter=args.adapter,
+                labs_csv=args.labs_csv,
                 progress=on_bytes,
             )
     except (ValueError, OSError) as error:
@@ -91,6 +109,9 @@ def describe(args: argparse.Namespace, imported: Imported) -> str:
         lines.append("no tokenizer: the stages and diagnose need one; give --tokenizer DIR to have it in the folder")
     elif imported.tokens_left_out:
         lines.append(f"tokenizer: {len(imported.tokens_left_out)} reserved tokens made room and are left out")
+    if args.labs_csv is None:
+        lines.append("no percentiles: diagnose --labs needs --percentiles, or import again with --labs-csv")
+    lines.append(UNTRAINED_STAND_INS)
     lines.append(f"start a run from it with model.init={args.out} data.film.size={imported.film_size}")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""From the answers of both policies to the summary of the evaluation; and the answers' file.
+"""From the answers of the policies to the summary of the evaluation; and the answers' file.
 
 Owns: what is compared with what, and the file, so that a finished evaluation can be judged anew without an engine. Does
 not own: asking (answers.py, evaluate.py), the metrics (medtvt_rl/evaluation).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,9 +17,9 @@ from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.user_code import Guarded
 from pipelines.answers import Evaluator
 from pipelines.json_lines import read_rows
+from pipelines.stages import evaluated_policies
 
 ANSWERS_FILE = "answers.jsonl"
-POLICIES = ("sft", "grpo")
 Answers = Mapping[str, StudyAnswers]
 OnStart = Callable[[str, int, str], None]
 OnProgress = Callable[[int], None]
@@ -65,21 +65,25 @@ def judged(
     """The evaluation's part of the summary, without ablations, and the result of each policy.
 
     Args:
-        answers: of each of POLICIES, to the same prompts.
+        answers: of each of `evaluated_policies`, to the same prompts.
         start, progress: told of what takes long, as a Reporter's.
     """
-    results = {policy: evaluator.evaluate(answers[policy]) for policy in POLICIES}
-    summary: dict[str, Any] = {policy: summarise(results[policy]) for policy in POLICIES}
-    summary["gain"] = evaluator.paired_gain(results["sft"], results["grpo"]).to_dict()
+    names = evaluated_policies(config)
+    results = {policy: evaluator.evaluate(answers[policy]) for policy in names}
+    summary: dict[str, Any] = {policy: summarise(results[policy]) for policy in names}
+    summary["policies"] = names
+    if "grpo" in names:
+        summary["gain"] = evaluator.paired_gain(results["sft"], results["grpo"]).to_dict()
     summary["metrics"] = config.evaluation.metrics
     if config.evaluation.metrics == "paper":
-        summary["notes"] = _add_texts(config, summary, evaluator, answers, start, progress)
+        summary["notes"] = _add_texts(config, summary, names, evaluator, answers, start, progress)
     return summary, results
 
 
 def _add_texts(
     config: Config,
     summary: dict[str, Any],
+    names: Mapping[str, str],
     evaluator: Evaluator,
     answers: Mapping[str, Answers],
     start: OnStart,
@@ -90,11 +94,11 @@ def _add_texts(
         name = config.task.evaluate if isinstance(evaluator, Guarded) else type(evaluator).__name__
         return {"paper": f"{name}, the evaluator of this task, does not compute the published metrics"}
     notes: dict[str, str] = {}
-    for policy, words in zip(POLICIES, ("before", "after")):
+    for policy, words in names.items():
 
         def told(done: int, words: str = words, total: int = len(answers[policy])) -> None:
             if done == 0:
-                start(f"texts {words} GRPO", total, "prompt")
+                start(f"texts {words}", total, "prompt")
             progress(done)
 
         result = evaluator.compare_texts(answers[policy], told)
@@ -109,7 +113,7 @@ def summarise(result: Any) -> dict[str, Any]:
     return {**found.pop("metrics"), **found}
 
 
-def same_prompts(answers: Mapping[str, Answers]) -> bool:
-    """Whether each policy has answered, and both the same prompts."""
-    asked: Sequence[set[str]] = [set(answers.get(policy, {})) for policy in POLICIES]
-    return bool(asked[0]) and asked[0] == asked[1]
+def same_prompts(answers: Mapping[str, Answers], policies: Iterable[str]) -> bool:
+    """Whether each policy has answered, and all the same prompts."""
+    asked = [set(answers.get(policy, {})) for policy in policies]
+    return all(given and given == asked[0] for given in asked)

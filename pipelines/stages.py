@@ -134,6 +134,17 @@ def start_model(config: Config) -> Path:
     return trained_model("sft", config)
 
 
+def evaluated_policies(config: Config) -> dict[str, str]:
+    """Policy, as the summary has it -> what it is called: what SFT and GRPO left, or the one model that there is where
+    the run has no GRPO stage."""
+    fine_tuned = config.model.init is None or "sft" in config.run.stages or is_finished("sft", config)
+    if "grpo" in config.run.stages or is_finished("grpo", config):
+        return {"sft": "after SFT" if fine_tuned else "before GRPO", "grpo": "after GRPO"}
+    if fine_tuned:
+        return {"sft": "after SFT"}
+    return {"model": Path(str(config.model.init)).name}
+
+
 def is_finished(name: str, config: Config) -> bool:
     """Whether a stage is finished, with whatever settings."""
     return _marker(name, config).is_file()
@@ -150,6 +161,8 @@ def trained_model(name: str, config: Config) -> Path:
     else:
         return folder
     instead = f", or take {name} out of run.stages and set model.init" if name in ("pretrain", "sft") else ""
+    if name == "grpo":
+        instead = ", or take grpo out of run.stages to evaluate the model that it would start from"
     raise StageError(f"{missing}; run `medtvt-rl {name}` with the same configuration first{instead}")
 
 

@@ -196,6 +196,26 @@ class PercentileTable:
         return cls(tuple(np.asarray(content[item], dtype=np.float64) for item in LAB_IDS))
 
 
+def percentiles_of_table(path: Path) -> PercentileTable:
+    """The distributions in a CSV of training patients, a column of values per item id, as the study store reads it.
+
+    Raises:
+        DataError: the file is missing, lacks a column, or holds text in a number; names the line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = [lab_title(item) for item in LAB_IDS if item not in (reader.fieldnames or ())]
+            if missing:
+                raise DataError(f"{path}: no column of {', '.join(missing[:5])}; the columns are item ids")
+            values = [[parse_number(row[item] or "", item) for item in LAB_IDS] for row in reader]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}); check the path") from None
+    if not values:
+        raise DataError(f"{path}: it has no rows; name the table of the training patients")
+    return PercentileTable.fit(np.array(values))
+
+
 def read_json(path: Path) -> Any:
     """The content of a json file. Raises DataError if it is missing or is not json."""
     try:

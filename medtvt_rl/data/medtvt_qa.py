@@ -27,13 +27,15 @@ QA_KINDS: tuple[QAKind, ...] = get_args(QAKind)
 REFUSED = "was refused itself"
 
 _ANSWER = re.compile(r"<answer>([^<]*)</answer>\s*\Z")
-_PLACEHOLDER = re.compile(r"<(?:ecg|cxr|lab|labs|image|ECG|CXR|LAB)>[ \t]*\n?")
+_PLACEHOLDER_NAME = re.compile(r"<(?:ecg|cxr|lab|labs|image|ECG|CXR|LAB)>")
+_PLACEHOLDER = re.compile(rf"{_PLACEHOLDER_NAME.pattern}[ \t]*\n?")
+_IN_FRONT = ("<ecg>", "<cxr>", "<lab>")
 _BY_NAME = {name.lower(): name for name in DISEASES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QAExample:
-    """One question about a study and its answer; the question holds no modality placeholders."""
+    """One question about a study and its answer; the question holds <ecg>, <cxr> and <lab> once each, or none."""
 
     study_id: str
     kind: QAKind
@@ -173,10 +175,20 @@ def _example(entry: Any, kind: QAKind, studies: StudyIndex) -> QAExample:
     study = studies.find(_study_id(entry), paths)
     if kind == "diagnosis":
         parse_diagnoses(answer)
-    question = _PLACEHOLDER.sub("", question).strip()
-    if not question:
+    if not _PLACEHOLDER.sub("", question).strip():
         raise DataError("messages: the question is empty but for placeholders; write one")
-    return QAExample(study_id=study.study_id, kind=kind, question=question, answer=answer)
+    return QAExample(study_id=study.study_id, kind=kind, question=_with_places(question), answer=answer)
+
+
+def _with_places(question: str) -> str:
+    """The question with its placeholders where they are, if it holds those of each modality once; else without any.
+
+    Those right before the first word are left out, too: a prompt begins with them anyhow.
+    """
+    if sorted(_PLACEHOLDER_NAME.findall(question)) != sorted(_IN_FRONT):
+        return _PLACEHOLDER.sub("", question).strip()
+    behind = question.removeprefix("".join(_IN_FRONT))
+    return question if behind == question or behind[:1].isspace() else behind
 
 
 def _question_and_answer(messages: Any) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Tokens that have an id of their own in the published checkpoints. Importable without torch and transformers.
 
-Owns: the published ids, and reading and checking others. Does not own: tokenizers (token_places.py).
+Owns: the published ids and form of a prompt, and reading and checking other ids. Does not own: tokenizers
+(token_places.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ PUBLISHED_TOKENS: dict[str, int] = {
         )
     )
 }
+
+END_OF_TEXT = "<|end_of_text|>"
+# A question as it is, a space, the answer: the published model was trained and evaluated without turns.
+PUBLISHED_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+)
 
 
 def read_special_tokens(path: Path) -> dict[str, int]:

@@ -7,7 +7,7 @@ moves prompts and items, which knows neither; batching and tensors (model/).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from medtvt_rl.data.labs import NUM_LABS, PERCENTILES_FILE
 from medtvt_rl.data.medtvt_qa import QAKind, parse_diagnoses
 from medtvt_rl.data.study_build import STUDIES, store_folder
 from medtvt_rl.data.study_store import StudyStore
-from medtvt_rl.data.tokenizer import MODALITY_TOKENS
+from medtvt_rl.data.tokenizer import MODALITY_TOKENS, chat_text
 from medtvt_rl.storage import digest_of
 from medtvt_rl.types import MODALITIES, Prompt, Study
 
@@ -109,17 +109,23 @@ def without(item_id: str, *modalities: str) -> str:
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, question: str, tokens_per_modality: int) -> NDArray[np.int32]:
-    """[P] int32: the chat template around placeholders and question. Placeholders are expanded here, and only here."""
-    placeholders = "".join(token * tokens_per_modality for token in MODALITY_TOKENS.values())
-    messages = [{"role": "user", "content": placeholders + question}]
-    text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    """[P] int32: the chat template around placeholders and question. Placeholders are expanded here, and only here.
+
+    They stay where they are in a question that holds <ecg>, <cxr> and <lab> once each, in any order, and stand before
+    one that holds none. Raises DataError for other questions.
+    """
+    tokens = list(MODALITY_TOKENS.values())
+    content = question if all(question.count(token) == 1 for token in tokens) else "".join(tokens) + question
+    for token in tokens:
+        content = content.replace(token, token * tokens_per_modality)
+    text = chat_text(tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
     ids = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
     expected = tokens_per_modality * len(MODALITY_TOKENS)
     found = int(np.isin(ids, tokenizer.convert_tokens_to_ids(list(MODALITY_TOKENS.values()))).sum())
     if found != expected:
         raise DataError(
             f"a question of {len(question)} characters has {found} placeholders in its prompt, expected {expected}; "
-            "take <ecg>, <cxr> and <lab> out of the questions in data.qa"
+            "name <ecg>, <cxr> and <lab> once each in the questions in data.qa, or none of them"
         )
     return ids
 

@@ -13,19 +13,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from medtvt_rl.data.tokenizer import ANSWER_TOKENS, adapt_tokenizer
+from medtvt_rl.data.special_tokens import END_OF_TEXT, PUBLISHED_TEMPLATE
+from medtvt_rl.data.tokenizer import ANSWER_TOKENS, NAMED, adapt_tokenizer, rebuilt
 
 RESERVED = re.compile(r"reserved|unused")
-NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
 def write_tokenizer(
-    source: Path, target: Path, tokens: Mapping[str, int], num_rows: int
+    source: Path,
+    target: Path,
+    tokens: Mapping[str, int],
+    num_rows: int,
+    keep_template: bool = False,
+    answer_tokens: bool = False,
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """Writes the tokenizer of the folder `source` to `target`, its tokens at these ids, with what the task needs.
+
+    Args:
+        keep_template: its own chat template and end token stay; otherwise they become the published ones.
+        answer_tokens: `<think>` and its kin are tokens; otherwise text, as the published model read them.
 
     Returns:
         ids of bos, eos and pad, under the names of a model's configuration, and the reserved tokens that were left out.
@@ -40,21 +48,27 @@ def write_tokenizer(
         raise ValueError(f"--tokenizer: {source} holds no tokenizer.json; save it as a fast tokenizer")
     if loaded.eos_token_id is None:
         raise ValueError(f"--tokenizer: {source} has no end-of-sequence token; set eos_token in tokenizer_config.json")
-    tokenizer, left_out = with_places(cast(PreTrainedTokenizerFast, loaded), tokens, num_rows)
+    if not keep_template:
+        loaded.chat_template = PUBLISHED_TEMPLATE
+        loaded.eos_token = END_OF_TEXT if END_OF_TEXT in loaded.get_vocab() else loaded.eos_token
+    tokenizer, left_out = with_places(cast(PreTrainedTokenizerFast, loaded), tokens, num_rows, answer_tokens)
     tokenizer.save_pretrained(target)
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in NAMED[:3]}
     return {name: token for name, token in ids.items() if token is not None}, left_out
 
 
 def with_places(
-    tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, int], num_rows: int
+    tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, int], num_rows: int, answer_tokens: bool = True
 ) -> tuple[PreTrainedTokenizerFast, tuple[str, ...]]:
     """The tokenizer with these tokens at these ids and all others below `num_rows`, and the reserved tokens left out.
+
+    Args:
+        answer_tokens: `<think>` and its kin are tokens; otherwise they become text, and their ids are not given out.
 
     Raises:
         ValueError: an id belongs to text, or there are more tokens than rows.
     """
-    tokenizer = adapt_tokenizer(tokenizer)
+    tokenizer = adapt_tokenizer(tokenizer, answer_tokens)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = content["model"].get("vocab")
     if not isinstance(vocabulary, dict):
@@ -62,16 +76,19 @@ def with_places(
             f"--tokenizer: a model of type {content['model'].get('type')!r}, expected one with a vocabulary (BPE)"
         )
     added = {entry["content"]: entry for entry in content["added_tokens"]}
+    if not answer_tokens:
+        tokens = {name: place for name, place in tokens.items() if name not in ANSWER_TOKENS}
+        _make_text(vocabulary, added)
     text_size = 1 + max(vocabulary.values(), default=-1)
     _vacate(vocabulary, added, tokens)
     places, left_out = _places(
         {entry["content"]: entry["id"] for entry in added.values()}, vocabulary, tokens, text_size, num_rows
     )
     content["added_tokens"] = [
-        {**added.get(name, _new_token(name)), "id": place} for place, name in sorted((p, n) for n, p in places.items())
+        {**_token(name, added), "id": place} for place, name in sorted((p, n) for n, p in places.items())
     ]
     _renumber(content.get("post_processor"), {**vocabulary, **places})
-    result = _rebuilt(tokenizer, content)
+    result = rebuilt(tokenizer, content)
     wrong = {name: result.encode(name, add_special_tokens=False) for name in tokens}
     wrong = {name: ids for name, ids in wrong.items() if ids != [tokens[name]]}
     if wrong or len(result) > num_rows:
@@ -79,6 +96,15 @@ def with_places(
             f"--tokenizer: after giving out ids it still reads {wrong or len(result)}; use another tokenizer"
         )
     return result, left_out
+
+
+def _make_text(vocabulary: dict[str, int], added: dict[str, dict[str, Any]]) -> None:
+    """Takes `<think>` and its kin out of the tokens."""
+    for name in ANSWER_TOKENS:
+        added.pop(name, None)
+        if name in vocabulary:
+            place = vocabulary.pop(name)
+            vocabulary[f"<|unused_{place}|>"] = place
 
 
 def _vacate(vocabulary: dict[str, int], added: dict[str, dict[str, Any]], tokens: Mapping[str, int]) -> None:
@@ -133,10 +159,11 @@ def _places(
     return {**inside, **{name: place for place, name in taken.items()}}, left_out
 
 
-def _new_token(name: str) -> dict[str, Any]:
-    """`<think>` and its kin are not special, so that decoding with skip_special_tokens=True leaves them."""
+def _token(name: str, added: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """`<think>` and its kin are never special, so that decoding with skip_special_tokens=True leaves them."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"content": name, **flags, "special": name not in ANSWER_TOKENS}
+    entry = added.get(name, {"content": name, **flags, "special": True})
+    return {**entry, "special": entry["special"] and name not in ANSWER_TOKENS}
 
 
 def _renumber(part: Any, ids: Mapping[str, int]) -> None:
@@ -152,17 +179,3 @@ def _renumber(part: Any, ids: Mapping[str, int]) -> None:
                 part[name][1] = ids[part[name][0]]
         for one in part.values():
             _renumber(one, ids)
-
-
-def _rebuilt(tokenizer: PreTrainedTokenizerFast, content: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """A tokenizer of this content with the other's named tokens, template and settings."""
-    named = {name: str(getattr(tokenizer, name)) for name in NAMED if getattr(tokenizer, name) is not None}
-    result = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
-        clean_up_tokenization_spaces=False,
-        padding_side="right",
-        model_max_length=tokenizer.model_max_length,
-        **named,
-    )
-    result.chat_template = tokenizer.chat_template
-    return result

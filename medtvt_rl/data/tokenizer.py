@@ -7,8 +7,10 @@ parse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -22,6 +24,11 @@ USER, ASSISTANT = "<user>", "<assistant>"
 TEXT_TOKENS = (PAD, BOS, EOS, USER, ASSISTANT)
 MODALITY_TOKENS = {"ecg": "<ecg>", "cxr": "<cxr>", "lab": "<lab>"}
 ANSWER_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+
+CHAT_DATE = datetime(2024, 7, 26)
+"""The day that chat templates are told who ask for today's, so that a prompt is the same on every day; the one that
+Llama 3.2's takes where there is no clock."""
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -85,9 +92,9 @@ def _with_chat(tokenizer: Tokenizer, special: Sequence[str]) -> PreTrainedTokeni
 
 
 def _without_tokens(texts: Iterable[str]) -> Iterator[str]:
-    """The pieces between answer tokens, as the tokenizer itself cuts them."""
+    """The pieces between the task's tokens, as the tokenizer itself cuts them."""
     for text in texts:
-        for token in ANSWER_TOKENS:
+        for token in (*ANSWER_TOKENS, *MODALITY_TOKENS.values()):
             text = text.replace(token, "\0")
         yield from (piece for piece in text.split("\0") if piece)
 
@@ -100,14 +107,21 @@ def build_tokenizer(config: Config, store: StudyStore) -> PreTrainedTokenizerFas
     return train_tokenizer(texts, config.model.backbone.vocab_size)
 
 
-def adapt_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def adapt_tokenizer(tokenizer: PreTrainedTokenizerFast, answer_tokens: bool = True) -> PreTrainedTokenizerFast:
     """Adds the task's tokens that a pre-trained tokenizer lacks, a pad token of its own, and a chat template; the end
-    token becomes that of the chat's turns."""
+    token becomes that of the chat's turns.
+
+    Args:
+        answer_tokens: add `<think>` and its kin. A tokenizer that holds <ecg>, <cxr> and <lab> was made for a model
+            that reads them, and gets none: there they are text.
+    """
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "model.init: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
         )
+    tokenizer = _with_plain_answers(tokenizer)
     vocabulary = tokenizer.get_vocab()
+    answer_tokens = answer_tokens and not vocabulary.keys() >= set(MODALITY_TOKENS.values())
     tokenizer.add_tokens(
         [
             AddedToken(token, normalized=False, special=True)
@@ -116,9 +130,10 @@ def adapt_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
         ],
         special_tokens=True,
     )
-    tokenizer.add_tokens(
-        [AddedToken(token, normalized=False, special=False) for token in ANSWER_TOKENS if token not in vocabulary]
-    )
+    if answer_tokens:
+        tokenizer.add_tokens(
+            [AddedToken(token, normalized=False, special=False) for token in ANSWER_TOKENS if token not in vocabulary]
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD})
     if tokenizer.chat_template is None:
@@ -135,11 +150,70 @@ def adapt_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
 def _end_as_the_chat_does(tokenizer: PreTrainedTokenizerFast) -> None:
     """Makes the special token that the chat template puts behind an answer the end token: answers stop there."""
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ANSWER_TOKENS[-1]}]
-    text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+    text = chat_text(tokenizer, messages)
     behind = tokenizer.encode(text.rpartition(ANSWER_TOKENS[-1])[2].lstrip(), add_special_tokens=False)
     added = tokenizer.added_tokens_decoder
     if behind and behind[0] in added and added[behind[0]].special:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(behind[0])
+
+
+def _with_plain_answers(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, in which `<think>` and its kin are not special: as special ones decoding would drop them, and no
+    answer could be read."""
+    if not any(token.special and token.content in ANSWER_TOKENS for token in tokenizer.added_tokens_decoder.values()):
+        return tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    for entry in content["added_tokens"]:
+        entry["special"] = entry["special"] and entry["content"] not in ANSWER_TOKENS
+    return rebuilt(tokenizer, content)
+
+
+def rebuilt(tokenizer: PreTrainedTokenizerFast, content: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """A tokenizer of this content with the other's named tokens, template and settings."""
+    named = {name: str(getattr(tokenizer, name)) for name in NAMED if getattr(tokenizer, name) is not None}
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+        model_max_length=tokenizer.model_max_length,
+        **named,
+    )
+    result.chat_template = tokenizer.chat_template
+    return result
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """The chat template around the messages; whatever day it asks for, it is told CHAT_DATE."""
+    return cast(
+        str,
+        tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=CHAT_DATE.strftime("%d %b %Y"),
+            strftime_now=CHAT_DATE.strftime,
+        ),
+    )
+
+
+def answer_lead(tokenizer: Any) -> str:
+    """White space that the chat template puts before an answer, behind what a prompt ends with: the model writes it."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    question = [{"role": "user", "content": "Why?"}]
+    answered = chat_text(tokenizer, [*question, {"role": "assistant", "content": "Because."}])
+    prompt = chat_text(tokenizer, question, add_generation_prompt=True)
+    lead = answered.removeprefix(prompt).partition("Because.")[0]
+    return lead if lead.isspace() else ""
+
+
+def stop_token_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """What ends an answer: the tokenizer's end token, and those of the model's generation_config.json, as in vLLM."""
+    stops = getattr(generation_config, "eos_token_id", None)
+    listed = list(stops) if isinstance(stops, list | tuple) else [stops]
+    return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
 
 
 def modality_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -33,6 +33,7 @@ from medtvt_rl.evaluation.summary import (
     block,
     curves,
     estimate,
+    evaluated,
     gained_metric,
     is_medical,
     metric_label,
@@ -42,7 +43,7 @@ from medtvt_rl.evaluation.summary import (
     paper_metrics,
     per_disease,
     policy_metrics,
-    policy_names,
+    remarks,
 )
 
 MODALITY_NAMES = {"ecg": "without the ECG", "cxr": "without the film", "lab": "without the labs"}
@@ -154,37 +155,37 @@ def render_report(
 
 
 def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> None:
-    """Prints the metrics before and after GRPO, and F1 by disease; with rules and colours only on a terminal."""
+    """Prints the metrics of each policy, and F1 by disease; with rules and colours only on a terminal."""
     console = Console(file=stream or sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = 110
-    before, after = policy_metrics(summary, "sft"), policy_metrics(summary, "grpo")
-    if not before and not after:
+    policies = evaluated(summary)
+    metrics = [policy_metrics(summary, policy) for policy in policies]
+    if not any(metrics):
         console.print("no evaluation: the evaluate stage has not run")
         return
     shown = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     shown.add_column("held-out, 95 % interval")
-    for header in policy_names(summary):
-        shown.add_column(header, justify="right")
+    for header in policies.values():
+        shown.add_column(escape_markup(header), justify="right")
     if paper_first(summary):
-        first, last = paper_metrics(summary, "sft"), paper_metrics(summary, "grpo")
-        for name, label in PAPER.items():
-            if name in first or name in last:
-                shown.add_row(escape_markup(f"as published: {label}"), _text(first.get(name)), _text(last.get(name)))
-        left_out = [answers_dropped(summary, policy) for policy in ("sft", "grpo")]
+        published = [paper_metrics(summary, policy) for policy in policies]
+        _add_rows(shown, published, {name: f"as published: {label}" for name, label in PAPER.items()})
+        left_out = [answers_dropped(summary, policy) for policy in policies]
         if any(number is not None for number in left_out):
             shown.add_row("as published: answers left out", *("-" if n is None else str(n) for n in left_out))
-    for name in metric_names(before, after):
-        shown.add_row(escape_markup(metric_label(summary, name)), _text(before.get(name)), _text(after.get(name)))
-    first, last = per_disease(summary, "sft"), per_disease(summary, "grpo")
-    for disease in dict.fromkeys([*first, *last]):
-        shown.add_row(escape_markup(f"F1, {disease}"), _text(first.get(disease)), _text(last.get(disease)))
+    names = metric_names(*metrics)
+    _add_rows(shown, metrics, {name: metric_label(summary, name) for name in names})
+    diseases = [per_disease(summary, policy) for policy in policies]
+    _add_rows(shown, diseases, {name: f"F1, {name}" for found in diseases for name in found})
     console.print(shown)
     gain = estimate(block(summary, "evaluation").get("gain"))
     if gain is not None:
-        over = "patients" if is_medical(summary) and "jaccard" in after else "prompts"
-        what = f"{gained_metric(summary, after)}, paired over {over}"
+        over = "patients" if is_medical(summary) and "jaccard" in metrics[-1] else "prompts"
+        what = f"{gained_metric(summary, metrics[-1])}, paired over {over}"
         console.print(f"gain of GRPO in {what}: {gain.value:+.3f} {gain.interval}", markup=False)
+    for remark in remarks(summary):
+        console.print(remark, markup=False, soft_wrap=True)
     for reason, names in missing_metrics(summary).items():
         console.print(f"not computed: {names}: {reason}", markup=False, soft_wrap=True)
     if summary.get("simulated") is True and is_medical(summary):
@@ -204,6 +205,13 @@ def _of_diseases(summary: Mapping[str, Any]) -> tuple[str, str]:
         section("By disease", by_disease(summary), "No F1 by disease was found."),
         section("Calibration", calibration(summary), "No shares of sampled answers were found."),
     )
+
+
+def _add_rows(shown: Table, found: Sequence[Mapping[str, Estimate]], labels: Mapping[str, str]) -> None:
+    """A row for each label of which a policy has a value."""
+    for name, label in labels.items():
+        if any(name in values for values in found):
+            shown.add_row(escape_markup(label), *(_text(values.get(name)) for values in found))
 
 
 def _ablations(summary: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from medtvt_rl.evaluation.summary import (
     answers_dropped,
     block,
     estimate,
+    evaluated,
     gained_metric,
     is_medical,
     metric_label,
@@ -28,11 +29,9 @@ from medtvt_rl.evaluation.summary import (
     paper_metrics,
     per_disease,
     policy_metrics,
-    policy_names,
+    remarks,
 )
 
-POLICIES = ("sft", "grpo")
-"""As summary.json has them; `policy_names` says what they are called."""
 CARDS = {
     "jaccard": "Jaccard, sampled",
     "jaccard_greedy": "Jaccard, greedy",
@@ -55,38 +54,42 @@ FEW = 10
 
 def headline(summary: Mapping[str, Any]) -> str:
     """Cards and the table of metrics; the published numbers first or folded, as was asked. Empty without evaluation."""
-    before, after = policy_metrics(summary, "sft"), policy_metrics(summary, "grpo")
-    if not before and not after:
+    found = {words: policy_metrics(summary, policy) for policy, words in evaluated(summary).items()}
+    if not any(found.values()):
         return ""
+    before, after = next(iter(found.values())), list(found.values())[-1]
     gain = estimate(block(summary, "evaluation").get("gain"))
     rows = [
         [
             cell(metric_label(summary, name)),
-            _cell(before.get(name)),
-            _cell(after.get(name)),
-            _change(name, before.get(name), after.get(name)),
+            *(_cell(metrics.get(name)) for metrics in found.values()),
+            *_changes(name, found),
         ]
-        for name in metric_names(before, after)
+        for name in metric_names(*found.values())
     ]
     if gain is not None:
         label = cell(f"Paired gain of GRPO, {gained_metric(summary, after)}")
-        rows.append([label, cell(""), cell(""), cell(f"{gain.value:+.3f}", gain.interval)])
-    honest = table(["", *policy_names(summary), "change"], rows) + _note(summary)
+        rows.append([label, *([cell("")] * len(found)), cell(f"{gain.value:+.3f}", gain.interval)])
+    honest = table(["", *found, *(["change"] if len(found) > 1 else [])], rows) + _note(summary)
     published = _paper(summary)
+    honest += "".join(f'<p class="note">{escape(remark)}</p>' for remark in remarks(summary))
     parts = [published, honest] if paper_first(summary) else [honest, published]
-    return f'<div class="cards">{_cards(before, after, gain)}</div><p></p>{"<p></p>".join(parts)}'
+    cards = _cards(before if len(found) > 1 else {}, after, gain)
+    return f'<div class="cards">{cards}</div><p></p>{"<p></p>".join(parts)}'
 
 
 def _note(summary: Mapping[str, Any]) -> str:
     """On how many prompts the numbers are, and what the intervals are over."""
     medical = is_medical(summary)
     what, over = ("studies", "patients") if medical else ("prompts", "prompts")
-    sizes = [block(summary, "evaluation", policy).get(f"num_{what}") for policy in ("grpo", "sft")]
+    policies = list(evaluated(summary))
+    sizes = [block(summary, "evaluation", policy).get(f"num_{what}") for policy in reversed(policies)]
     size = next((f" on {number} held-out {what}" for number in sizes if number), "")
     wrong = " An answer that breaks the format counts as wrong." if medical else ""
+    changes = " Changes in colour: the intervals do not overlap." if len(policies) > 1 else ""
     return (
         f'<p class="note">Means{size}, with 95 % bootstrap intervals over {over}.{wrong} Sampled: at the training '
-        "temperature. Changes in colour: the intervals do not overlap.</p>"
+        f"temperature.{changes}</p>"
     )
 
 
@@ -106,15 +109,15 @@ def _cards(before: Mapping[str, Estimate], after: Mapping[str, Estimate], gain: 
 
 def _paper(summary: Mapping[str, Any]) -> str:
     """The numbers as the published evaluation computes them, and why some are missing."""
-    first, last = paper_metrics(summary, "sft"), paper_metrics(summary, "grpo")
+    found = {words: paper_metrics(summary, policy) for policy, words in evaluated(summary).items()}
     rows = [
-        [cell(label), _cell(first.get(name)), _cell(last.get(name))]
+        [cell(label), *(_cell(metrics.get(name)) for metrics in found.values())]
         for name, label in PAPER.items()
-        if name in first or name in last
+        if any(name in metrics for metrics in found.values())
     ]
     dropped = [
         f"{number} {words}"
-        for policy, words in zip(POLICIES, policy_names(summary))
+        for policy, words in evaluated(summary).items()
         if (number := answers_dropped(summary, policy)) is not None
     ]
     left_out = f" Left out here: {', '.join(dropped)}." if dropped else ""
@@ -128,24 +131,25 @@ def _paper(summary: Mapping[str, Any]) -> str:
     )
     return details(
         "As the published evaluation computes them",
-        (table(["", *policy_names(summary)], rows) + note if rows else "") + missing,
+        table(["", *found], rows) + note + missing if rows or missing else "",
         unfolded=paper_first(summary),
     )
 
 
 def by_disease(summary: Mapping[str, Any]) -> str:
     """F1 as a chart, and a table of every metric for each policy. Empty without them."""
-    before, after = per_disease(summary, "sft"), per_disease(summary, "grpo")
-    names, policies = list(dict.fromkeys([*before, *after])), policy_names(summary)
+    policies = evaluated(summary)
+    scores = {words: per_disease(summary, policy) for policy, words in policies.items()}
+    names = list(dict.fromkeys(name for by_name in scores.values() for name in by_name))
     rows = [
-        IntervalRow(label=name, values=[one.triple if one else None for one in (before.get(name), after.get(name))])
-        for name in names
+        IntervalRow(label=n, values=[one.triple if (one := given.get(n)) else None for given in scores.values()])
+        for n in names
     ]
-    chart = interval_chart("F1 by disease, greedy answer", policies, rows, "Dots: F1; bars: 95 % intervals.")
-    numbers = table(["", *policies], [[cell(n), _cell(before.get(n)), _cell(after.get(n))] for n in names])
+    chart = interval_chart("F1 by disease, greedy answer", list(scores), rows, "Dots: F1; bars: 95 % intervals.")
+    numbers = table(["", *scores], [[cell(n), *(_cell(given.get(n)) for given in scores.values())] for n in names])
     tables = "".join(
-        details(f"every metric by disease, {words}", found, unfolded=policy == "grpo")
-        for policy, words in zip(POLICIES, policies)
+        details(f"every metric by disease, {words}", found, unfolded=policy == list(policies)[-1])
+        for policy, words in policies.items()
         if (found := _disease_table(block(summary, "evaluation", policy, "by_disease")))
     )
     shown = f'<div class="charts">{chart}</div>{details("F1 as numbers", numbers)}' if names else ""
@@ -176,7 +180,7 @@ def _disease_table(diseases: Mapping[str, Any]) -> str:
 def calibration(summary: Mapping[str, Any]) -> str:
     """The reliability chart and its numbers. Empty without sampled answers."""
     series, tables = [], []
-    for policy, words in zip(POLICIES, policy_names(summary)):
+    for policy, words in evaluated(summary).items():
         given = block(summary, "evaluation", policy).get("reliability")
         bins = [one for one in given if isinstance(one, Mapping)] if isinstance(given, list) else []
         points, rows = [], []
@@ -197,6 +201,11 @@ def calibration(summary: Mapping[str, Any]) -> str:
 
 def _cell(found: Estimate | None, css: str = "") -> str:
     return cell(f"{found.value:.3f}", found.interval, css) if found is not None else cell("-", css=css)
+
+
+def _changes(name: str, found: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+    """The column of changes, where there are two policies."""
+    return [_change(name, *(metrics.get(name) for metrics in found.values()))] if len(found) == 2 else []
 
 
 def _change(name: str, before: Estimate | None, after: Estimate | None) -> str:

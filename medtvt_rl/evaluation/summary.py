@@ -92,10 +92,18 @@ def block(summary: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def evaluated(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Policy -> what it is called: before and after GRPO, or the one model that was evaluated."""
+    stages = block(summary, "stages")
+    first = "before GRPO" if stages and "sft" not in stages else "after SFT"
+    told = block(summary, "evaluation", "policies") or {"sft": first, "grpo": "after GRPO"}
+    return {str(policy): str(words) for policy, words in told.items()}
+
+
 def policy_metrics(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:
-    """Metric -> estimate of `policy` ("sft" or "grpo"), in the order of METRICS; then a task's own."""
-    evaluated = block(summary, "evaluation", policy)
-    values = block(evaluated, "metrics") or evaluated
+    """Metric -> estimate of `policy`, one of `evaluated`, in the order of METRICS; then a task's own."""
+    found_for = block(summary, "evaluation", policy)
+    values = block(found_for, "metrics") or found_for
     own = [name for name in values if "value" in block(values, name) and not name.startswith(PER_DISEASE)]
     found = {name: estimate(values.get(name)) for name in dict.fromkeys([*METRICS, *own])}
     return {name: one for name, one in found.items() if one is not None}
@@ -132,12 +140,6 @@ def is_medical(summary: Mapping[str, Any]) -> bool:
     return summary.get("medical") is not False
 
 
-def policy_names(summary: Mapping[str, Any]) -> tuple[str, str]:
-    """What the two evaluated policies are called."""
-    stages = block(summary, "stages")
-    return "before GRPO" if stages and "sft" not in stages else "after SFT", "after GRPO"
-
-
 def metric_names(*policies: Mapping[str, Estimate]) -> list[str]:
     """Metrics that one of the policies has: those of METRICS first, in their order."""
     found = dict.fromkeys(name for policy in policies for name in policy)
@@ -156,11 +158,17 @@ def gained_metric(summary: Mapping[str, Any], metrics: Mapping[str, Estimate]) -
     return "sampled reward" if "reward" in metrics else "the main metric"
 
 
+def remarks(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the result must know of the model."""
+    found = block(summary, "evaluation").get("remarks")
+    return [str(remark) for remark in found] if isinstance(found, list) else []
+
+
 def per_disease(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:
     """Disease -> F1 of `policy`."""
-    evaluated = block(summary, "evaluation", policy)
-    values = {**block(evaluated, "metrics"), **block(evaluated, "per_disease")}
-    listed = block(evaluated, "per_disease")
+    found_for = block(summary, "evaluation", policy)
+    values = {**block(found_for, "metrics"), **block(found_for, "per_disease")}
+    listed = block(found_for, "per_disease")
     found = {
         name.removeprefix(PER_DISEASE): estimate(value)
         for name, value in values.items()

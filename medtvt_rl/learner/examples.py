@@ -21,6 +21,7 @@ from medtvt_rl.data.medtvt_qa import QAExample, QAKind
 from medtvt_rl.data.study_build import store_folder
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.task import prompt_token_ids, without
+from medtvt_rl.data.tokenizer import answer_lead
 from medtvt_rl.dotted import resolve
 from medtvt_rl.learner.scoring import ScoredSequence
 from medtvt_rl.types import MODALITIES, Example
@@ -74,10 +75,11 @@ class TaskExamples:
             raise ValueError(f"{source}: it gave no example, expected at least one")
         if wrong := [example for example in examples if not isinstance(example, Example)]:
             raise ValueError(f"{source}: it gave a {type(wrong[0]).__name__}, expected medtvt_rl.types.Example")
+        lead = answer_lead(tokenizer)
         self._sequences = [
             ScoredSequence(
                 prompt_ids=example.prompt.token_ids,
-                completion_ids=answer_token_ids(tokenizer, example.answer),
+                completion_ids=answer_token_ids(tokenizer, lead + example.answer),
                 item_id=example.prompt.item_id,
             )
             for example in examples
@@ -125,7 +127,7 @@ class QaExamples:
         if not examples:
             raise ValueError("examples: there are none; check data.qa and the problems.csv of the study store")
         self._examples, self._withholding = list(examples), withholding
-        self._tokenizer = tokenizer
+        self._tokenizer, self._lead = tokenizer, answer_lead(tokenizer)
         questions = {example.question for example in self._examples}
         self._prompts = {question: encode_question(question) for question in questions}
         self._answers: dict[str, NDArray[np.int32]] = {}
@@ -154,9 +156,9 @@ class QaExamples:
         )
 
     def _encode_answer(self, answer: str) -> NDArray[np.int32]:
-        """The answer's tokens and the end token; answers repeat from epoch to epoch."""
+        """The answer's tokens, as the model is to write them, and the end token; answers repeat from epoch to epoch."""
         if answer not in self._answers:
-            self._answers[answer] = answer_token_ids(self._tokenizer, answer)
+            self._answers[answer] = answer_token_ids(self._tokenizer, self._lead + answer)
         return self._answers[answer]
 
 

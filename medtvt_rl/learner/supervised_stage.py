@@ -160,6 +160,8 @@ class StageRank:
         if engine.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
+        if self._task.stage == "pretrain" or self._task.settings.modality_dropout > 0:
+            engine.policy.config.untrained_stand_ins = False
         save_policy(engine, folder)
         if engine.rank == 0:
             self._tokenizer.save_pretrained(folder)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from medtvt_rl.algorithm.packing import micro_batches
+from medtvt_rl.data.tokenizer import stop_token_ids
 from medtvt_rl.learner.engine import TrainingEngine
 from medtvt_rl.learner.scoring import ItemSource, ScoredSequence, build_batch, load_items, whole_rows
 from medtvt_rl.rewards.config import RewardConfig
@@ -96,9 +97,10 @@ class SampledRewards:
         return [group[i : i + size] for group in by_length.values() for i in range(0, len(group), size)]
 
     def _sample(self, prompts: Sequence[Prompt]) -> list[list[list[int]]]:
-        """Token ids of `num_samples` answers for each prompt, cut after the end token."""
+        """Token ids of `num_samples` answers for each prompt, cut after the first token that ends an answer."""
         policy: Any = self._engine.policy
         generator = policy if hasattr(policy, "generate") else policy.model
+        stops = stop_token_ids(self._tokenizer, getattr(generator, "generation_config", None))
         input_ids = torch.from_numpy(np.stack([p.token_ids for p in prompts]).astype(np.int64)).to(self._engine.device)
         stacked, index = load_items([p.item_id for p in prompts], self._items, self._engine.dtype)
         extra = {} if stacked is None else {name: value.to(self._engine.device) for name, value in stacked.items()}
@@ -113,16 +115,12 @@ class SampledRewards:
             top_k=max(self._sampling.top_k, 0),
             max_new_tokens=self._sampling.max_new_tokens,
             num_return_sequences=self._num_samples,
-            eos_token_id=self._tokenizer.eos_token_id,
+            eos_token_id=stops,
             pad_token_id=self._tokenizer.pad_token_id,
             **extra,
         )
-        rows = [self._cut(row) for row in sampled[:, input_ids.shape[1] :].tolist()]
+        rows = [_cut(row, stops) for row in sampled[:, input_ids.shape[1] :].tolist()]
         return [rows[i : i + self._num_samples] for i in range(0, len(rows), self._num_samples)]
-
-    def _cut(self, tokens: list[int]) -> list[int]:
-        end = self._tokenizer.eos_token_id
-        return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
     def _count(self, prompt: Prompt, answers: Sequence[list[int]], sums: dict[str, float]) -> None:
         texts = [self._tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
@@ -139,3 +137,8 @@ class SampledRewards:
         values = torch.tensor([sums[name] for name in names], dtype=torch.float64)
         totals = self._engine.all_reduce(values, "sum").tolist()
         return {name: value / max(totals[0], 1.0) for name, value in zip(names[1:], totals[1:])}
+
+
+def _cut(tokens: list[int], stops: Sequence[int]) -> list[int]:
+    end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[: end + 1]

@@ -160,6 +160,9 @@ def _fit_vocabulary(model: Any, tokenizer: Any, placeholders: list[int]) -> None
                 noise = torch.randn_like(weight[rows:]) * weight[:rows].std(dim=0)
                 weight[rows:] = weight[:rows].mean(dim=0) + 0.1 * noise
     model.config.placeholder_token_ids = placeholders
+    stops = model.generation_config.eos_token_id
     for settings in (model.config, model.language_model.config, model.generation_config):
         for name, value in _special_ids(tokenizer).items():
             setattr(settings, name, value)
+    if isinstance(stops, list):
+        model.generation_config.eos_token_id = sorted({*stops, tokenizer.eos_token_id})

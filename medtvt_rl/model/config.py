@@ -7,6 +7,11 @@ from typing import Any, Literal
 
 from medtvt_rl.data.config import Normalisation
 
+UNTRAINED_STAND_INS = (
+    "The published model knows no missing modality: what stands in for one is random until a stage with "
+    "modality_dropout trains it."
+)
+
 
 @dataclass
 class BackboneConfig:

@@ -79,7 +79,8 @@ class KeptAdapter:
 
 
 def write_adapter(folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], rank: int, base: Path) -> None:
-    """Writes folder/adapter, which `peft.PeftModel.from_pretrained` reads upon the model in `base`; its scale is 1."""
+    """Writes folder/adapter, which `peft.PeftModel.from_pretrained` reads upon the model in `base`, loaded with
+    `merge_adapter=False`; its scale is 1."""
     from peft import LoraConfig
 
     target = folder / ADAPTER_FOLDER

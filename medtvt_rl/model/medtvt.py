@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from medtvt_rl.model.config import CxrEncoderConfig, EcgEncoderConfig, LabEncoderConfig, PerceptionConfig
+from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.token_tree import TokenTree, tree_states
 from medtvt_rl.model.tower import StudyTower
@@ -37,6 +38,7 @@ class MedTVTConfig(LlamaConfig):
         ecg, cxr, lab, perception: fields of the dataclasses in model/config.py.
         placeholder_token_ids: ids of <ecg>, <cxr>, <lab>.
         ignored_label: a label that counts as -100 does, for labels padded with it; None where there is none.
+        untrained_stand_ins: what stands in for a missing modality is random, because no training has seen one missing.
     """
 
     model_type = "medtvt"
@@ -47,6 +49,7 @@ class MedTVTConfig(LlamaConfig):
     perception: dict[str, Any] | None = None
     placeholder_token_ids: list[int] | None = None
     ignored_label: int | None = None
+    untrained_stand_ins: bool = False
 
     @property
     def tokens_per_modality(self) -> int:
@@ -55,7 +58,7 @@ class MedTVTConfig(LlamaConfig):
 
     @property
     def study_placeholders(self) -> list[int]:
-        """The 3K placeholder ids of a study in the order in which a prompt must hold them."""
+        """The 3K placeholder ids of a study in the order of its tokens."""
         if self.placeholder_token_ids is None or len(self.placeholder_token_ids) != len(MODALITIES):
             raise ValueError(
                 f"placeholder_token_ids: {self.placeholder_token_ids}, expected the ids of <ecg>, <cxr>, <lab>; "
@@ -75,35 +78,54 @@ class MedTVTConfig(LlamaConfig):
 
 
 def place_study_tokens(input_ids: Tensor, embeddings: Tensor, tokens: Tensor, placeholders: list[int]) -> Tensor:
-    """Puts each row's study tokens where its prompt holds placeholders.
+    """Puts each row's study tokens where its prompt holds placeholders, in whatever order it names the modalities.
 
     Only the first 3K placeholders of a row are the study; one that the model itself sampled later stays text, as it
-    does in the rollout engine.
+    does in the rollout engine. So a prompt may not name a modality twice, as it may in the published implementation.
 
     Args:
         input_ids: [B, T].
         embeddings: [B, T, D] of input_ids.
         tokens: [B, 3K, D].
-        placeholders: 3K ids in their order in the prompt.
+        placeholders: 3K ids, those of `tokens`.
 
     Returns:
         [B, T, D].
 
     Raises:
-        ValueError: a row does not start its placeholders with exactly these, in this order.
+        ValueError: a row does not start its placeholders with exactly these, in some order.
     """
-    expected = torch.tensor(placeholders, device=input_ids.device)
-    is_placeholder = torch.isin(input_ids, expected)
+    is_placeholder = torch.isin(input_ids, torch.tensor(placeholders, device=input_ids.device))
     is_study = is_placeholder & (is_placeholder.cumsum(dim=1) <= len(placeholders))
     found = is_study.sum(dim=1)
-    if bool((found != len(placeholders)).any()) or bool(
-        (input_ids[is_study].view(len(input_ids), -1) != expected).any()
-    ):
+    whole = not bool((found != len(placeholders)).any())
+    order = study_order(input_ids[is_study].view(len(input_ids), -1), placeholders) if whole else None
+    if order is None:
         raise ValueError(
             f"input_ids: rows hold {found.tolist()} placeholders, expected the {len(placeholders)} ids {placeholders} "
-            "in this order in every row; expand <ecg>, <cxr>, <lab> exactly once, when the prompt is built"
+            "in some order in every row; expand <ecg>, <cxr>, <lab> exactly once, when the prompt is built"
         )
-    return embeddings.masked_scatter(is_study.unsqueeze(-1), tokens.to(embeddings.dtype))
+    ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
+    return embeddings.masked_scatter(is_study.unsqueeze(-1), ordered.to(embeddings.dtype))
+
+
+def study_order(found: Tensor, placeholders: list[int]) -> Tensor | None:
+    """Which of a study's tokens stands at each placeholder of a prompt; those of one modality keep their own order.
+
+    Args:
+        found: [B, 3K] ids, as the prompts hold them.
+        placeholders: 3K ids, those of the study's tokens.
+
+    Returns:
+        [B, 3K] int64; None where a row holds others, or one too often.
+    """
+    expected = torch.tensor(placeholders, device=found.device)
+    # The place at which a modality's tokens begin, for each placeholder that was found.
+    begins = (found.unsqueeze(-1) == expected).int().argmax(dim=-1)
+    places = begins.argsort(dim=1, stable=True)
+    if bool((found.gather(1, places) != expected).any()):
+        return None
+    return places.argsort(dim=1)
 
 
 class MedTVTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -142,6 +164,17 @@ class MedTVTForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replaces the output layer."""
         self.language_model.lm_head = value
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of any model. Low-rank pairs that the folder keeps beside its weights (kept_adapter.py) are merged; with
+        `merge_adapter=False` they are left out, as `peft.PeftModel` wants its base."""
+        merge = kwargs.pop("merge_adapter", True)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        kept = read_adapter(pretrained_model_name_or_path) if merge and pretrained_model_name_or_path else None
+        if kept is not None:
+            kept.merge_into(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @property
     def output_weight(self) -> Tensor:
@@ -250,9 +283,12 @@ class MedTVTForCausalLM(PreTrainedModel, GenerationMixin):
 def load_exactly(kind: Any, folder: str | Path, dtype: torch.dtype | str) -> Any:
     """`kind.from_pretrained(folder)`, but weights that are missing, left over or of another size are an error.
 
+    An adapter beside the weights is left to the caller.
+
     Raises:
         ValueError: weights and configuration of the folder do not fit each other exactly.
     """
+    own = {"merge_adapter": False} if issubclass(kind, MedTVTForCausalLM) else {}
     model, report = kind.from_pretrained(
         folder,
         dtype=dtype,
@@ -260,6 +296,7 @@ def load_exactly(kind: Any, folder: str | Path, dtype: torch.dtype | str) -> Any
         ignore_mismatched_sizes=True,
         use_safetensors=True,
         trust_remote_code=False,
+        **own,
     )
     faults = {key: sorted(map(str, value)) for key, value in report.items() if value}
     if faults:

@@ -7,6 +7,8 @@ written (reference_folder.py), or the checkpoint files, which are no part of thi
 
 from __future__ import annotations
 
+import argparse
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +29,7 @@ EMBEDDINGS = "llama.tok_embeddings.weight"
 WRAPPERS = ("model", "state_dict", "ecg_model")
 MAX_LISTED = 50
 ROWS_AT_ONCE = 512
+FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 STAND_IN = "study_tower.perception.stand_in"
 
 
@@ -39,12 +42,16 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
         ValueError: it isn't a file that torch saved, or it holds something else than named tensors.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # The published training keeps its command line beside the weights: a bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        # torch's own words advise to load it all the same.
+        found = FOREIGN.search(str(error))
+        reason = f"it holds {found[1]}" if found else "it holds something else, or is none"
         raise ValueError(
             f"{path}: not a file of plain tensors ({reason}); load it where it was made, and save its state_dict alone"
-        ) from error
+        ) from None
     except Exception as error:  # a damaged file fails in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
@@ -80,6 +87,18 @@ class Weight:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+class LayoutError(ValueError):
+    """Entries of a checkpoint that are not those of its layout.
+
+    Attributes:
+        listing: all of them, a line each; "" where the message itself has them all.
+    """
+
+    def __init__(self, message: str, listing: str) -> None:
+        super().__init__(message)
+        self.listing = listing
+
+
 class PublishedCheckpoint:
     """A checkpoint whose entries are exactly those of its sizes.
 
@@ -89,7 +108,7 @@ class PublishedCheckpoint:
         dtype: the widest of its floating point entries.
 
     Raises:
-        ValueError: entries are missing, unknown, of another shape or kind; the message lists them.
+        LayoutError: entries are missing, unknown, of another shape or kind; the message lists them.
     """
 
     def __init__(self, state: Mapping[str, Tensor], sizes: PublishedSizes) -> None:
@@ -190,9 +209,11 @@ class PublishedCheckpoint:
             faults["stored twice with different values"] = self._different_copies()
         told = [f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults.items() if names]
         if told:
-            raise ValueError(
+            lines = [f"{fault}: {name}" for fault, names in faults.items() for name in names]
+            raise LayoutError(
                 f"checkpoint: of {len(layout)} entries {'; '.join(told)}. Is it a MedTVT-R1 checkpoint, and are "
-                "the parameter files its own?"
+                "the parameter files its own?",
+                "\n".join(lines) if max(map(len, faults.values())) > MAX_LISTED else "",
             )
 
     def _different_copies(self) -> list[str]:

@@ -15,19 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medtvt_rl.data.special_tokens import PUBLISHED_TOKENS, REQUIRED, check_special_tokens
+from medtvt_rl.data.labs import PERCENTILES_FILE, percentiles_of_table
+from medtvt_rl.data.special_tokens import END_OF_TEXT, PUBLISHED_TOKENS, REQUIRED, check_special_tokens
 from medtvt_rl.model.config import EcgEncoderConfig, LabEncoderConfig, PerceptionConfig, kept_settings
 from medtvt_rl.model.published_layout import LAB_WIDTHS
 from medtvt_rl.model.published_sizes import PublishedSizes
-from medtvt_rl.model.reference_checkpoint import PublishedCheckpoint, Weight, read_published
+from medtvt_rl.model.reference_checkpoint import LayoutError, PublishedCheckpoint, Weight, read_published
 from medtvt_rl.model.safetensors_stream import write_safetensors
 from medtvt_rl.model.seal import seal
 
 RESIDUAL_SCALE = 0.01
 # The published loss leaves out labels of this id, which is that of its padding.
 IGNORED_LABEL = 0
-SPECIAL_IDS = {"bos_token_id": "<|begin_of_text|>", "eos_token_id": "<|eot_id|>"}
-STOPS = ("<|end_of_text|>", "<|eot_id|>")
+SPECIAL_IDS = {"bos_token_id": "<|begin_of_text|>", "eos_token_id": END_OF_TEXT}
+STOPS = (END_OF_TEXT, "<|eot_id|>")
 SHARD_BYTES = 2 * 1024**3
 
 Progress = Callable[[int, int], None]
@@ -64,7 +65,10 @@ def import_reference(
     *,
     special_tokens: Mapping[str, int] = PUBLISHED_TOKENS,
     tokenizer: Path | None = None,
+    keep_template: bool = False,
+    answer_tokens: bool = False,
     keep_adapter: bool = False,
+    labs_csv: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Imported:
     """Writes `out`, from which MedTVTForCausalLM.from_pretrained gives the function of the published model.
@@ -74,18 +78,23 @@ def import_reference(
     Args:
         special_tokens: token -> id; <ecg>, <cxr>, <lab>, and any others that have ids of their own.
         tokenizer: a Hugging Face folder, whose tokens are given these ids; without it `out` has no tokenizer.
+        keep_template: its own chat template and end token stay; otherwise a prompt has the published form.
+        answer_tokens: `<think>` and its kin are tokens of the tokenizer; the published model read them as text.
+        labs_csv: the table of the training patients, whose percentiles `diagnose` needs to read laboratory values.
         keep_adapter: low-rank pairs go to `out`/adapter, as a peft adapter, and not into the weights.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        ValueError: a file cannot be used, or `out` holds something. `out` is not touched then.
+        ValueError: a file cannot be used, or `out` holds something. `out` is not touched then; a list of entries that
+            is too long for the message is written beside it.
     """
     out = out.absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out}: it exists; remove it, or choose another folder")
     sizes = PublishedSizes.read(params, vit_config)
-    source = PublishedCheckpoint(read_published(checkpoint), sizes)
+    source = _source(checkpoint, sizes, out)
     check_special_tokens(special_tokens, source.vocab_size)
+    table = None if labs_csv is None else percentiles_of_table(labs_csv).smoothed()
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -95,11 +104,16 @@ def import_reference(
         if tokenizer is not None:
             from medtvt_rl.data.token_places import write_tokenizer
 
-            ids, left_out = write_tokenizer(tokenizer, partial, special_tokens, source.vocab_size)
+            ids, left_out = write_tokenizer(
+                tokenizer, partial, special_tokens, source.vocab_size, keep_template, answer_tokens
+            )
         stops = [special_tokens[token] for token in STOPS if token in special_tokens]
+        stops += [token for name, token in ids.items() if name == "eos_token_id" and stops and token not in stops]
         _write_json(partial / "config.json", {**_config(source, sizes, special_tokens), **ids})
         _write_json(partial / "generation_config.json", {**ids, **({"eos_token_id": stops} if stops else {})})
         num_bytes = _write_weights(partial, source.weights(merge=not keep_adapter), progress)
+        if table is not None:
+            table.save(partial / PERCENTILES_FILE)
         if keep_adapter:
             from medtvt_rl.model.kept_adapter import write_adapter
 
@@ -117,6 +131,18 @@ def import_reference(
         film_size=sizes.film.image_size,
         tokens_left_out=left_out,
     )
+
+
+def _source(checkpoint: Path, sizes: PublishedSizes, out: Path) -> PublishedCheckpoint:
+    try:
+        return PublishedCheckpoint(read_published(checkpoint), sizes)
+    except LayoutError as error:
+        if not error.listing:
+            raise
+        path = out.with_name(f"{out.name}.entries.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{error.listing}\n", encoding="utf-8")
+        raise ValueError(f"{error} All of them are listed in {path}") from error
 
 
 def _config(source: PublishedCheckpoint, sizes: PublishedSizes, special_tokens: Mapping[str, int]) -> dict[str, Any]:
@@ -141,6 +167,7 @@ def _config(source: PublishedCheckpoint, sizes: PublishedSizes, special_tokens: 
         "tie_word_embeddings": False,
         "placeholder_token_ids": [special_tokens[token] for token in REQUIRED],
         "ignored_label": IGNORED_LABEL,
+        "untrained_stand_ins": True,
         "ecg": kept_settings(EcgEncoderConfig(kind="xresnet1d101")),
         "cxr": kept_settings(sizes.film),
         "lab": kept_settings(LabEncoderConfig(kind="normalised", widths=list(LAB_WIDTHS))),

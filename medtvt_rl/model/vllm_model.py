@@ -7,6 +7,7 @@ tower is the very module of training. Does not own: registration (vllm_plugin.py
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
-from medtvt_rl.model.medtvt import ITEM_KEYS, MedTVTConfig
+from medtvt_rl.model.medtvt import ITEM_KEYS, MedTVTConfig, study_order
 from medtvt_rl.model.vllm_heads import padded_heads
 from medtvt_rl.types import MODALITIES
 
 STUDY = "study"
+ORDER = "study_order"
 
 
 class StudyBatch(ProcessorBatchItems):
@@ -91,7 +93,34 @@ class StudyDummyInputs(BaseDummyInputsBuilder[StudyProcessingInfo]):
 
 
 class StudyProcessor(BaseMultiModalProcessor[StudyProcessingInfo]):
-    """Stacks a study's arrays and finds its placeholders, which the prompt already holds in full."""
+    """Stacks a study's arrays and finds its placeholders, which the prompt already holds in full.
+
+    The order in which a prompt names the modalities travels as a processor option, so that the same study in another
+    order is another item to vLLM's caches.
+    """
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """As of any model."""
+        _, order = self._places(inputs.prompt) if inputs.mm_data_items.get(STUDY) else ([], [])
+        if order != sorted(order):
+            words = " ".join(map(str, order))
+            inputs = replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, ORDER: words})
+        return super().apply(inputs, timing_ctx)
+
+    def _places(self, token_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Where the study's placeholders are, and which of its tokens stands at each."""
+        expected = self.info.study_config.study_placeholders
+        kinds = set(expected)
+        places = [i for i, token in enumerate(token_ids) if token in kinds][: len(expected)]
+        found = torch.tensor([[token_ids[i] for i in places]])
+        order = study_order(found, expected) if len(places) == len(expected) else None
+        if order is None:
+            raise ValueError(
+                f"prompt: {len(places)} study placeholders {found[0].tolist()}, expected the {len(expected)} ids "
+                f"{expected} in some order; expand <ecg>, <cxr>, <lab> exactly once, when the prompt is built: the "
+                "engine does not expand them"
+            )
+        return places, order[0].tolist()
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         studies = hf_data["studies"]
@@ -103,12 +132,15 @@ class StudyProcessor(BaseMultiModalProcessor[StudyProcessingInfo]):
             name: torch.stack([torch.as_tensor(s[name], dtype=torch.float32) for s in studies]) for name in MODALITIES
         }
         tensors["present"] = torch.stack([torch.as_tensor(s["present"], dtype=torch.bool) for s in studies])
+        words = str(hf_kwargs.get(ORDER, ""))
+        order = [int(word) for word in words.split()] or range(len(self.info.study_config.study_placeholders))
+        tensors[ORDER] = torch.tensor([list(order)] * len(studies))
         return BatchFeature(tensors)
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        return {name: MultiModalFieldConfig.batched(STUDY) for name in ITEM_KEYS}
+        return {name: MultiModalFieldConfig.batched(STUDY) for name in (*ITEM_KEYS, ORDER)}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
@@ -126,15 +158,7 @@ class StudyProcessor(BaseMultiModalProcessor[StudyProcessingInfo]):
         """
         if not mm_prompt_updates.get(STUDY):
             return token_ids, {}
-        expected = self.info.study_config.study_placeholders
-        kinds = set(expected)
-        positions = [i for i, token in enumerate(token_ids) if token in kinds][: len(expected)]
-        if [token_ids[i] for i in positions] != expected:
-            raise ValueError(
-                f"prompt: {len(positions)} study placeholders {[token_ids[i] for i in positions]}, expected the "
-                f"{len(expected)} ids {expected} in this order; expand <ecg>, <cxr>, <lab> exactly once, when the "
-                "prompt is built: the engine does not expand them"
-            )
+        positions, _ = self._places(token_ids)
         start, end = positions[0], positions[-1] + 1
         is_study = torch.zeros(end - start, dtype=torch.bool)
         is_study[[i - start for i in positions]] = True
@@ -173,12 +197,13 @@ class MedTVTForCausalLM(nn.Module, SupportsMultiModal):
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
-        """Soft tokens of each study, a list of [3K, D]."""
+        """Soft tokens of each study in the order of its prompt's placeholders, a list of [3K, D]."""
         if "ecg" not in kwargs:
             return []
         self.num_studies_encoded += len(kwargs["ecg"])
         tokens, _ = self.study_tower(*(kwargs[name] for name in MODALITIES), kwargs["present"])
-        return list(tokens.unbind(0))
+        order = kwargs[ORDER].to(tokens.device)
+        return list(tokens.gather(1, order.unsqueeze(-1).expand_as(tokens)).unbind(0))
 
     def forward(
         self,

@@ -71,7 +71,8 @@ def test_the_recipe_reads_it(root: Path, tmp_path: Path) -> None:
         for kind in ("ecg", "cxr", "lab", "diagnosis"):
             assert sorted(example.study_id for example in store.qa(split, kind)) == sorted(ids)
     question = store.qa("test", "diagnosis")[0].question
-    assert "<" not in question
+    assert question.startswith("<ecg><cxr><lab>\n") and "<" not in question[15:]
+    assert "<" not in store.qa("train", "ecg")[0].question, "one placeholder alone is not kept"
     by_id = {row["hadm_id"]: row for row in rows(root, "train")}
     percentile = store.study(train[3]).lab_percentiles[16]
     assert percentile == pytest.approx(float(by_id[train[3]]["50912_percentile"]), abs=1e-6)

@@ -292,10 +292,23 @@ def test_entries_are_joined_by_path_where_they_have_no_id(data_root: Path, store
     }
 
 
-def test_placeholders_in_questions_are_removed(data_root: Path) -> None:
-    spoken = "<ecg><image> <lab>\nWhat is it?"
-    edit_questions(data_root, "diagnosis_train.json", lambda es: es[0]["messages"][0].update(content=spoken))
-    assert StudyStore.build(config_for(data_root)).qa("train", "diagnosis")[0].question == "What is it?"
+def test_placeholders_stay_in_questions_that_name_each_once(data_root: Path) -> None:
+    spoken = {
+        "<ecg><image> <lab>\nWhat is it?": "What is it?",
+        "<ecg> What is it?": "What is it?",
+        "<ecg><cxr><lab>What is it?": "What is it?",
+        "<ecg><cxr><lab> <lab>What is it?": "What is it?",
+        "<ecg><cxr><lab>\nWhat is it?": "<ecg><cxr><lab>\nWhat is it?",
+        "Read <lab>, <ecg> and <cxr>.": "Read <lab>, <ecg> and <cxr>.",
+    }
+
+    def change(entries: list[Any]) -> None:
+        for entry, question in zip(entries, spoken):
+            entry["messages"][0]["content"] = question
+
+    edit_questions(data_root, "diagnosis_train.json", change)
+    found = StudyStore.build(config_for(data_root)).qa("train", "diagnosis")
+    assert [example.question for example in found[: len(spoken)]] == list(spoken.values())
 
 
 def test_too_much_that_is_unusable_ends_the_build(data_root: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from medtvt_rl.config import Config
 from medtvt_rl.data.config import FilmConfig
@@ -21,6 +21,7 @@ from medtvt_rl.data.tokenizer import (
     adapt_tokenizer,
     build_tokenizer,
     modality_token_ids,
+    stop_token_ids,
     train_tokenizer,
 )
 
@@ -111,6 +112,44 @@ def test_a_chat_template_gives_the_prompt_and_the_end_of_an_answer(eos_token: st
     turn = "<|im_start|>user\n<ecg><cxr><lab>Why?<|im_end|>\n<|im_start|>assistant\n"
     assert adapted.decode(ids) == f"<|begin|>{turn}" and (ids == 0).sum() == 1
     assert adapted.eos_token == "<|im_end|>" and adapted.pad_token not in (None, adapted.eos_token)
+
+
+def test_answer_tags_that_a_tokenizer_has_as_special_ones_are_decoded(tmp_path: Path) -> None:
+    source = chat_tokenizer("<|im_end|>")
+    source.add_special_tokens({"additional_special_tokens": list(ANSWER_TOKENS)})
+    adapt_tokenizer(source).save_pretrained(tmp_path)
+    found, text = AutoTokenizer.from_pretrained(tmp_path), "<think>a</think><answer>b</answer>"
+    ids = found.encode(text, add_special_tokens=False)
+    assert len(ids) == 6 and found.decode([*ids, found.eos_token_id], skip_special_tokens=True) == text
+    assert found.encode("<ecg>", add_special_tokens=False) == [modality_token_ids(found)["ecg"]]
+
+
+@pytest.mark.parametrize(
+    "dated",
+    [
+        "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+        "Today Date: {{ date_string }}. ",
+        "It is {{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}. ",
+    ],
+)
+def test_a_prompt_does_not_depend_on_the_day(dated: str) -> None:
+    source = chat_tokenizer("<|im_end|>")
+    source.chat_template = dated + CHATML
+    adapted = adapt_tokenizer(source)
+    text = adapted.decode(prompt_token_ids(adapted, "Why?", 1))
+    assert text.startswith(("Today Date: 26 Jul 2024. ", "It is 2024-07-26 00:00:00.000000. "))
+
+
+def test_placeholders_stay_where_a_question_names_each_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = prompt_token_ids(tokenizer, "See <lab>, <ecg> and <cxr>.", 2)
+    assert tokenizer.decode(ids) == "<bos><user>See <lab><lab>, <ecg><ecg> and <cxr><cxr>.<assistant>"
+
+
+def test_whatever_ends_an_answer_is_known(tokenizer: PreTrainedTokenizerFast) -> None:
+    end = tokenizer.eos_token_id
+    assert stop_token_ids(tokenizer, None) == stop_token_ids(tokenizer, GenerationConfig()) == [end]
+    assert stop_token_ids(tokenizer, GenerationConfig(eos_token_id=[end, 600, 500])) == sorted({end, 500, 600})
+    assert stop_token_ids(tokenizer, GenerationConfig(eos_token_id=600)) == sorted({end, 600})
 
 
 def test_a_template_that_ends_without_a_special_token_leaves_the_end_token() -> None:

@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medtvt_rl.data.special_tokens import PUBLISHED_TOKENS, check_special_tokens, read_special_tokens
+from medtvt_rl.data.task import prompt_token_ids
 from medtvt_rl.data.token_places import with_places, write_tokenizer
-from medtvt_rl.data.tokenizer import train_tokenizer
+from medtvt_rl.data.tokenizer import ANSWER_TOKENS, adapt_tokenizer, answer_lead, train_tokenizer
+from medtvt_rl.rewards.jaccard import jaccard_reward
 
 STOCK = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
@@ -48,7 +50,9 @@ def test_the_published_ids_reached_from_the_stock_order(tmp_path: Path) -> None:
     text = source.encode("the lungs are clear", add_special_tokens=False)
     source.save_pretrained(tmp_path / "stock")
     (tmp_path / "out").mkdir()
-    ids, left_out = write_tokenizer(tmp_path / "stock", tmp_path / "out", TOKENS, num_rows=288)
+    ids, left_out = write_tokenizer(
+        tmp_path / "stock", tmp_path / "out", TOKENS, num_rows=288, keep_template=True, answer_tokens=True
+    )
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert {name: found.convert_tokens_to_ids(name) for name in TOKENS} == TOKENS
     assert len(found) == 288 and all("reserved" in name for name in left_out)
@@ -61,6 +65,56 @@ def test_the_published_ids_reached_from_the_stock_order(tmp_path: Path) -> None:
     assert [i for i in encoded if i in (262, 263, 264)] == [262, 263, 264]
     answer = found.encode("<think>a</think><|eot_id|>", add_special_tokens=False)
     assert found.decode(answer, skip_special_tokens=True) == "<think>a</think>"
+
+
+QUESTION = "Read <ecg> then the film <cxr> and <lab>"
+ANSWER = "<think> a </think> <answer> Sepsis </answer>"
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> PreTrainedTokenizerFast:
+    """The stock tokenizer as an import leaves it."""
+    llama_like().save_pretrained(tmp_path / "stock")
+    (tmp_path / "out").mkdir()
+    ids, _ = write_tokenizer(tmp_path / "stock", tmp_path / "out", TOKENS, num_rows=288)
+    assert ids["eos_token_id"] == TOKENS["<|end_of_text|>"]
+    return AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+def test_a_prompt_is_what_the_published_model_was_trained_on(published: PreTrainedTokenizerFast) -> None:
+    def text(words: str) -> list[int]:
+        return published.encode(words, add_special_tokens=False)
+
+    expected = [TOKENS["<|begin_of_text|>"], *text("Read "), TOKENS["<ecg>"], *text(" then the film ")]
+    expected += [TOKENS["<cxr>"], *text(" and "), TOKENS["<lab>"]]
+    assert prompt_token_ids(published, QUESTION, 1).tolist() == expected
+    in_front = [TOKENS[name] for name in ("<|begin_of_text|>", "<ecg>", "<cxr>", "<lab>")]
+    assert prompt_token_ids(published, "Why?", 1).tolist() == [*in_front, *text("Why?")]
+    assert answer_lead(published) == " "
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    whole = published.apply_chat_template(messages, tokenize=False)
+    assert text(whole) == [*expected, *text(" " + ANSWER), TOKENS["<|end_of_text|>"]]
+
+
+def test_answer_tags_are_text_to_an_imported_tokenizer(published: PreTrainedTokenizerFast) -> None:
+    ids = published.encode(ANSWER, add_special_tokens=False)
+    assert len(ids) == len(ANSWER), "a byte each"
+    assert published.decode(ids, skip_special_tokens=True) == ANSWER
+    assert not set(ANSWER_TOKENS) & published.get_vocab().keys()
+    assert adapt_tokenizer(published).encode(ANSWER, add_special_tokens=False) == ids, "also where a run goes on"
+
+
+@pytest.mark.parametrize("answer_tokens", [True, False])
+def test_answer_tags_that_are_special_are_read_all_the_same(tmp_path: Path, answer_tokens: bool) -> None:
+    source = llama_like()
+    source.add_special_tokens({"additional_special_tokens": list(ANSWER_TOKENS)})
+    assert "think" not in source.decode(source.encode(ANSWER), skip_special_tokens=True)
+    moved, _ = with_places(source, TOKENS, num_rows=310, answer_tokens=answer_tokens)
+    moved.save_pretrained(tmp_path)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    for name in ("<think>", "</answer>"):
+        assert (found.encode(name, add_special_tokens=False) == [TOKENS[name]]) == answer_tokens
+    assert jaccard_reward(found.decode(found.encode(ANSWER), skip_special_tokens=True), "Sepsis") == 1.0
 
 
 def test_ids_in_a_post_processor_follow() -> None:

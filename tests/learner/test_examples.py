@@ -36,6 +36,20 @@ def _examples(kind: str, probability: float = 0.5, count: int = 40) -> QaExample
     )
 
 
+def test_an_answer_begins_as_the_chat_template_has_it() -> None:
+    class Chat(Letters):
+        chat_template = "it has one"
+
+        def apply_chat_template(self, messages: list[dict[str, str]], **given: object) -> str:
+            return "".join(" " * (m["role"] == "assistant") + m["content"] for m in messages)
+
+    example = QAExample(study_id="s", kind="diagnosis", question="Why?", answer="Sepsis")
+    nothing = Withholding(probability=0, seed=0)
+    for tokenizer, expected in ((Chat(), " Sepsis"), (Letters(), "Sepsis")):
+        examples = QaExamples([example], lambda question: np.array([1], dtype=np.int32), tokenizer, nothing)
+        assert _text(examples.complete()[0].completion_ids) == expected
+
+
 def _text(ids: np.ndarray) -> str:
     return "".join(map(chr, ids[:-1]))
 

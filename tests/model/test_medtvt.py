@@ -33,8 +33,20 @@ def test_study_tokens_replace_the_first_placeholders_only() -> None:
     assert placed[0, 4:].abs().sum() == 0 and placed[1, :2].abs().sum() == 0
 
 
-@pytest.mark.parametrize("row", [[1, 3, 4, 9, 9], [1, 4, 3, 5, 9], [1, 3, 3, 4, 5]])
-def test_missing_disordered_or_doubled_placeholders_are_refused(row: list[int]) -> None:
+def test_study_tokens_follow_the_order_of_the_prompt() -> None:
+    ids = torch.tensor([[1, 5, 3, 9, 4, 3], [1, 3, 4, 5, 9, 9], [4, 9, 5, 1, 3, 9]])
+    tokens = torch.arange(1.0, 19.0).view(3, 3, 2)
+    placed = place_study_tokens(ids, torch.zeros(3, 6, 2), tokens, [3, 4, 5])
+    for row, (ecg, film, labs) in enumerate([(2, 4, 1), (1, 2, 3), (4, 0, 2)]):
+        assert torch.equal(placed[row, [ecg, film, labs]], tokens[row])
+    several = torch.tensor([[5, 5, 3, 3, 4, 4]])
+    tokens = torch.arange(1.0, 7.0).view(1, 6, 1)
+    placed = place_study_tokens(several, torch.zeros(1, 6, 1), tokens, [3, 3, 4, 4, 5, 5])
+    assert placed.flatten().tolist() == [5, 6, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("row", [[1, 3, 4, 9, 9], [1, 4, 3, 3, 5], [1, 3, 3, 4, 5]])
+def test_missing_or_doubled_placeholders_are_refused(row: list[int]) -> None:
     with pytest.raises(ValueError, match="exactly once"):
         place_study_tokens(torch.tensor([row]), torch.zeros(1, 5, 2), torch.ones(1, 3, 2), [3, 4, 5])
 

@@ -13,6 +13,7 @@ from golden_model import TOKENS, golden_arrays, golden_inputs, golden_state, wri
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from medtvt_rl.model import reference_folder
 from medtvt_rl.model.build import build_model
@@ -75,10 +76,12 @@ def test_large_models_come_in_shards_and_progress_reaches_its_end(
 def test_the_adapter_loads_here_and_through_peft(files: dict[str, Path], tmp_path: Path) -> None:
     imported(files, tmp_path / "out", keep_adapter=True)
     folder = tmp_path / "out"
-    base = MedTVTForCausalLM.from_pretrained(folder)
+    base = MedTVTForCausalLM.from_pretrained(folder, merge_adapter=False)
     assert distance(base) > 0.1, "the pairs must matter"
     assert distance(PeftModel.from_pretrained(base, str(folder / ADAPTER_FOLDER))) < TOLERANCE
     assert distance(load_policy(folder)) < TOLERANCE
+    assert distance(MedTVTForCausalLM.from_pretrained(folder)) < TOLERANCE, "the pairs are not left out silently"
+    assert distance(AutoModelForCausalLM.from_pretrained(str(folder))) < TOLERANCE
     policy = load_policy(folder, lora=LoraSettings(rank=16, alpha=16.0))
     assert distance(policy) < TOLERANCE
     learning = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
@@ -130,6 +133,30 @@ def test_the_folder_is_whole_or_absent(files: dict[str, Path], tmp_path: Path, m
     with pytest.raises(ValueError, match="it exists; remove it"):
         imported(files, tmp_path / "deep" / "out")
     assert (tmp_path / "deep" / "out" / "config.json").stat().st_mtime_ns == before
+
+
+def test_a_long_list_of_wrong_entries_lies_beside_the_folder(files: dict[str, Path], tmp_path: Path) -> None:
+    torch.save({f"stray.{number}": torch.zeros(1) for number in range(70)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"and 20 more.* listed in .*deep/out\.entries\.txt") as caught:
+        imported({**files, "checkpoint": tmp_path / "other.pth"}, tmp_path / "deep" / "out")
+    listed = (tmp_path / "deep" / "out.entries.txt").read_text().splitlines()
+    assert "stray.69" not in str(caught.value) and "unknown: stray.69" in listed
+    assert len(listed) == 70 + 1391 and not (tmp_path / "deep" / "out").exists()
+
+
+def test_stops_and_stand_ins_are_told_in_the_folder(files: dict[str, Path], tmp_path: Path) -> None:
+    ends = {"<|end_of_text|>": 300, "<|eot_id|>": 301}
+    (tmp_path / "tokens.json").write_text(json.dumps(TOKENS | ends))
+    result = import_reference(
+        files["checkpoint"],
+        files["params"],
+        files["vit_config"],
+        tmp_path / "out",
+        special_tokens=TOKENS | ends,
+    )
+    model = MedTVTForCausalLM.from_pretrained(tmp_path / "out")
+    assert result.tokens_left_out is None and model.config.untrained_stand_ins
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (300, [300, 301])
 
 
 @pytest.mark.parametrize("padding", [0, 317])

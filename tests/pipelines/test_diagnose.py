@@ -134,9 +134,8 @@ def test_the_command(model_folder: Path, labs: Path, capsys: pytest.CaptureFixtu
     words = ["diagnose", "--model", model_folder, "--ecg", REAL_ECG, "--labs", labs, "--max-new-tokens", "3", "--json"]
     assert cli.main([str(word) for word in words]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert set(content) == {"reasoning", "diagnoses", "gates", "missing", "well_formed"} and content["missing"] == [
-        "cxr"
-    ]
+    assert set(content) == {"reasoning", "diagnoses", "gates", "missing", "well_formed", "remarks"}
+    assert content["missing"] == ["cxr"] and content["remarks"] == []
     assert command(parsed("--model", model_folder, "--cxr", labs)) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("medtvt-rl: diagnose: ") and captured.err.count("\n") == 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,9 +16,11 @@ from pydicom.data import get_testdata_file
 
 from medtvt_rl.config import load_config, to_yaml
 from medtvt_rl.config_checks import ConfigError
+from medtvt_rl.data.labs import LAB_IDS, PERCENTILES_FILE
 from medtvt_rl.data.tokenizer import train_tokenizer
+from medtvt_rl.model.config import UNTRAINED_STAND_INS
 from pipelines import cli
-from pipelines.diagnose import DEFAULT_QUESTION, diagnose
+from pipelines.diagnose import DEFAULT_QUESTION, diagnose, load_model, render
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 FILM = "data.film.size=224"
@@ -97,7 +101,53 @@ def test_settings_that_contradict_the_folder_are_refused(folder: Path, overrides
         load_config(QUICKSTART, [f"model.init={folder}", "learner.token_budget=8192", *overrides])
 
 
+def test_it_reads_laboratory_values_by_the_table_of_the_training_patients(
+    files: dict[str, Path], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.linspace(0.5, 4, 30)
+    rows = [",".join(["subject", *LAB_IDS]), *(",".join(["p", *[f"{value:.2f}"] * 50]) for value in values)]
+    table, labs = tmp_path / "train.csv", tmp_path / "labs.json"
+    table.write_text("\n".join([*rows, "p" + "," * 50]))
+    labs.write_text('{"50912": 2.9}')
+    asked = ["--labs", str(labs), "--max-new-tokens", "2", "--json"]
+    capsys.readouterr()
+    assert cli.main(["diagnose", "--model", str(folder), *asked]) == 2
+    error = capsys.readouterr().err
+    assert "labs_percentiles.json: it is not there" in error and "--percentiles" in error and "--labs-csv" in error
+
+    assert run(files, tmp_path / "out", "--labs-csv", str(table)) == 0
+    assert "no percentiles" not in capsys.readouterr().out
+    assert cli.main(["diagnose", "--model", str(tmp_path / "out"), *asked]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["missing"] == ["ecg", "cxr"] and found["remarks"] == [UNTRAINED_STAND_INS]
+    given = ["--percentiles", str(tmp_path / "out" / PERCENTILES_FILE)]
+    assert cli.main(["diagnose", "--model", str(folder), *asked, *given]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+
+    table.write_text("\n".join(rows).replace("subject,50802", "subject,x"))
+    assert run(files, tmp_path / "other", "--labs-csv", str(table)) == 2
+    assert "train.csv: no column of 50802 (Base Excess)" in capsys.readouterr().err
+
+
+def test_an_answer_ends_at_any_of_the_models_stops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    model, tokenizer = load_model(folder)
+    model.generation_config.eos_token_id = [310, 311]
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **given: (seen.append(given["eos_token_id"]), generate(**given))[1], raising=False
+    )
+    monkeypatch.setattr("pipelines.diagnose.load_model", lambda path: (model, tokenizer))
+    film = Path(get_testdata_file("RG1_UNCR.dcm", download=False))
+    diagnose(folder, cxr=film, max_new_tokens=2)
+    assert seen == [sorted({310, 311, tokenizer.eos_token_id})]
+
+
 def test_the_folder_diagnoses(folder: Path) -> None:
     ecg, film = (Path(get_testdata_file(name, download=False)) for name in ("waveform_ecg.dcm", "RG1_UNCR.dcm"))
     found = diagnose(folder, ecg=ecg, cxr=film, max_new_tokens=4)
-    assert found.missing == ("lab",) and all(0 < gate < 1 for gate in found.gates.values())
+    assert (
+        found.missing == ("lab",)
+        and UNTRAINED_STAND_INS in render(found)
+        and all(0 < gate < 1 for gate in found.gates.values())
+    )

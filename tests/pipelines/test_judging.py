@@ -17,7 +17,15 @@ from medtvt_rl.evaluation.rewards import RewardEvaluator
 from pipelines import cli
 from pipelines.judging import judged, same_prompts, save_answers, saved_answers
 from pipelines.reporter import Reporter
-from pipelines.stages import SETTINGS_OF, StageError, resolved_settings, run_stage, selected, write_json
+from pipelines.stages import (
+    SETTINGS_OF,
+    StageError,
+    evaluated_policies,
+    resolved_settings,
+    run_stage,
+    selected,
+    write_json,
+)
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 TRUTHS = {"s0": ("Sepsis",), "s1": ("Hypertension", "Sepsis")}
@@ -86,10 +94,11 @@ def summary_of(overrides: list[str]) -> dict[str, Any]:
 
 def test_answers_come_back_as_they_were(tmp_path: Path) -> None:
     config = load_config(QUICKSTART, [f"run.root={tmp_path}"])
-    assert saved_answers(config) == {} and not same_prompts({})
+    assert saved_answers(config) == {} and not same_prompts({}, ["sft", "grpo"])
     odd = {"s0": StudyAnswers(sampled=(), greedy="line\nbreak \u2028 ünïcode \ud800")}
     save_answers(config, {"sft": odd, "grpo": odd})
-    assert saved_answers(config) == {"sft": odd, "grpo": odd} and same_prompts(saved_answers(config))
+    assert saved_answers(config) == {"sft": odd, "grpo": odd} and same_prompts(saved_answers(config), ["sft", "grpo"])
+    assert not same_prompts(saved_answers(config), ["sft", "grpo", "model"])
 
 
 def test_metrics_paper_judges_a_finished_run_without_an_engine_and_back(
@@ -123,6 +132,40 @@ def test_metrics_paper_judges_a_finished_run_without_an_engine_and_back(
     assert cli.main(["evaluate", "-c", QUICKSTART, *overrides]) == 0
     assert "as published" not in capsys.readouterr().out
     assert summary_of(overrides)["evaluation"]["metrics"] == "honest"
+
+
+def test_a_model_without_grpo_is_judged_alone_and_by_its_name(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = [*overrides, "run.name=alone", f"model.init={tmp_path / 'published_rl'}", "run.stages=[cohort,evaluate]"]
+    config = load_config(QUICKSTART, alone)
+    assert evaluated_policies(config) == {"model": "published_rl"}
+    save_answers(config, {"model": ANSWERS["grpo"]})
+    finish(config, "evaluate", {"summary": {"evaluation": {"ablations": {}}}})
+    assert cli.main(["evaluate", "-c", QUICKSTART, *alone, "metrics=paper"]) == 0
+    shown = capsys.readouterr().out
+    header = next(line for line in shown.splitlines() if line.startswith("held-out"))
+    assert "published_rl" in header and "as published: F1, mean over answers" in shown
+    assert "GRPO" not in shown and "gain" not in shown
+    evaluation = summary_of(alone)["evaluation"]
+    assert evaluation["policies"] == {"model": "published_rl"} and "gain" not in evaluation
+    assert evaluation["model"]["paper"]["f1"]["value"] == 1.0
+    report = (config.folder / "report.html").read_text()
+    assert "published_rl" in report and "after GRPO" not in report and "after SFT" not in report
+
+
+def test_what_is_evaluated_follows_from_the_stages(tmp_path: Path) -> None:
+    def named(*more: str) -> dict[str, str]:
+        return evaluated_policies(load_config(QUICKSTART, [f"run.root={tmp_path}", *more]))
+
+    both = {"sft": "after SFT", "grpo": "after GRPO"}
+    assert named() == both
+    assert named("run.stages=[cohort,pretrain,sft,evaluate]") == {"sft": "after SFT"}
+    init = f"model.init={tmp_path / 'some'}"
+    assert named(init, "run.stages=[cohort,grpo,evaluate]") == {"sft": "before GRPO", "grpo": "after GRPO"}
+    config = load_config(QUICKSTART, [f"run.root={tmp_path}"])
+    finish(config, "grpo", {})
+    assert named("run.stages=[cohort,evaluate]") == both
 
 
 def test_other_settings_of_what_is_asked_are_still_refused(
