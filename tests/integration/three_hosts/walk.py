@@ -80,7 +80,7 @@ class Walk:
     def job(self, *arguments: str) -> str:
         """Output of another `ray job` command."""
         verb, *rest = arguments
-        return self.run(f"job_{verb}", ["ray", "job", verb, "--address", JOB_SERVER, *rest], 120)
+        return self.run(f"job_{verb}", ["ray", "job", verb, "--address", JOB_SERVER, *rest], 360)
 
     def on_head(self, command: str) -> str:
         """Output of `ray exec`."""
