@@ -22,7 +22,7 @@ PROJECT = Path(__file__).resolve().parents[3]
 SCRIPT = Path(__file__).with_name("world.sh")
 NETWORK = "10.77.0."
 PACKAGES = {"sshd": "openssh-server", "rsync": "rsync"}
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 DIE_WITH_PARENT = 1
 """prctl's PR_SET_PDEATHSIG."""
 

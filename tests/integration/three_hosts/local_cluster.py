@@ -70,4 +70,6 @@ def _with_offer(command: str) -> str:
         return command
     start = command.replace(" --num-cpus=0", "") + " $(cat /etc/ray_offer)"
     # Ray gives a node 30 s to start; four at once on a busy machine may need more.
-    return f"for attempt in 1 2 3; do {start} && exit 0; ~/medtvt-rl/.venv/bin/ray stop --force; done; exit 1"
+    again = f"for attempt in 1 2 3; do {start} && exit 0; ~/medtvt-rl/.venv/bin/ray stop --force; done; exit 1"
+    # Memory is that of the machine, with all else that runs there: no host may end its actors for want of it.
+    return f"export RAY_memory_monitor_refresh_ms=0; {again}"

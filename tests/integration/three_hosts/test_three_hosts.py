@@ -21,7 +21,7 @@ from walk import WITHOUT_GPUS, Walk
 
 WHY_NOT = missing()
 pytestmark = [pytest.mark.cluster, pytest.mark.hosts, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
-STEPS = 12
+STEPS = 8
 HOSTS_OF = {"learner": {"learner"}, "rollout": {"rollout"}, "reference": {"learner", "rollout"}, "reward": {"scoring"}}
 
 
@@ -50,7 +50,7 @@ def test_a_job_runs_on_the_hosts_declared_for_its_roles(folder: Path) -> None:
         resolved = walk.on_head("cd ~/medtvt-rl && python -m pipelines.run -c configs/on_cluster.yaml --dry-run")
         assert "rollout 0: 1 CPU, 1 GPU on a node with role rollout" in resolved
         entry = ["-c", "configs/on_cluster.yaml", *WITHOUT_GPUS, *SMALL, f"grpo.steps={STEPS}"]
-        entry += ["learner.num_workers=2", "pretrain.num_workers=2", "sft.num_workers=1", "rollout.num_generators=1"]
+        entry += ["learner.num_workers=2", "pretrain.num_workers=1", "sft.num_workers=1", "rollout.num_generators=1"]
         entry += ["evaluation.num_generators=1", "placement.timeout_s=60"]
         run = folder / "shared" / "runs" / "small"
         _stop_in_the_middle(walk, run, entry)

@@ -16,9 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from hosts import PROJECT, World, missing
 from local_cluster import PRIVATE_KEY, local_cluster, offers
@@ -78,7 +80,7 @@ class Walk:
     def job(self, *arguments: str) -> str:
         """Output of another `ray job` command."""
         verb, *rest = arguments
-        return self.run(f"job_{verb}", ["ray", "job", verb, "--address", JOB_SERVER, *rest], 120)
+        return self.run(f"job_{verb}", ["ray", "job", verb, "--address", JOB_SERVER, *rest], 360)
 
     def on_head(self, command: str) -> str:
         """Output of `ray exec`."""
@@ -91,16 +93,17 @@ class Walk:
         found: dict[str, set[str]] = {}
         for actor in self._listed("actors"):
             kind = actor["class_name"].rpartition(".")[2]
-            found.setdefault(ROLES.get(kind, kind), set()).add(names[nodes[actor["node_id"]]])
+            if actor["node_id"]:  # else it was asked for, and never started
+                found.setdefault(ROLES.get(kind, kind), set()).add(names[nodes[actor["node_id"]]])
         return found
 
     def down(self) -> None:
         """`ray down`; it returns 0 even when it fails, so the hosts are looked at afterwards."""
         self.run("down", ["ray", "down", "--yes", CLUSTER_FILE], 180)
         deadline = time.monotonic() + 120
-        while left := [process for process in self.world.processes() if "raylet" in process.name()]:
+        while left := self._ray_processes():
             if time.monotonic() > deadline:
-                raise CommandError(f"120 s after `ray down` {len(left)} raylets run still")
+                raise CommandError(f"120 s after `ray down` {', '.join(left)} still run")
             time.sleep(1)
 
     def run(self, name: str, command: Sequence[str], timeout_s: float) -> str:
@@ -139,6 +142,13 @@ class Walk:
             time.sleep(5)
         said = self.on_head("tail -n 40 /tmp/ray/session_latest/logs/monitor.{log,out,err}")
         raise CommandError(f"waited 300 s for {count} nodes to be alive: {told}; {said[-6000:]}")
+
+    def _ray_processes(self) -> list[str]:
+        names = []
+        for process in self.world.processes():
+            with suppress(psutil.NoSuchProcess):
+                names.append(process.name())
+        return [name for name in names if name in ("raylet", "gcs_server")]
 
     def _listed(self, what: str) -> list[dict[str, Any]]:
         options = ["--address", JOB_SERVER, "--format", "json", "--limit", "1000"]
