@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "qa"))
-from chat_server import ChatServer, chat_server
+from chat_server import chat_server
 from tiny_llama import tiny_llama
 
 from medtvt_rl.config import load_config
