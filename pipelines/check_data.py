@@ -25,6 +25,7 @@ from medtvt_rl.config_checks import ConfigError
 from pipelines.command import EXIT_FAILED, EXIT_USAGE, fail, load
 
 if TYPE_CHECKING:
+    from medtvt_rl.config import Config
     from medtvt_rl.data.check.report import Report
 
 INTERVAL_S = 5.0
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `check-data`."""
     parser.add_argument("-c", "--config", required=True, help="YAML file with deviations from the defaults")
     parser.add_argument("--quick", action="store_true", help="open films without decoding them")
-    parser.add_argument("--out", type=Path, help="CSV file of problems (default: data.store with .check.csv)")
+    parser.add_argument("--out", type=Path, help="CSV file of problems (default: beside data.store)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
 
 
@@ -66,9 +67,8 @@ def command(args: argparse.Namespace) -> int:
     except ConfigError as error:
         return fail(str(error), EXIT_USAGE)
     from medtvt_rl.data.check.walk import check_data
-    from medtvt_rl.data.study_build import store_folder
 
-    out: Path = args.out or store_folder(config.data).with_name(f"{store_folder(config.data).name}.check.csv")
+    out: Path = args.out or default_list(config)
     if out.suffix != ".csv":
         return fail(
             f"--out {out}: expected a file named *.csv; a json of the same name is written beside it", EXIT_USAGE
@@ -86,6 +86,15 @@ def command(args: argparse.Namespace) -> int:
         )
     show(console, report, out)
     return EXIT_FAILED if report.stops or report.interrupted else 0
+
+
+def default_list(config: Config) -> Path:
+    """Beside the study store; in the current folder where there is no place for a store yet, and none is made."""
+    from medtvt_rl.data.study_build import store_folder
+
+    store = store_folder(config.data)
+    listed = store.with_name(f"{store.name}.check.csv")
+    return listed if listed.parent.is_dir() else Path(listed.name)
 
 
 class Phases:

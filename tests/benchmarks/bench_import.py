@@ -18,16 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from medtvt_rl.model.published_layout import published_layout
 from medtvt_rl.model.published_sizes import PublishedSizes
 
-PARAMS = {
+PARAMS: dict[str, Any] = {
     "dim": 2048,
     "n_layers": 16,
     "n_heads": 32,
@@ -57,11 +59,11 @@ with open(sys.argv[1], "rb", buffering=0) as file:
 READ = "import sys, torch; torch.load(sys.argv[1], weights_only=True)"
 
 
-def write_checkpoint(path: Path, dtype: torch.dtype) -> None:
+def write_checkpoint(path: Path, dtype: torch.dtype, params: Mapping[str, Any] = PARAMS) -> None:
     """Random entries; the tensors that the published model keeps under two names are stored once, as there."""
     noise = torch.randn(1 << 20)
     state: dict[str, torch.Tensor] = {}
-    for name, entry in published_layout(PublishedSizes.of(PARAMS, VIT), PARAMS["vocab_size"], RANK).items():
+    for name, entry in published_layout(PublishedSizes.of(params, VIT), params["vocab_size"], RANK).items():
         if entry.kind == "copy":
             state[name] = state[name.replace("convpath.0.", "convs.")]
         elif name.endswith("num_batches_tracked"):

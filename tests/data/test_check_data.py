@@ -448,6 +448,16 @@ def test_the_command_shows_counts_and_keeps_patients_to_the_list(
     assert "stops training: 2 of 36 studies are unusable" in capsys.readouterr().out
 
 
+def test_a_missing_root_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert cli.main(["check-data", "-c", CONFIG, f"data.root={tmp_path / 'none'}"]) == 1
+        assert "none is no folder; mount it, or name another" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store.check.csv", "store.check.json"]
+
+
 def test_the_command_names_what_is_not_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["check-data", "-c", CONFIG, f"data.root={root}", *OVERRIDES]
     assert cli.main([*arguments, "data.ecg_folder=/nowhere"]) == 1
@@ -472,11 +482,14 @@ def test_rows_that_lack_a_modality_are_counted(root: Path) -> None:
 
 def test_ids_are_the_same_in_either_spelling(root: Path, tmp_path: Path) -> None:
     stores = []
+
+    def as_numbers(rows: list[dict[str, str]]) -> None:
+        for row in rows:
+            row.update({name: f"{row[name]}.0" for name in ("subject_id", "hadm_id")})
+
     for name in ("plain", "numbers"):
         stores.append(StudyStore.build(configured(root, f"data.store={tmp_path / name}").data))
-        edit_table(
-            root, "train", lambda rows: [r.update({k: f"{r[k]}.0" for k in ("subject_id", "hadm_id")}) for r in rows]
-        )
+        edit_table(root, "train", as_numbers)
     for split in ("train", "validation", "test"):
         ids = stores[0].study_ids(split)
         assert stores[1].study_ids(split) == ids and ids
