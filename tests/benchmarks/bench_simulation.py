@@ -1,4 +1,4 @@
-"""How well `medtvt-rl simulate` predicts this machine: seconds of a step, simulated over measured, at staleness 0, 1, 2.
+"""How well `medtvt-rl simulate` predicts this machine: seconds of a step, simulated over real, at staleness 0, 1, 2.
 
     python tests/benchmarks/bench_simulation.py --run runs/quickstart [--steps 16] [--rounds 2] [key=value ...]
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. grpo.loss.kl.coefficient=0")
     args = parser.parse_args()
     print(
-        "staleness  round  real step s  simulated s  ratio  generator busy s (real, simulated)  learner busy s",
+        "staleness  round  real step s  simulated s  ratio  generator busy s, simulated  learner busy s, simulated",
         flush=True,
     )
     ratios: dict[int, list[float]] = {staleness: [] for staleness in STALENESS}
