@@ -99,7 +99,7 @@ async def _measure(config: Config, model: Path, reporter: Reporter) -> Timings:
     where, told = (config, placement, model), (Incidents(reporter.line), Timeline())
     roles = []
     try:
-        reporter.start("bench", unit="actor")
+        reporter.line("bench: starting the actors")
         rollouts, start_s = await _clocked(RolloutPool.start(*where, *told))
         roles.append(rollouts)
         scoring = await ScorerPool.start(*where, *told)
@@ -154,6 +154,7 @@ def timings_of(config: Config, found: Measured, start_s: float, prompt_tokens: f
         prefill_group_s=engine.prefill_group_s,
         prefill_completion_s=engine.prefill_completion_s,
         prefill_token_s=engine.prefill_token_s,
+        recompute_token_s=engine.recompute_token_s,
         start_s=start_s,
         reward_s=alone(found.scored),
         reference_group_s=max(0.0, group_s - call_s),

@@ -150,7 +150,7 @@ class SimulatedEngine:
         prompts = sum(job.prompt_tokens for job in jobs)
         shared = sum(job.prompt_tokens for _, _, job, _ in self._running)
         again = prompts + max(0.0, self._context - shared)
-        await self._work(timings.prefill_token_s * again + timings.prefill_completion_s * len(self._running))
+        await self._work(timings.recompute_token_s * again)
 
     async def _admit(self) -> None:
         """Begins with all jobs that there is room for."""

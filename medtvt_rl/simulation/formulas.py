@@ -33,7 +33,8 @@ def best_ratio(config: Config, timings: Timings, groups_per_rank: int, ranks: in
     for _ in range(20):  # the fewer generators, the more each has to do at a time
         share = groups_per_rank * ranks * (grpo.max_staleness + 1) * grpo.group_size / max(1.0, ratio * ranks)
         running = min(float(config.rollout.engine.max_num_seqs), max(float(grpo.group_size), share))
-        lost_s = timings.load_s + timings.prefill_token_s * running * (timings.prompt_tokens + timings.mean_length)
+        context = running * (timings.prompt_tokens / grpo.group_size + timings.mean_length / 2)
+        lost_s = timings.load_s + timings.recompute_token_s * context
         available_s = max(learner_s - lost_s, 1e-9)
         ratio = 0.5 * ratio + 0.5 * groups_per_rank * generator_group_s(timings, grpo.group_size, running) / available_s
     return ratio

@@ -28,6 +28,7 @@ class Timings:
         context_s: of one token, for every token that it attends to.
         prefill_group_s, prefill_completion_s, prefill_token_s: what begins a group, each of its completions, and each
             token of its prompt.
+        recompute_token_s: of each token of what runs when new weights come.
         start_s: from the start of a generator to its first answer.
         reward_s: of a group. reference_group_s, reference_token_s: of a group, and of each token of it.
         learner_step_s, learner_token_s: of a step, and of each token of its prompts and completions and each update.
@@ -48,6 +49,7 @@ class Timings:
     prefill_group_s: float
     prefill_completion_s: float
     prefill_token_s: float
+    recompute_token_s: float
     start_s: float
     reward_s: float
     reference_group_s: float

@@ -1,4 +1,4 @@
-"""How well `medtvt-rl simulate` predicts this machine: seconds of a step, simulated over measured.
+"""How well `medtvt-rl simulate` predicts this machine: seconds of a step, simulated over real, at staleness 0, 1, 2.
 
     python tests/benchmarks/bench_simulation.py --run runs/quickstart [--steps 16] [--rounds 2] [key=value ...]
 

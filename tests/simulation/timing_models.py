@@ -15,6 +15,7 @@ PLAIN = Timings(
     prefill_group_s=0.0,
     prefill_completion_s=0.0,
     prefill_token_s=0.0,
+    recompute_token_s=0.0,
     start_s=20.0,
     reward_s=0.001,
     reference_group_s=0.0,

@@ -1,0 +1,71 @@
+"""`medtvt-rl simulate` as a user calls it: table, page and JSON; and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "simulation"))
+from timing_models import timings
+
+from pipelines.cli import main
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+
+
+def test_a_sweep_leaves_a_table_a_page_and_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = tmp_path / "timings.json"
+    timings(reward_s=0.01, learner_step_s=0.5, start_s=5.0).write(measured)
+    options = ["--timings", str(measured), "--generators", "1,2,4", "--learners", "1", "--steps", "4"]
+    settings = [f"run.root={tmp_path}", "grpo.groups_per_step=4", "grpo.group_size=4", "rollout.max=3"]
+    settings += ["rollout.elastic.window_s=5", "rollout.elastic.cooldown_s=5"]
+    given = ["simulate", "-c", CONFIG, *options, "--loss-minutes", "0.2", "--out", str(tmp_path / "out"), *settings]
+    assert main(given) == 0
+    said = capsys.readouterr().out
+    for words in ("as configured, all on one machine of 2 cores", "limited by the", "straggler:", "loss:", "elastic,"):
+        assert words in said
+    found = json.loads((tmp_path / "out" / "simulation.json").read_text())
+    assert [row["setting"]["generators"] for row in found["by_generators"]] == [1, 2, 4]
+    assert found["by_generators"][0]["step_s"] > 0 and found["ratios"][0]["learners"] == 1
+    page = (tmp_path / "out" / "simulation.html").read_text()
+    assert page.count("<svg") == 5 and "Simulation of quickstart" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--generators", "1,zero"], "--generators is '1,zero'"),
+        (["--learners", "0"], "--learners is '0'"),
+        (["--steps", "1"], "--steps 2 or more"),
+        ([], "timings: there is no"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["simulate", "-c", CONFIG, *options, f"run.root={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_bench_without_a_model_says_how_to_get_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "-c", CONFIG, f"run.root={tmp_path}"]) == 2
+    assert "run.stages=[cohort,pretrain,sft]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("rollout.min=2", "rollout.num_generators"),
+        ("rollout.min=0", "rollout.min"),
+        ("rollout.elastic.spare=2", "spare"),
+    ],
+)
+def test_bounds_that_contradict_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, key: str
+) -> None:
+    assert main(["simulate", "-c", CONFIG, setting, f"run.root={tmp_path}"]) == 2
+    assert key in capsys.readouterr().err
