@@ -28,8 +28,11 @@ from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.learner.config import LearnerConfig
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.model.seal import seal
+from medtvt_rl.privacy import open_for
 from medtvt_rl.storage import Digest, Storage, digest_of
 from medtvt_rl.types import LearnerStep, RolloutGroup, TrainingSequence
+from medtvt_rl.user_code import task_items
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
@@ -100,6 +103,7 @@ class LearnerWorker:
 
     def __init__(self, rank: int, world_size: int, config: Config) -> None:
         redirect_output(config.folder / "logs" / f"learner_{rank}.log")
+        open_for(config.privacy, config.folder)
         self._rank, self._world_size, self._config = rank, world_size, config
         self._learner: GrpoLearner | None = None
         self._sender: WeightSender | None = None
@@ -253,6 +257,7 @@ class LearnerWorker:
             learner.save(temporary)
         if self._rank == 0:
             copy_tokenizer(Path(self._model_folder), temporary)
+            seal(temporary)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
 
@@ -339,7 +344,7 @@ def _build_learner(config: Config, model_folder: str, device: Any, enter: Callab
         adam_betas=(config.learner.adam_betas[0], config.learner.adam_betas[1]),
     )
     # First, since importing the task may make its model known to transformers.
-    items = resolve(config.task.items, "task.items")(config) if config.task.items else None
+    items = task_items(config)
     policy = load_policy(model_folder, dtype=settings.dtype, lora=config.model.lora)
     make_engine = resolve(config.learner.make_engine, "learner.make_engine")
     return GrpoLearner(make_engine(policy, settings, device), items, config, enter)

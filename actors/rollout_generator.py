@@ -20,11 +20,13 @@ from actors.process import Whereabouts, has_room, import_ahead, whereabouts
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.privacy import hashed, open_for
 from medtvt_rl.rollout.config import SamplingConfig
 from medtvt_rl.rollout.engine import MakesAhead
 from medtvt_rl.rollout.parts import join_group
 from medtvt_rl.rollout.pending import Wave
 from medtvt_rl.types import GroupHeader, Prompt, RolloutGroup
+from medtvt_rl.user_code import task_items
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
@@ -49,6 +51,7 @@ class RolloutGenerator:
 
     def __init__(self, model_folder: str, config: Config, index: int, version: int = 0) -> None:
         redirect_output(config.folder / "logs" / f"rollout_{index}.log")
+        open_for(config.privacy, config.folder)
         self._model_folder = model_folder
         self._config = config
         self._index = index
@@ -90,9 +93,8 @@ class RolloutGenerator:
         config = self._config
         # First: the usual one sets the environment up before anything imports torch.
         make_engine = self._prepare()
-        if config.task.items is not None:
-            # Then: importing the task may make its model known to transformers.
-            self._items = resolve(config.task.items, "task.items")(config)
+        # Then: importing the task may make its model known to transformers.
+        self._items = task_items(config)
         self._engine = make_engine(self._model_folder, config, self._first_version)
 
     @ray.method(num_returns=2)
@@ -192,7 +194,7 @@ class RolloutGenerator:
             return None
         if self._items is None:
             raise ValueError(
-                f"prompt {prompt.prompt_id}: names item {prompt.item_id!r}, but task.items is null; name an item source"
+                f"prompt {hashed(prompt.prompt_id)}: names an item, but task.items is null; name an item source"
             )
         return self._items.get(prompt.item_id)
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from actors.deadline import within
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
-from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.bootstrap import Interval
 from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.evaluation.rewards import RewardEvaluator
 from medtvt_rl.types import Prompt, RolloutGroup
+from medtvt_rl.user_code import task_evaluator
 
 FIRST_GROUP_ID = 1 << 40
 
@@ -50,9 +50,7 @@ class Ablating(Protocol):
 
 def make_evaluator(config: Config, prompts: Sequence[Prompt], split: str) -> Evaluator:
     """The task's evaluator of a split, or the mean reward where it names none."""
-    if config.task.evaluate is None:
-        return RewardEvaluator(config, prompts)
-    evaluator: Evaluator = resolve(config.task.evaluate, "task.evaluate")(config, split)
+    evaluator: Evaluator = task_evaluator(config, split) or RewardEvaluator(config, prompts)
     return evaluator
 
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "diagnose": "read one patient's ECG, film and blood values, and name the diagnoses",
     "import-reference": "turn a published checkpoint into a model folder",
     "replay": "repeat recorded GRPO steps of a run and compare the weights bit for bit",
+    "study": "say which study a hashed id of a run's logs stands for",
 }
 
 

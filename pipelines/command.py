@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from medtvt_rl.algorithm.config import ADVANTAGES, LOSSES
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.config_checks import ConfigError
+from medtvt_rl.privacy import SaltError, open_for, prepare_salt
 
 if TYPE_CHECKING:
     from medtvt_rl.model.llm_source import LlmSource
@@ -137,6 +138,11 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
     from medtvt_rl.logs import quiet_third_parties
 
     quiet_third_parties(config.folder / "logs")
+    try:
+        prepare_salt(config.privacy, config.folder)
+    except SaltError as error:
+        return fail(str(error), EXIT_USAGE)
+    open_for(config.privacy, config.folder)
     from actors.placement import logical_cpus
     from actors.session import ray_session
     from pipelines.reporter import Reporter

@@ -19,11 +19,12 @@ from transformers import AutoTokenizer
 from actors.placement import evaluation_generators, place, plan
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
-from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import load_policy
+from medtvt_rl.model.seal import seal
 from medtvt_rl.types import Prompt
+from medtvt_rl.user_code import task_items
 from medtvt_rl.weights import pack_weights
 from pipelines.answers import Ablating, Asker, Evaluator, make_evaluator, one_per_item
 from pipelines.grpo import load_prompts
@@ -134,9 +135,10 @@ def publish_model(config: Config, source: Path) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
-    items: Any = resolve(config.task.items, "task.items")(config) if config.task.items else None
+    items = task_items(config)
     if hasattr(items, "publish"):
         items.publish(temporary)
+    seal(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 

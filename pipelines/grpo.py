@@ -28,7 +28,9 @@ from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.faults import RoleLostError
+from medtvt_rl.privacy import hashed, shows_samples
 from medtvt_rl.types import Prompt
+from medtvt_rl.user_code import task_prompts
 from pipelines.checkpoint_keeper import CheckpointKeeper
 from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.failure import forget_failure, write_failure
@@ -162,7 +164,7 @@ class Layout:
         reporter.start("grpo", config.grpo.steps, "step")
         is_known = None if found is None else GroupLedger.known(found.loop)
         folder, limit = config.folder / "journal", config.rollout.sampling.max_new_tokens
-        with Journal(folder, self._tokenizer, first_step=_first(found), is_known=is_known) as journal:
+        with Journal(folder, self._tokenizer, fetch, _first(found), is_known, shows_samples()) as journal:
             self._incidents.record = journal.incident
             report = StepReport(reporter, journal, Alarms(config.alarms), self._incidents)
             report.show_again(read_metrics(config.folder / METRICS_FILE))
@@ -239,7 +241,7 @@ def load_prompts(
 ) -> Sequence[Prompt]:
     """The task's prompts of a split. Raises ValueError if there are none (unless they are not `required`) or one does
     not fit the engine."""
-    prompts: Sequence[Prompt] = resolve(config.task.prompts, "task.prompts")(config, tokenizer, split)
+    prompts = task_prompts(config, tokenizer, split)
     if not prompts:
         if not required:
             return prompts
@@ -249,8 +251,8 @@ def load_prompts(
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     if len(longest.token_ids) > room:
         raise ValueError(
-            f"prompt {longest.prompt_id} has {len(longest.token_ids)} tokens, and rollout.engine.max_model_len - "
-            f"rollout.sampling.max_new_tokens - 1 leaves {room}; raise the former"
+            f"prompt {hashed(longest.prompt_id)} has {len(longest.token_ids)} tokens, and "
+            f"rollout.engine.max_model_len - rollout.sampling.max_new_tokens - 1 leaves {room}; raise the former"
         )
     return prompts
 
@@ -278,7 +280,7 @@ class StepReport:
         if failed:
             name, reason = next(iter(failed.items()))
             self._reporter.line(
-                f"grpo: step {step}: {len(failed)} completions could not be scored, e.g. {name}: {reason}"
+                f"grpo: step {step}: {len(failed)} completions could not be scored, e.g. {name}: {_shown(reason)}"
             )
         if metrics.get("skipped", 0.0) > 0:
             self._reporter.line(
@@ -313,6 +315,13 @@ class StepReport:
         for group in groups:
             header = group.group.header
             self._journal.discarded(header.group_id, header.prompt_id, f"step {step}: {reason}")
+
+
+def _shown(reason: str) -> str:
+    """Of why a reward function failed: which, and the type of the error; its words may be those of a patient."""
+    if shows_samples():
+        return reason
+    return f"{': '.join(reason.split(': ', 2)[:2])} (the whole reason is in journal/groups.jsonl)"
 
 
 def _ids(groups: Sequence[TrainingGroup]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from medtvt_rl.config import Config
 from medtvt_rl.evaluation.records import StudyAnswers
+from medtvt_rl.user_code import Guarded
 from pipelines.answers import Evaluator
 from pipelines.json_lines import read_rows
 
@@ -72,11 +73,12 @@ def judged(
     summary["gain"] = evaluator.paired_gain(results["sft"], results["grpo"]).to_dict()
     summary["metrics"] = config.evaluation.metrics
     if config.evaluation.metrics == "paper":
-        summary["notes"] = _add_texts(summary, evaluator, answers, start, progress)
+        summary["notes"] = _add_texts(config, summary, evaluator, answers, start, progress)
     return summary, results
 
 
 def _add_texts(
+    config: Config,
     summary: dict[str, Any],
     evaluator: Evaluator,
     answers: Mapping[str, Answers],
@@ -85,7 +87,7 @@ def _add_texts(
 ) -> dict[str, str]:
     """Adds the comparison of texts to the `paper` block of each policy; returns what is missing."""
     if not isinstance(evaluator, ComparesTexts):
-        name = type(evaluator).__name__
+        name = config.task.evaluate if isinstance(evaluator, Guarded) else type(evaluator).__name__
         return {"paper": f"{name}, the evaluator of this task, does not compute the published metrics"}
     notes: dict[str, str] = {}
     for policy, words in zip(POLICIES, ("before", "after")):

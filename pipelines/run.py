@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from omegaconf import OmegaConf
 
 from medtvt_rl.config import Config, to_yaml
 from medtvt_rl.evaluation.report import print_table, write_report
+from medtvt_rl.privacy import hashed
+from pipelines.json_lines import read_rows
 from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
 from pipelines.stages import resolved_settings, run_stage, write_summary
 
@@ -40,7 +41,7 @@ def report(config: Config, summary: dict[str, Any]) -> None:
         config.folder / "report.html",
         summary=summary,
         metrics=read_metrics(config.folder / METRICS_FILE),
-        samples=_samples(config.folder / "journal" / "samples.jsonl"),
+        samples=_samples(config.folder / "journal" / "samples.jsonl") if config.privacy.show_samples else [],
         config_yaml=shown_settings(config),
     )
 
@@ -56,7 +57,9 @@ def shown_settings(config: Config) -> str:
 
 
 def _samples(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The journal's samples, those that hold texts, under hashed ids."""
+    rows = [row for row in read_rows(path) if "ground_truth" in row]
+    return [{**row, "prompt_id": hashed(str(row.get("prompt_id")))} for row in rows]
 
 
 if __name__ == "__main__":

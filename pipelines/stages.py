@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from medtvt_rl.config import Config, to_yaml
 from medtvt_rl.config_checks import ConfigError
+from medtvt_rl.privacy import SaltError, prepare_salt
 from pipelines.memory import PeakMemory
 from pipelines.reporter import Reporter
 
@@ -175,10 +176,17 @@ def write_summary(config: Config) -> dict[str, Any]:
 
 
 def prepare_run_folder(config: Config) -> None:
-    """Creates the run folder with its resolved configuration. Raises ConfigError if it cannot be written."""
+    """Creates the run folder with its resolved configuration and the salt of its hashes.
+
+    Raises:
+        ConfigError: it cannot be written, or the configured salt cannot be used.
+    """
     try:
         (config.folder / "logs").mkdir(parents=True, exist_ok=True)
         (config.folder / "config.yaml").write_text(to_yaml(config))
+        prepare_salt(config.privacy, config.folder)
+    except SaltError as error:
+        raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(f"run.root is {config.run.root!r}: {error}; choose a folder that can be written") from error
 

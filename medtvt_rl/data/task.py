@@ -118,7 +118,8 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, question: str, tokens_p
     found = int(np.isin(ids, tokenizer.convert_tokens_to_ids(list(MODALITY_TOKENS.values()))).sum())
     if found != expected:
         raise DataError(
-            f"question {question[:60]!r}: {found} placeholders in its prompt, expected {expected}; remove them"
+            f"a question of {len(question)} characters has {found} placeholders in its prompt, expected {expected}; "
+            "take <ecg>, <cxr> and <lab> out of the questions in data.qa"
         )
     return ids
 

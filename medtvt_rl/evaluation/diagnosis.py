@@ -27,6 +27,7 @@ from medtvt_rl.evaluation.honest import disease_measures, has_samples, honest_me
 from medtvt_rl.evaluation.paper import num_dropped, paper_measures
 from medtvt_rl.evaluation.records import StudyAnswers, StudyRecord, sampled_shares, study_record, true_diseases
 from medtvt_rl.evaluation.text_metrics import BertScoreModel, Progress, compare_texts
+from medtvt_rl.privacy import hashed
 from medtvt_rl.types import MODALITIES, Prompt
 
 MACRO = ("f1", "auc", "average_precision")
@@ -240,7 +241,8 @@ class DiagnosisEvaluator:
             raise ValueError("answers: none, expected at least one study")
         unknown = sorted(set(answers).difference(self._known))
         if unknown:
-            raise ValueError(f"answers: {len(unknown)} studies are not in split {self._split!r}, e.g. {unknown[0]!r}")
+            example = hashed(unknown[0])
+            raise ValueError(f"answers: {len(unknown)} studies are not in split {self._split!r}, e.g. {example}")
         return [
             study_record(
                 study_id,

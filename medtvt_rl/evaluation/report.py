@@ -89,6 +89,7 @@ CHARTS = (
     (("grpo",), "Seconds of a step", ("seconds/*",), "Waiting long for groups: add rollout generators."),
 )
 APART = ("reward/deviation", "reward/failed")
+NO_SAMPLES = "No samples are shown: none were journalled, or privacy.show_samples is false."
 MAX_SAMPLES, MAX_COMPLETIONS = 6, 3
 
 
@@ -142,7 +143,7 @@ def render_report(
             "No curves of the supervised stages were found.",
         ),
         section("Time and memory", _timing(summary), "No stage has left its time."),
-        section("Sampled answers during GRPO", _samples(samples, medical), "No samples were journalled."),
+        section("Sampled answers during GRPO", _samples(samples, medical), NO_SAMPLES),
         section(
             "Configuration",
             details("resolved configuration", f"<pre>{escape(config_yaml)}</pre>") if config_yaml else "",

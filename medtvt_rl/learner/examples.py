@@ -24,6 +24,7 @@ from medtvt_rl.data.task import prompt_token_ids, without
 from medtvt_rl.dotted import resolve
 from medtvt_rl.learner.scoring import ScoredSequence
 from medtvt_rl.types import MODALITIES, Example
+from medtvt_rl.user_code import guarded
 
 QUESTIONS: dict[str, tuple[QAKind, ...]] = {"pretrain": ("ecg", "cxr", "lab"), "sft": ("diagnosis",)}
 """Stage -> the kinds of questions that it learns from a study store."""
@@ -50,7 +51,8 @@ def stage_examples(config: Config, tokenizer: Any, stage: str, split: str) -> Ex
         ValueError: there are none, or `task.examples` gave something else.
     """
     if stage == "sft" and config.task.examples is not None:
-        given = resolve(config.task.examples, "task.examples")(config, tokenizer, split)
+        name = f"task.examples {config.task.examples}"
+        given = guarded(resolve(config.task.examples, "task.examples"), name)(config, tokenizer, split)
         return TaskExamples(given, tokenizer, f"task.examples {config.task.examples}, split {split!r}")
     store = StudyStore.open(store_folder(config.data))
     examples = [example for kind in QUESTIONS[stage] for example in store.qa(split, kind)]

@@ -28,7 +28,9 @@ from medtvt_rl.learner.examples import QUESTIONS, ExampleSource, stage_examples
 from medtvt_rl.learner.supervised import Observer, SupervisedTrainer, Validation, save_policy
 from medtvt_rl.learner.validation import HeldOutLoss, SampledRewards
 from medtvt_rl.model.policy import load_policy
+from medtvt_rl.model.seal import seal
 from medtvt_rl.model.tower import set_encoders_trainable
+from medtvt_rl.user_code import task_prompts
 
 ADAM_BETAS = (0.9, 0.98)
 
@@ -136,7 +138,7 @@ class StageRank:
         loss = HeldOutLoss(engine, self._items, held_out, self._config.learner.token_budget)
         if self._task.stage == "pretrain":
             return lambda: Validation(score=-(value := loss()), metrics={"validation_loss": value})
-        prompts = resolve(self._config.task.prompts, "task.prompts")(self._config, self._tokenizer, "validation")
+        prompts = task_prompts(self._config, self._tokenizer, "validation")
         rewards = SampledRewards(
             engine,
             self._items,
@@ -161,3 +163,4 @@ class StageRank:
         save_policy(engine, folder)
         if engine.rank == 0:
             self._tokenizer.save_pretrained(folder)
+            seal(folder)

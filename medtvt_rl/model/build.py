@@ -18,6 +18,7 @@ from medtvt_rl.data.tokenizer import modality_token_ids
 from medtvt_rl.model.config import BackboneConfig, ModelConfig
 from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
+from medtvt_rl.model.seal import check_model_folder
 from medtvt_rl.types import MODALITIES
 
 EMBEDDING_STD = 0.05
@@ -41,7 +42,8 @@ def build_model(config: ModelConfig, tokenizer: Any) -> MedTVTForCausalLM:
         return _fresh_model(config, tokenizer, placeholders)
     if not (Path(config.init) / "config.json").is_file():
         raise ValueError(f"model.init: {config.init!r} holds no config.json; expected a Hugging Face model folder")
-    found = AutoConfig.from_pretrained(config.init)
+    check_model_folder(config.init)
+    found = AutoConfig.from_pretrained(config.init, trust_remote_code=False)
     if isinstance(found, MedTVTConfig):
         model = load_exactly(MedTVTForCausalLM, config.init, torch.float32)
         kept = read_adapter(config.init)

@@ -203,7 +203,7 @@ def test_paired_gain_needs_the_same_studies_and_the_metric():
 def test_answers_are_checked():
     with pytest.raises(ValueError, match="none"):
         evaluator().evaluate({})
-    with pytest.raises(ValueError, match=r"1 studies are not in split 'test', e\.g\. 's9'"):
+    with pytest.raises(ValueError, match=r"1 studies are not in split 'test', e\.g\. study-[0-9a-f]{12}"):
         evaluator().evaluate({"s9": ANSWERS["s0"]})
 
 

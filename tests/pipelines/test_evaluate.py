@@ -163,7 +163,7 @@ def test_the_items_add_to_the_final_model_what_it_needs_besides(config: Config, 
     for items in (None, f"{__name__}:plain_source"):
         config.task.items = items
         publish_model(config, source)
-        assert [path.name for path in (config.folder / "model").iterdir()] == ["config.json"]
+        assert sorted(path.name for path in (config.folder / "model").iterdir()) == ["checksums.json", "config.json"]
 
 
 def plain_source(config: Config) -> SimpleNamespace:
