@@ -24,6 +24,7 @@ def settings(root: Path, *more: str) -> list[str]:
         f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}",
         *(f"grpo.max_staleness={MAX_STALENESS}", "grpo.checkpoint_every=5", "grpo.held_out.every_steps=0"),
         *("supervision.silence_s=12", "supervision.max_restarts=100000", "supervision.max_attempts=10"),
+        *("learner.start_timeout_s=900", "rollout.start_timeout_s=900", "rollout.update_timeout_s=120"),
         *("learner.spares=1", "rollout.spares=1", f"grpo.steps={NO_END}", *more),
     ]
 

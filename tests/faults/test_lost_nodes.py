@@ -80,7 +80,7 @@ def test_the_learner_s_node_is_killed(root: Path, tmp_path: Path, table: FaultTa
     machines.add("far", on="second")
     labels = ["placement.learner.labels={place: far}", "placement.rollout.labels={place: head}"]
     more = [*AT_HOME, *labels, f"cluster.address={machines.address}", "supervision.vacancy_timeout_s=30"]
-    arguments = settings(root, *more, "learner.start_timeout_s=60")
+    arguments = settings(root, *more, "learner.start_timeout_s=150")
     with FaultyRun(tmp_path / "learner", arguments, **how(machines)) as run:
         run.wait_for(lambda: len(run.rows("steps")) >= 6)
         strikes = Strikes(run, table)
