@@ -98,6 +98,7 @@ class RolloutGenerator:
             version=self._first_version,
             item_modality=config.task.item_modality,
             by_broadcast=config.weights.transport == "nccl",
+            tensor_parallel=config.rollout.tensor_parallel,
         )
 
     @ray.method(num_returns=2)

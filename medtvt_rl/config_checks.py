@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from medtvt_rl.roles import check_placement, node_kinds
+
 if TYPE_CHECKING:
     from medtvt_rl.config import Config
 
@@ -19,7 +21,7 @@ class ConfigError(ValueError):
 def check_config(config: Config) -> None:
     """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
     checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision)
-    for check in (*checks, _check_rewards, _check_stages, _check_checkpoints, _check_data):
+    for check in (*checks, _check_placement, _check_rewards, _check_stages, _check_checkpoints, _check_data):
         check(config)
 
 
@@ -211,7 +213,7 @@ def _check_sync(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for role in ("rollout", "learner"):
-        gpus = getattr(config.placement, role).gpus
+        gpus = min(kind.gpus for kind in node_kinds(role, getattr(config.placement, role)))
         _require(
             config.weights.transport != "nccl" or gpus >= 1,
             f"placement.{role}.gpus",
@@ -219,6 +221,25 @@ def _check_sync(config: Config) -> None:
             "weights.transport=nccl needs a whole GPU in each of its processes; set 1 or more, or "
             "weights.transport=object_store",
         )
+
+
+def _check_placement(config: Config) -> None:
+    try:
+        check_placement(config.placement, config.rollout.tensor_parallel)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    rollout = config.rollout
+    least, most, start = rollout.least, rollout.most, rollout.num_generators
+    _require(least >= 1, "rollout.min", least, "a run without generators makes nothing; set at least 1")
+    _require(least <= start, "rollout.min", least, f"it exceeds rollout.num_generators = {start}; lower it")
+    _require(most >= start, "rollout.max", most, f"it is below rollout.num_generators = {start}; raise it")
+    _require(rollout.scaling_interval_s > 0, "rollout.scaling_interval_s", rollout.scaling_interval_s, "set above 0")
+    _require(
+        rollout.scaling == "room" or ":" in rollout.scaling,
+        "rollout.scaling",
+        rollout.scaling,
+        "write room, or the dotted path of a policy, 'package.module:Class'",
+    )
 
 
 def _check_supervision(config: Config) -> None:

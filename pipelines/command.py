@@ -49,6 +49,7 @@ def check_named(config: Config) -> None:
     from medtvt_rl.rewards.scorer import Scorer
 
     quiet_environment()
+    check_placeable(config)
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))
     key = "rewards"
@@ -66,6 +67,15 @@ def check_named(config: Config) -> None:
         raise ConfigError(str(error)) from error
     except Exception as error:  # the modules are the user's code: importing one may raise anything
         raise ConfigError(f"{key}: a module that it names cannot be imported: {_one_line(error)}") from error
+
+
+def check_placeable(config: Config) -> None:
+    """Raises ConfigError for an accelerator that Ray does not know."""
+    roles = (getattr(config.placement, name) for name in ("rollout", "learner", "reference", "reward"))
+    if any(role.accelerator or role.fallbacks for role in roles):  # else Ray is not imported for nothing
+        from actors.accelerators import check_accelerators
+
+        check_accelerators(config.placement)
 
 
 def _check_source(config: Config) -> None:
@@ -108,7 +118,7 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
     from medtvt_rl.logs import quiet_third_parties
 
     quiet_third_parties(config.folder / "logs")
-    from actors.placement import logical_cpus
+    from actors.bundles import logical_cpus
     from actors.session import ray_session
     from pipelines.reporter import Reporter
     from pipelines.stopping import Stopped, stop_at_once

@@ -10,7 +10,8 @@ import yaml
 
 from actors.cluster_faults import overlooked_faults, ray_faults
 from actors.cluster_file import matches, read_machines
-from medtvt_rl.config import Config, PlacementConfig, RoleResources, load_config
+from medtvt_rl.config import Config, load_config
+from medtvt_rl.roles import PlacementConfig, RoleResources
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = read_machines(ROOT / "configs/cluster/machines.yaml")

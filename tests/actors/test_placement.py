@@ -10,7 +10,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors.placement import PlacementError, grpo_roles, place, plan
-from medtvt_rl.config import Config, RoleResources, load_config
+from medtvt_rl.config import Config, load_config
+from medtvt_rl.roles import RoleResources
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 L4, H100 = "ray.io/accelerator-type", "ray.io/accelerator-type"
