@@ -137,13 +137,6 @@ class Roster:
         """The members, those with the least to do first."""
         return sorted(self.serving.values(), key=lambda member: (member.load, member.index))
 
-    async def least_loaded(self, purpose: str, but: Iterable[Member] = ()) -> Member:
-        """The member with the least to do, one of `but` only where there is no other. Waits and raises as
-        `wait_for_one` does."""
-        await self.wait_for_one(purpose)
-        members, avoided = self.by_load(), list(but)
-        return next((member for member in members if member not in avoided), members[0])
-
     async def wait_for_one(self, purpose: str) -> None:
         """Returns when an actor serves: at once, or when a successor does.
 

@@ -5,7 +5,8 @@ would be finished first, (completions under way + its own) / speed. That alone w
 than the rest, and never learn that it has become faster: one that is idle gets the next group once the others have had
 as many as correspond to its share.
 
-Owns: the measure, the order. Does not own: what is asked of a generator (actors/rollout_pool.py). Pure but for the clock.
+Owns: the measure, the order. Does not own: what is asked of a generator (actors/rollout_pool.py). Pure but for the
+clock.
 """
 
 from __future__ import annotations
@@ -21,15 +22,22 @@ WINDOW_S = 120.0
 
 @dataclass(slots=True)
 class _Track:
-    """Of one generator; `tokens` and `busy_s` are the moving sums, `all_tokens` and `groups` those of the whole run."""
+    """Of one generator.
+
+    Attributes:
+        tokens, busy_s: moving sums; speed: the one over the other, 0 before the first measurement.
+        all_tokens, groups: of the whole run.
+        since: when the time was last added; last_turn: how many turns there had been when it had its last.
+    """
 
     tokens: float = 0.0
     busy_s: float = 0.0
+    speed: float = 0.0
     all_tokens: int = 0
     groups: int = 0
     under_way: int = 0
     since: float = 0.0
-    passed_over: int = 0
+    last_turn: int = 0
 
     def pass_time(self, now: float) -> None:
         """Adds the time since the last event, if there was work."""
@@ -61,15 +69,15 @@ class Balance:
     def __init__(self, by_speed: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._by_speed, self._clock = by_speed, clock
         self._tracks: dict[int, _Track] = {}
+        self._turns = 0
 
     def begin(self, index: int) -> None:
         """A generator was given completions to make."""
-        for other, track in self._tracks.items():
-            track.passed_over += other != index
         track = self._track(index)
         track.pass_time(self._clock())
         track.under_way += 1
-        track.passed_over = 0
+        self._turns += 1
+        track.last_turn = self._turns
 
     def end(self, index: int, tokens: int) -> None:
         """It made them, or failed at it and made no tokens."""
@@ -79,12 +87,14 @@ class Balance:
         track.tokens += tokens
         track.all_tokens += tokens
         track.groups += tokens > 0
+        if track.tokens > 0 and track.busy_s > 0:
+            track.speed = track.tokens / track.busy_s
 
     def started_anew(self, index: int) -> None:
         """Another process has its place, maybe on another machine: what was measured says nothing of it."""
         track = self._track(index)
-        track.tokens = track.busy_s = 0.0
-        track.passed_over = 0
+        track.tokens = track.busy_s = track.speed = 0.0
+        track.last_turn = self._turns
 
     def order(self, loads: Mapping[int, int], size: int) -> list[int]:
         """Whose turn it is to make `size` completions, the first first.
@@ -94,15 +104,17 @@ class Balance:
         """
         if not self._by_speed:
             return sorted(loads, key=lambda index: (loads[index], index))
-        speeds = self._speeds(list(loads))
-        total = sum(speeds.values())
-
-        def place(index: int) -> tuple[bool, float, int]:
-            waited_long = self._track(index).passed_over >= total / speeds[index]
-            due = loads[index] == 0 and waited_long
-            return not due, (loads[index] + size) / speeds[index], index
-
-        return sorted(loads, key=place)
+        tracks = [self._track(index) for index in loads]
+        known = [track.speed for track in tracks if track.speed]
+        # One that is not measured yet counts as the mean of the others.
+        usual = sum(known) / len(known) if known else 1.0
+        speeds = [track.speed or usual for track in tracks]
+        total, turns = sum(speeds), self._turns
+        places = [
+            (load > 0 or (turns - track.last_turn) * speed < total, (load + size) / speed, index)
+            for (index, load), track, speed in zip(loads.items(), tracks, speeds)
+        ]
+        return [index for _, _, index in sorted(places)]
 
     def shares(self) -> list[Share]:
         """What each generator did, those that have left included."""
@@ -113,21 +125,13 @@ class Balance:
                 tokens=track.all_tokens,
                 groups=track.groups,
                 share=track.all_tokens / max(1, total),
-                tokens_per_s=_speed(track),
+                tokens_per_s=track.speed or None,
             )
             for index, track in sorted(self._tracks.items())
         ]
 
-    def _speeds(self, indices: list[int]) -> dict[int, float]:
-        """Above 0; one that is not measured yet counts as the mean of the others."""
-        found = {index: _speed(self._track(index)) for index in indices}
-        known = [speed for speed in found.values() if speed]
-        usual = sum(known) / len(known) if known else 1.0
-        return {index: speed or usual for index, speed in found.items()}
-
     def _track(self, index: int) -> _Track:
-        return self._tracks.setdefault(index, _Track(since=self._clock()))
-
-
-def _speed(track: _Track) -> float | None:
-    return track.tokens / track.busy_s if track.tokens > 0 and track.busy_s > 0 else None
+        track = self._tracks.get(index)
+        if track is None:
+            track = self._tracks[index] = _Track(since=self._clock(), last_turn=self._turns)
+        return track
