@@ -50,6 +50,11 @@ class NodeView:
         enough = all(bundle.resources.get(name, 0) <= amounts[name] for name in AMOUNTS)
         return enough and matches(bundle.labels, self.labels)
 
+    @property
+    def left(self) -> str:
+        """What is free on it, in words."""
+        return f"{self.address} ({self.kind}) {amounts(self.free)}"
+
     def __str__(self) -> str:
         labels = {key: value for key, value in self.labels.items() if not key.startswith("ray.io/node")}
         words = ", ".join(f"{key} {value}" for key, value in labels.items())

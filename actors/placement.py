@@ -10,8 +10,10 @@ what the nodes have (cluster_view.py), or the actors themselves.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -25,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.bundles import Bundle, evaluation_generators, grpo_roles, logical_cpus, plan
 from actors.cluster_view import draw, lacks, nodes_now, offers
-from medtvt_rl.roles import GANG
+from medtvt_rl.roles import GANG, PlacementConfig
 
 __all__ = [
     "Bundle",
@@ -36,6 +38,7 @@ __all__ = [
     "grpo_roles",
     "logical_cpus",
     "place",
+    "placed",
     "plan",
 ]
 POLL_S = 0.1
@@ -145,13 +148,31 @@ class Placement:
         return f"{party.wanted[position]}. {offers(nodes_now())}"
 
     def add(self, bundle: Bundle) -> None:
-        """Reserves one more bundle; `has_node` says when it has its place."""
-        self._seat(Party([bundle], self._fallback_after_s))
+        """Reserves one more bundle, on a kind of node that has room now if there is one; `has_node` says when it is
+        placed."""
+        nodes = nodes_now()
+        first, *others = sorted(bundle.choices, key=lambda one: not any(node.has_room(one) for node in nodes))
+        plain = [replace(one, fallbacks=()) for one in others]
+        self._seat(Party([replace(first, fallbacks=tuple(plain))], self._fallback_after_s))
+
+    def has_room(self, bundle: Bundle) -> bool:
+        """Whether a node has room for one more bundle now. Asks the cluster."""
+        return any(node.has_room(one) for node in nodes_now() for one in bundle.choices)
 
     def remove(self, role: str, index: int) -> None:
         """Gives a bundle that is nobody else's back; the actor in it ends."""
         party, _ = self._seats.pop((role, index))
         party.release()
+
+    def indices(self, role: str) -> list[int]:
+        """Of the bundles of a role, those without a node included."""
+        return [index for one, index in self._seats if one == role]
+
+    def kinds(self, role: str) -> dict[int, str]:
+        """What kind of node each bundle of a role sits on, and where, in words. Asks the cluster."""
+        nodes = {node.node_id: f"{node.kind} at {node.address}" for node in nodes_now()}
+        found = {index: self.node_of(role, index) for index in self.indices(role)}
+        return {index: nodes[node] for index, node in found.items() if node in nodes}
 
     def node_of(self, role: str, index: int) -> str | None:
         """Id of the node of a bundle, None where it has none. Asks the cluster."""
@@ -175,7 +196,7 @@ class Placement:
 
 
 class Placing:
-    """Bundles on their way to a place.
+    """Bundles on their way to a place; left with an error, nothing stays reserved.
 
     Args:
         timeout_s: how long all of it may take.
@@ -203,7 +224,7 @@ class Placing:
         """The placement once every bundle has its node, None before that; to be asked again soon.
 
         Raises:
-            PlacementError: the time is over; nothing is reserved any more.
+            PlacementError: the time is over.
         """
         self._waiting = [party for party in self._waiting if not party.placed()]
         if not self._waiting:
@@ -212,17 +233,20 @@ class Placing:
         for party in self._waiting:
             party.try_next()
         if now - self._began > self._timeout_s:
-            self.give_up()
             raise PlacementError(f"placement waited {self._timeout_s:g} s (placement.timeout_s): {self._explain()}")
         if now > self._say_at:
             self._say_at = now + SAY_AGAIN_S
             self._report(f"placement waits, for at most {self._timeout_s:g} s in all: {self._explain()}")
         return None
 
-    def give_up(self) -> None:
-        """Gives everything back."""
-        for party in self._parties:
-            party.release()
+    def __enter__(self) -> Placing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Gives everything back where it was not placed."""
+        if kind is not None:
+            for party in self._parties:
+                party.release()
 
     def _explain(self) -> str:
         nodes = nodes_now()
@@ -233,7 +257,20 @@ class Placing:
                     return f"{bundle} fits on no node: {'; '.join(dict.fromkeys(reasons))}. {offers(nodes)}"
         waiting = ", ".join(f"{bundle.role} {bundle.index}" for party in self._waiting for bundle in party.wanted)
         first = self._waiting[0].wanted[0]
-        return f"each bundle fits alone, but all together do not; without a place: {waiting}. {first}. {offers(nodes)}"
+        free = "; ".join(node.left for node in nodes if node.total["CPU"] > 0)
+        return (
+            f"each bundle fits alone, but all together do not; without a place: {waiting}. {first}. Free are {free}. "
+            f"{offers(nodes)}"
+        )
+
+
+async def placed(bundles: Sequence[Bundle], settings: PlacementConfig, report: Callable[[str], None]) -> Placement:
+    """`place`, beside whatever else the loop does; cancelled, it gives everything back."""
+    placing = await asyncio.to_thread(Placing, bundles, settings.timeout_s, settings.fallback_after_s, report)
+    with placing:
+        while (found := await asyncio.to_thread(placing.look)) is None:
+            await asyncio.sleep(POLL_S)
+    return found
 
 
 def place(
@@ -244,12 +281,7 @@ def place(
 ) -> Placement:
     """Reserves every bundle, or raises PlacementError naming one that does not fit."""
     assert ray.is_initialized()
-    placing = Placing(bundles, timeout_s, fallback_after_s, report)
-    try:
+    with Placing(bundles, timeout_s, fallback_after_s, report) as placing:
         while (found := placing.look()) is None:
             time.sleep(POLL_S)
-    except BaseException as error:
-        if not isinstance(error, PlacementError):
-            placing.give_up()
-        raise
     return found

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class RolloutPool:
 
         def make(index: int, spare: bool = False) -> Any:
             options = placement.options("rollout", index, spare)
-            return actor.options(**options).remote(str(model_folder), config, index)
+            return actor.options(**options).remote(str(model_folder), _seen_from(config, placement, index), index)
 
         spares = Spares(
             "rollout",
@@ -114,8 +114,8 @@ class RolloutPool:
             settings.start_timeout_s,
             "rollout.start_timeout_s",
         )
-        generators = [make(index) for index in range(placement.count("rollout"))]
-        members = await asyncio.gather(*(_started(config, index, each) for index, each in enumerate(generators)))
+        generators = {index: make(index) for index in placement.indices("rollout")}
+        members = await asyncio.gather(*(_started(config, index, each) for index, each in generators.items()))
         told = incidents or Incidents(logger.warning)
         pool = cls(
             config,
@@ -138,6 +138,22 @@ class RolloutPool:
     def _order_spare(self, member: Member) -> None:
         if self._spares is not None and member.where is not None:
             self._spares.order(member.index, member.where)
+
+    @property
+    def serving(self) -> list[int]:
+        """Numbers of the generators that serve."""
+        return sorted(self._roster.serving)
+
+    async def add(self, index: int) -> bool:
+        """Starts one more generator in its bundle, which has its place; whether it serves. It holds the newest weights
+        then."""
+        return await self._roster.join(index)
+
+    async def remove(self, index: int) -> None:
+        """Takes a generator out; returns when it has done what it had begun, and has ended."""
+        if self._spares is not None:
+            self._spares.drop(index)
+        await self._roster.retire(index, self._config.generate_timeout_s)
 
     @property
     def num_left(self) -> int:
@@ -257,7 +273,13 @@ class RolloutPool:
     async def stats(self) -> list[dict[str, float]]:
         """Each engine's counters (tokens, busy and idle seconds)."""
         timeout_s, setting = self._config.update_timeout_s, "rollout.update_timeout_s"
-        return await self._all_left(lambda handle: handle.stats.remote(), "give its statistics", timeout_s, setting)
+        return await self._all_left(
+            lambda handle: handle.stats.remote(),
+            "give its statistics",
+            timeout_s,
+            setting,
+            lambda member, answer: {**answer, "generator": float(member.index)},
+        )
 
     def shares(self) -> list[Share]:
         """What each generator did of the whole, those that have left included."""
@@ -270,20 +292,35 @@ class RolloutPool:
             self._spares.stop()
 
     async def _all_left(
-        self, call: Callable[[Any], Awaitable[Any]], what: str, timeout_s: float, setting: str
+        self,
+        call: Callable[[Any], Awaitable[Any]],
+        what: str,
+        timeout_s: float,
+        setting: str,
+        mark: Callable[[Member, Any], Any] = lambda member, answer: answer,
     ) -> list[Any]:
         """Answers of the generators that serve, one at least; asked again, once, where all are lost at it."""
+
+        async def ask(member: Member) -> Any:
+            return mark(member, await self._roster.ask(member, call(member.handle), what, timeout_s, setting))
+
         lost: list[Exception] = []
         for _ in range(2):
             await self._roster.wait_for_one(what)
-            answers = await self._roster.everywhere(
-                lambda member: self._roster.ask(member, call(member.handle), what, timeout_s, setting)
-            )
+            answers = await self._roster.everywhere(ask)
             found = [answer for answer in answers if not isinstance(answer, MemberLostError)]
             if found:
                 return found
             lost = answers
         raise lost[-1]
+
+
+def _seen_from(config: Config, placement: Placement, index: int) -> Config:
+    """The configuration with what the bundle of a generator really has: a fallback may be without a GPU."""
+    chosen = placement.bundle("rollout", index)
+    workers = config.rollout.tensor_parallel
+    role = replace(config.placement.rollout, cpus=chosen.cpus / workers, gpus=chosen.gpus / workers)
+    return replace(config, placement=replace(config.placement, rollout=role))
 
 
 async def _started(config: Config, index: int, generator: Any) -> Member:
