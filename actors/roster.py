@@ -30,7 +30,6 @@ from medtvt_rl.faults import Incident, Outcome, RoleLostError
 
 T = TypeVar("T")
 PLACE_POLL_S = 1.0
-RETIRE_POLL_S = 0.1
 SICK_GROUPS = 2
 """So many groups in a row without finite values, and an actor is held to be sick, whatever others make of them."""
 
@@ -287,36 +286,6 @@ class Roster:
                 self._successors[index] = asyncio.create_task(self._succeed(index), name=name)
             self.changed()
         return self._lost[index]
-
-    # Coming and going while the run lasts.
-
-    async def join(self, index: int) -> bool:
-        """Starts one more actor, in a bundle that has its place; whether it serves."""
-        assert self._renew is not None and index not in self.serving
-        self._restarts[index] = Restarts(self._supervision)
-        handle = self._starting[index] = self._renew(index)
-        try:
-            words = await self._bring_up(index, handle)
-        except self.start_faults as error:
-            self._kill(handle)
-            self._incidents.report(f"{self.role} {index} does not join: {cause_of(error)}")
-            return False
-        finally:
-            self._starting.pop(index, None)
-        self._incidents.report(f"{self.role} {index} joins{words}; {len(self.serving)} serve")
-        self.changed()
-        return True
-
-    async def retire(self, index: int, timeout_s: float) -> None:
-        """Takes an actor out: it is asked nothing new, and ends when it has done what it has, or after so long."""
-        member = self.serving.pop(index)
-        self._lost[index] = MemberLostError(f"{self.role} {index} has left")
-        self._incidents.report(f"{self.role} {index} leaves; {len(self.serving)} serve")
-        self.changed()
-        until = time.monotonic() + timeout_s
-        while member.groups > 0 and time.monotonic() < until:
-            await asyncio.sleep(RETIRE_POLL_S)
-        self._kill(member.handle)
 
     def stop(self) -> None:
         """Ends every actor, those on their way included."""

@@ -161,7 +161,5 @@ def test_what_fits_nowhere_is_named_with_what_the_cluster_offers(
 @pytest.mark.cluster
 def test_what_fits_alone_but_not_beside_the_others_is_named(cluster: Cluster) -> None:
     config = declared(rollout=RoleResources(gpus=1, accelerator=["L4"]))
-    with pytest.raises(
-        PlacementError, match=r"all together do not; without a place: rollout \d\. "
-    ):
+    with pytest.raises(PlacementError, match=r"all together do not; without a place: rollout \d\. "):
         place(plan(config, {"rollout": 2}), 1.0)
