@@ -4,6 +4,9 @@ export EXTRA PYTHON TORCH_ARGS PIP_ARGS RESOLVE
 
 PYTHON_VENV := .venv/bin/python
 CONFIG ?= configs/quickstart.yaml
+# What the quickstart changes where the set-up chose CUDA: all roles share one GPU, which two ranks of a gang cannot.
+ONE_GPU := $(foreach role,rollout learner reference,placement.$(role).gpus=0.2) rollout.engine.gpu_memory_utilization=0.3 \
+	pretrain.num_workers=1 sft.num_workers=1
 SOURCES := medtvt_rl actors pipelines tests requirements
 
 .DEFAULT_GOAL := help
@@ -17,10 +20,10 @@ setup: ## create .venv with everything pinned; at once when nothing changed
 	@bash requirements/setup.sh
 
 quickstart: setup ## simulated cohort, PT, SFT, GRPO, evaluation and report on this machine; OVERRIDES="key=value ..."
-	@.venv/bin/medtvt-rl run -c $(CONFIG) $(OVERRIDES)
+	@.venv/bin/medtvt-rl run -c $(CONFIG) $(if $(filter cuda,$(shell cat .venv/setup.extra)),$(ONE_GPU)) $(OVERRIDES)
 
-test: setup ## every test; TESTS="tests/data -k ecg" for some
-	@$(PYTHON_VENV) -m pytest $(TESTS)
+test: setup ## every test, a file at a time in two processes; TESTS="tests/data -k ecg" for some
+	@$(PYTHON_VENV) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(TESTS)
 
 lint: setup ## ruff (rules and format) and mypy
 	@$(PYTHON_VENV) -m ruff check $(SOURCES)

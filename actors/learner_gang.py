@@ -209,14 +209,8 @@ class LearnerGang:
         self, call: str, start: Callable[[Any, int], Awaitable[Any]], timeout_s: float, setting: str
     ) -> list[Any]:
         """Results of a call on every rank, in rank order."""
-        with self._timeline.span("learner", call):
-            return await self._results(call, start, timeout_s, setting)
-
-    async def _results(
-        self, call: str, start: Callable[[Any, int], Awaitable[Any]], timeout_s: float, setting: str
-    ) -> list[Any]:
         calls = [start(worker, rank) for rank, worker in enumerate(self._workers)]
-        tasks = [asyncio.ensure_future(self._heard(rank, answer)) for rank, answer in enumerate(calls)]
+        tasks = [asyncio.ensure_future(self._heard(rank, call, answer)) for rank, answer in enumerate(calls)]
         try:
             done, missing = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
             if missing and any(task.exception() is not None for task in done):
@@ -239,15 +233,16 @@ class LearnerGang:
         ranks = [rank for rank, task in enumerate(tasks) if task in missing]
         raise self._error(call, ranks[0], f"no answer of ranks {ranks} in {timeout_s:g} s ({setting})")
 
-    async def _heard(self, rank: int, answer: Awaitable[Any]) -> Any:
+    async def _heard(self, rank: int, call: str, answer: Awaitable[Any]) -> Any:
         """The answer of a rank, which has to say meanwhile that it lives. Raises DeadlineError where it does not."""
         task = asyncio.ensure_future(_wait(answer))
         try:
-            while not (await asyncio.wait({task}, timeout=self._silence_s / 2 or None))[0]:
-                alive, who = self._workers[rank].health.remote(), f"learner rank {rank} to say that it lives"
-                with suppress(RayError):  # what is wrong with it the call under way will say
-                    await within(alive, self._silence_s, who, "supervision.silence_s")
-            return task.result()
+            with self._timeline.span(f"learner {rank}", call):
+                while not (await asyncio.wait({task}, timeout=self._silence_s / 2 or None))[0]:
+                    alive, who = self._workers[rank].health.remote(), f"learner rank {rank} to say that it lives"
+                    with suppress(RayError):  # what is wrong with it the call under way will say
+                        await within(alive, self._silence_s, who, "supervision.silence_s")
+                return task.result()
         finally:
             task.cancel()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from medtvt_rl.config_bounds import fault, numbers
 from medtvt_rl.roles import check_placement, node_kinds
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ class ConfigError(ValueError):
 
 def check_config(config: Config) -> None:
     """Checks across fields. Raises ConfigError naming the key, the value, what was expected, and the mend."""
+    for key, value in numbers(config):
+        expected = fault(key, value)
+        _require(expected is None, key, value, str(expected))
     checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision)
     for check in (*checks, _check_placement, _check_rewards, _check_stages, _check_checkpoints, _check_data):
         check(config)
@@ -35,43 +39,19 @@ def _check_counts(config: Config) -> None:
     _require(
         grpo.group_size >= 2, "grpo.group_size", grpo.group_size, "a group of one has no advantage; set at least 2"
     )
-    positive = {
-        "grpo.steps": grpo.steps,
-        "grpo.keep_checkpoints": grpo.keep_checkpoints,
-        "grpo.groups_per_step": grpo.groups_per_step,
-        "grpo.updates_per_batch": grpo.updates_per_batch,
-        "rollout.num_generators": rollout.num_generators,
-        "num_scorers": config.num_scorers,
-        "learner.num_workers": config.learner.num_workers,
-        "learner.token_budget": config.learner.token_budget,
-        "grpo.held_out.max_prompts": grpo.held_out.max_prompts,
-        "evaluation.num_samples": config.evaluation.num_samples,
-        "alarms.first_steps": config.alarms.first_steps,
-        "alarms.equal_steps": config.alarms.equal_steps,
-        "rollout.sampling.max_new_tokens": rollout.sampling.max_new_tokens,
-        "pretrain.epochs": config.pretrain.epochs,
-        "pretrain.batch_size": config.pretrain.batch_size,
-        "sft.epochs": config.sft.epochs,
-        "sft.batch_size": config.sft.batch_size,
-    }
-    for key, value in positive.items():
-        _require(value >= 1, key, value, "set at least 1")
-    not_negative = {
-        "grpo.dynamic_sampling.max_replaced": grpo.dynamic_sampling.max_replaced,
-        "grpo.held_out.every_steps": grpo.held_out.every_steps,
-        "grpo.max_nonfinite_groups": grpo.max_nonfinite_groups,
-        "grpo.checkpoint_every": grpo.checkpoint_every,
-    }
-    for key, value in not_negative.items():
-        _require(value >= 0, key, value, "set 0 (off) or more")
-    _require(grpo.max_staleness >= 0, "grpo.max_staleness", grpo.max_staleness, "0 is on-policy; it can't be negative")
     _require(
         config.learner.zero_stage in (0, 1, 2, 3),
         "learner.zero_stage",
         config.learner.zero_stage,
         "ZeRO has stages 0 to 3",
     )
-    _require(grpo.loss.kl.coefficient >= 0, "grpo.loss.kl.coefficient", grpo.loss.kl.coefficient, "set 0 or more")
+    importance = grpo.loss.importance
+    _require(
+        importance.floor < importance.cap,
+        "grpo.loss.importance.floor",
+        importance.floor,
+        f"it must be below cap = {importance.cap}; 0 drops no small ratio",
+    )
     weight, buffer, limit = grpo.overlong.weight, grpo.overlong.buffer_tokens, rollout.sampling.max_new_tokens
     _require(weight >= 0, "grpo.overlong.weight", weight, "it weighs a penalty; set 0 (off) or more")
     _require(
@@ -99,7 +79,6 @@ def _check_batches(config: Config) -> None:
         f"it does not divide by learner.num_workers = {workers}; change one of the three",
     )
     for name, stage in (("pretrain", config.pretrain), ("sft", config.sft)):
-        _require(stage.num_workers >= 1, f"{name}.num_workers", stage.num_workers, "set at least 1")
         _require(
             stage.batch_size % stage.num_workers == 0,
             f"{name}.batch_size",
@@ -184,12 +163,6 @@ def _check_model(config: Config) -> None:
             f"model.backbone.hidden_size = {width} does not divide by it",
         )
     _require(
-        model.perception.tokens_per_modality >= 1,
-        "model.perception.tokens_per_modality",
-        model.perception.tokens_per_modality,
-        "set at least 1",
-    )
-    _require(
         config.data.film.size == model.cxr.image_size,
         "data.film.size",
         config.data.film.size,
@@ -205,9 +178,6 @@ def _check_model(config: Config) -> None:
 
 
 def _check_sync(config: Config) -> None:
-    rollout = config.rollout
-    share = rollout.max_completions_per_engine
-    _require(share is None or share >= 0, "rollout.max_completions_per_engine", share, "set 0 or more")
     try:
         config.weights.resolved(config.model.lora)
     except ValueError as error:
@@ -230,10 +200,8 @@ def _check_placement(config: Config) -> None:
         raise ConfigError(str(error)) from error
     rollout = config.rollout
     least, most, start = rollout.least, rollout.most, rollout.num_generators
-    _require(least >= 1, "rollout.min", least, "a run without generators makes nothing; set at least 1")
     _require(least <= start, "rollout.min", least, f"it exceeds rollout.num_generators = {start}; lower it")
     _require(most >= start, "rollout.max", most, f"it is below rollout.num_generators = {start}; raise it")
-    _require(rollout.scaling_interval_s > 0, "rollout.scaling_interval_s", rollout.scaling_interval_s, "set above 0")
     _require(
         rollout.scaling == "room" or ":" in rollout.scaling,
         "rollout.scaling",
@@ -243,12 +211,6 @@ def _check_placement(config: Config) -> None:
 
 
 def _check_supervision(config: Config) -> None:
-    settings = config.supervision
-    for name, least in (("max_restarts", 0), ("max_attempts", 1), ("silence_s", 0)):
-        value = getattr(settings, name)
-        _require(value >= least, f"supervision.{name}", value, f"set {least} or more")
-    window_s = settings.restart_window_s
-    _require(window_s > 0, "supervision.restart_window_s", window_s, "set more than 0")
     for key, spares in (("rollout.spares", config.rollout.spares), ("learner.spares", config.learner.spares)):
         _require(spares in (None, 0, 1), key, spares, "set 0 or 1, or null to let free memory decide")
 
@@ -283,18 +245,21 @@ def _check_stages(config: Config) -> None:
         f"each stage stands once, in the order {', '.join(known)}",
     )
     splits = config.data.splits
-    _require(
-        config.task.items is None or config.evaluation.split in splits,
-        "evaluation.split",
-        config.evaluation.split,
-        f"data.labs_csv has the splits {', '.join(splits)}",
-    )
+    used = {"evaluation.split": config.evaluation.split}
+    if config.grpo.held_out.every_steps > 0:
+        used["grpo.held_out.split"] = config.grpo.held_out.split
+    for key, split in used.items():
+        _require(
+            config.task.items is None or split in splits,
+            key,
+            split,
+            f"data.labs_csv has the splits {', '.join(splits)}",
+        )
 
 
 def _check_checkpoints(config: Config) -> None:
     """The file system behind a URL must be known, and its package installed."""
     grpo = config.grpo
-    _require(grpo.checkpoint_timeout_s > 0, "grpo.checkpoint_timeout_s", grpo.checkpoint_timeout_s, "set more than 0")
     protocol, separator, _ = (grpo.checkpoint_root or "").partition("://")
     if not separator:
         return

@@ -91,8 +91,6 @@ def node_kinds(role: str, wanted: RoleResources) -> list[NodeKind]:
 
 def check_placement(placement: PlacementConfig, tensor_parallel: int) -> None:
     """Raises ValueError naming the key of what cannot be placed anywhere."""
-    for key in ("timeout_s", "fallback_after_s"):
-        _require(getattr(placement, key) > 0, f"placement.{key}", getattr(placement, key), "set more than 0")
     for each in fields(placement):
         wanted = getattr(placement, each.name)
         if isinstance(wanted, RoleResources):
@@ -104,7 +102,6 @@ def check_placement(placement: PlacementConfig, tensor_parallel: int) -> None:
                     gpus = wanted.gpus if fallback.gpus is None else fallback.gpus
                     _require(gpus > 0, f"{key}.gpus", gpus, "an accelerator is asked for; set 1 or more")
                 _check_role(key, _instead(wanted, fallback))
-    _require(tensor_parallel >= 1, "rollout.tensor_parallel", tensor_parallel, "set at least 1")
     for kind in node_kinds("rollout", placement.rollout):
         _require(
             tensor_parallel == 1 or kind.gpus in (0, 1),

@@ -94,6 +94,7 @@ class GrpoLoop:
         self._conclusion: asyncio.Task[None] | None = None
         self._stats: list[dict[str, float]] = []
         self._discarded_in_a_row = self._skipped_in_a_row = 0
+        self._waited_for_slots_s = 0.0
         self._counted_before_step = (0, 0)
         self._last_failure = LoopError("no group has failed")
         self._lost: RoleLostError | None = None
@@ -153,7 +154,9 @@ class GrpoLoop:
     async def _produce(self) -> None:
         while True:
             async with self._changed:
+                asked_at = time.monotonic()
                 await self._changed.wait_for(self._may_start_wave)
+                self._waited_for_slots_s += time.monotonic() - asked_at
                 wave = self._ledger.start_wave()
             if self._on_policy:
                 self._rollouts.together([group_id for group_id, _ in wave], self._config.group_size)
@@ -243,8 +246,9 @@ class GrpoLoop:
                 groups=tuple(groups),
                 learning_rate=rate,
                 checksum=checksum,
-                metrics={**outcome.metrics, **clock.seconds, **blocked},
+                metrics={**outcome.metrics, **clock.seconds, **blocked, "seconds/wait_slots": self._waited_for_slots_s},
             )
+            self._waited_for_slots_s = 0.0
             self._conclusion = asyncio.create_task(self._conclude(trained, outcome, probe), name=f"conclude {step}")
             keeps = self._is_kept(version)
             if self._on_policy or keeps or version == self._config.steps or self._stop.requested:
@@ -323,11 +327,11 @@ class GrpoLoop:
             self._changed.notify_all()
 
     async def _probe(self, groups: list[TrainingGroup]) -> Probe | None:
-        """The learner's log-probs of a completion under the weights just published."""
-        group = groups[0].group
-        index = int(np.argmax(group.header.lengths))
-        if group.header.lengths[index] == 0:
+        """The learner's log-probs of a completion under the weights just published; None where all are empty."""
+        group = next((each.group for each in groups if max(each.group.header.lengths) > 0), None)
+        if group is None:
             return None
+        index = int(np.argmax(group.header.lengths))
         return group.payload, index, await self._learner.score(group.payload, index)
 
     async def _conclude(self, trained: TrainedStep, outcome: LearnerStep, probe: Probe | None) -> None:
@@ -358,6 +362,9 @@ class GrpoLoop:
         }
         result.steps = trained.step + 1
         result.completions += sum(len(g.group.header.lengths) for g in trained.groups)
+        result.empty_completions += int(metrics["length/empty"])
+        result.one_token_completions += int(metrics["length/one_token"])
+        result.unscored_completions += int(metrics["reward/failed"])
         result.max_staleness_seen = max(result.max_staleness_seen, int(metrics["staleness/max"]))
         result.rewards.append(metrics["reward/total"])
         gaps = (result.logprob_max_abs_diff, metrics["sync_gap_max"], metrics.get("fresh_gap_max", 0.0))

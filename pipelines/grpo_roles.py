@@ -66,6 +66,9 @@ class LoopResult:
     steps: int = 0
     skipped_steps: int = 0
     completions: int = 0
+    empty_completions: int = 0
+    one_token_completions: int = 0
+    unscored_completions: int = 0
     discarded: int = 0
     replaced: int = 0
     nonfinite: int = 0

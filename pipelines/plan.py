@@ -33,7 +33,7 @@ def batch_arithmetic(config: Config) -> str:
         f"GRPO step: {grpo.groups_per_step} prompts x {grpo.group_size} completions = {completions} completions, "
         f"at most {sampled} sampled tokens",
         f"  on {workers} learner rank(s): {completions // workers} completions each, at most {micro_batches} "
-        f"micro-batches of {config.learner.token_budget} tokens (prompt and completion, padded)",
+        f"micro-batches of {config.learner.token_budget} tokens (fewer where completions share their prompt)",
         f"  at most {admitted} groups under way (max_staleness {grpo.max_staleness}); "
         f"{grpo.updates_per_batch} update(s) a step",
         f"  {grpo.steps} steps: {grpo.steps * grpo.groups_per_step} groups, {grpo.steps * completions} completions",

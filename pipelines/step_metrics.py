@@ -14,14 +14,17 @@ import numpy as np
 
 from medtvt_rl.algorithm.advantages import has_signal
 from medtvt_rl.rollout.balance import Share
-from pipelines.grpo_roles import TrainingGroup
+from pipelines.grpo_roles import FinishedGroup, TrainingGroup
 
 GENERATORS_SHOWN = 16
-COUNTERS = ("tokens_generated", "busy_s", "idle_s", "num_updates", "update_s", "load_s")
+COUNTERS = (
+    *("tokens_generated", "prompt_tokens", "prompt_tokens_shared"),
+    *("busy_s", "idle_s", "num_updates", "update_s", "load_s"),
+)
 
 
 class StepClock:
-    """Seconds of the phases of one step, and the CPU seconds of the loop's own thread.
+    """Seconds of the phases of one step, and the CPU seconds of the loop's own thread and of the whole driver.
 
     Args:
         previous: of the step before; a step reaches from the end of that to its own.
@@ -29,8 +32,8 @@ class StepClock:
 
     def __init__(self, previous: StepClock | None = None) -> None:
         self._lap = time.monotonic()
-        self._began: tuple[float, float] = (self._lap, time.thread_time()) if previous is None else previous.ended
-        self.ended: tuple[float, float] = self._began
+        self._began: tuple[float, float, float] = _now() if previous is None else previous.ended
+        self.ended: tuple[float, float, float] = self._began
         self.seconds: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
@@ -41,9 +44,14 @@ class StepClock:
 
     def end(self) -> None:
         """Ends the step: its weights are published."""
-        self.ended = (time.monotonic(), time.thread_time())
-        wall_s, cpu_s = (end - start for start, end in zip(self._began, self.ended))
-        self.seconds |= {"seconds/step": wall_s, "seconds/driver_cpu": cpu_s}
+        self.ended = _now()
+        wall_s, loop_s, driver_s = (end - start for start, end in zip(self._began, self.ended))
+        self.seconds |= {"seconds/step": wall_s, "seconds/loop_cpu": loop_s, "seconds/driver_cpu": driver_s}
+
+
+def _now() -> tuple[float, float, float]:
+    """Wall clock, CPU of this thread, CPU of this process with Ray's threads and all else."""
+    return time.monotonic(), time.thread_time(), time.process_time()
 
 
 def rollout_metrics(groups: Sequence[TrainingGroup], version: int) -> dict[str, float]:
@@ -65,6 +73,7 @@ def rollout_metrics(groups: Sequence[TrainingGroup], version: int) -> dict[str, 
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/empty": float((lengths == 0).sum()),
+        "length/one_token": float((lengths == 1).sum()),
         "length/cut_share": float(sum(h.num_cut for h in headers) / len(lengths)),
         "staleness/mean": float(np.mean(staleness)),
         "staleness/max": float(max(staleness)),
@@ -105,15 +114,21 @@ def role_metrics(
         metrics["seconds/rollout_idle"] = gained["idle_s"] / len(after)
         metrics["seconds/sync_load"] = gained["load_s"] / max(gained["num_updates"], 1.0)
         metrics["seconds/sync_blocked"] = (gained["update_s"] - gained["load_s"]) / max(gained["num_updates"], 1.0)
+        metrics["rollout/prompt_shared_share"] = gained["prompt_tokens_shared"] / max(gained["prompt_tokens"], 1.0)
         metrics["tokens_per_s/rollout"] = gained["tokens_generated"] / max(step["seconds/step"], 1e-9)
     finished = [g.group for g in groups]
     metrics["seconds/reward_busy"] = sum(g.rewards.seconds for g in finished)
+    metrics["tokens_per_s/reward"] = _tokens(finished) / max(metrics["seconds/reward_busy"], 1e-9)
     headers = [g.reference_header for g in finished if g.reference_header is not None]
     if headers:
         busy_s = sum(header.seconds for header in headers)
         metrics["seconds/reference_busy"] = busy_s
-        metrics["tokens_per_s/reference"] = sum(sum(g.header.lengths) for g in finished) / max(busy_s, 1e-9)
+        metrics["tokens_per_s/reference"] = _tokens(finished) / max(busy_s, 1e-9)
     return metrics
+
+
+def _tokens(groups: Sequence[FinishedGroup]) -> float:
+    return float(sum(sum(group.header.lengths) for group in groups))
 
 
 def _gain(before: Sequence[dict[str, float]], after: Sequence[dict[str, float]], name: str) -> float:

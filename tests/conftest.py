@@ -1,9 +1,13 @@
-"""What every test process needs before anything heavy is imported: one thread each, and no look at a model hub."""
+"""What every test process needs before anything heavy is imported, the order of tests, and the run that some share."""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
+import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,3 +18,25 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # How long an example takes says something of the machine, not of the code; all else is as Hypothesis chose.
 settings.register_profile("patient", settings(), deadline=None)
 settings.load_profile("patient")
+
+sys.path.insert(0, str(Path(__file__).parent / "integration"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that two processes end at about the same time; their order is kept within a file."""
+    items.sort(key=lambda item: (not any(item.iter_markers("cluster")), not any(item.iter_markers("engine"))))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder of runs with one small run of the whole system, `small`, made once for all test processes."""
+    from small_run import SMALL, medtvt_rl
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "runs"
+    with FileLock(f"{folder}.lock", timeout=1000):
+        if not (folder / "first_output.txt").is_file():
+            done = medtvt_rl(folder, "run", *SMALL)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+            (folder / "first_output.txt").write_text(done.stdout)
+    return folder

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from medtvt_rl.config import load_config, to_yaml
+from medtvt_rl.config_bounds import numbers
 from medtvt_rl.config_checks import ConfigError
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -47,6 +48,13 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
         ("supervision.restart_window_s=0", "supervision.restart_window_s is 0"),
         ("learner.spares=2", "learner.spares is 2"),
         ("rollout.max_completions_per_engine=-1", "rollout.max_completions_per_engine is -1"),
+        ("grpo.held_out.split=valid", "grpo.held_out.split is 'valid': data.labs_csv has the splits"),
+        ("grpo.loss.importance.cap=0", "grpo.loss.importance.cap is 0.0: set more than 0"),
+        ("grpo.loss.importance.floor=2", "grpo.loss.importance.floor is 2.0: it must be below cap = 2.0"),
+        ("grpo.learning_rate=-1", "grpo.learning_rate is -1.0: set more than 0"),
+        ("grpo.final_lr_share=1.5", "grpo.final_lr_share is 1.5: it is a share; set 0 to 1"),
+        ("rollout.generate_timeout_s=0", "rollout.generate_timeout_s is 0.0: set more than 0"),
+        ("evaluation.bootstrap_resamples=0", "evaluation.bootstrap_resamples is 0: set at least 1"),
         ("steps", "not of the form key=value"),
     ],
 )
@@ -55,6 +63,18 @@ def test_a_mistake_is_one_clear_line(override: str, message: str) -> None:
         load_config(QUICKSTART, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_no_number_may_be_negative_but_those_that_mean_something_then() -> None:
+    accepted = set()
+    for key, _ in numbers(load_config(QUICKSTART)):
+        try:
+            load_config(QUICKSTART, [f"{key}=-7"])
+        except ConfigError as error:
+            assert key.rpartition(".")[0] in str(error), f"{key}: {error}"
+        else:
+            accepted.add(key.rpartition(".")[2])
+    assert accepted == {"seed", "weight", "low"}
 
 
 def test_a_model_to_go_on_from_brings_its_own_positions_and_encoders() -> None:

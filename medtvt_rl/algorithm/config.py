@@ -25,14 +25,15 @@ class ImportanceConfig:
     """Correction between the behaviour policy (engine, when sampled) and the proximal one (learner, before the update).
 
     Attributes:
-        mode: "truncated" caps the ratio at `cap` (Ionides 2008); "masked" drops what exceeds it (arXiv 2510.18855);
-            "none" trusts the samples.
+        mode: "truncated" caps the ratio at `cap` (Ionides 2008); "masked" drops what exceeds it, or lies below `floor`
+            (arXiv 2510.18855); "none" trusts the samples.
         level: ratio per token (2505.24298), or of the whole sequence.
     """
 
     mode: Literal["none", "truncated", "masked"] = "truncated"
     level: Literal["token", "sequence"] = "token"
     cap: float = 2.0
+    floor: float = 0.0
 
 
 @dataclass
@@ -57,7 +58,8 @@ class DynamicSamplingConfig:
     """Groups whose rewards are all equal teach nothing; others may take their place (DAPO, arXiv 2503.14476).
 
     Attributes:
-        max_replaced: groups that may be replaced for each step, on average over the run so far; 0 trains on all.
+        max_replaced: groups that may be replaced for each step, on average over the run so far; 0 trains on all. They
+            are judged by the rewards as they were scored, before overlong punishment and KL.
     """
 
     max_replaced: int = 0

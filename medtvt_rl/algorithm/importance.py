@@ -26,7 +26,7 @@ def importance_weights(
     """Weight of each token, and which tokens were truncated or masked.
 
     truncated: min(ratio, cap) (Ionides, "Truncated Importance Sampling", 2008).
-    masked: the ratio, or 0 above the cap (https://arxiv.org/abs/2510.18855).
+    masked: the ratio, or 0 above the cap and below the floor (https://arxiv.org/abs/2510.18855).
     none: 1.
     At level "sequence" every token carries the ratio of its whole completion, exp(sum of the differences).
 
@@ -38,7 +38,7 @@ def importance_weights(
         weights [B, T], without gradient, 0 where the mask is False; cut [B, T] bool.
 
     Raises:
-        ValueError: an unknown mode or level, or a cap that is not positive.
+        ValueError: an unknown mode or level, or a cap that is not positive, or below the floor.
     """
     if config.mode not in ("none", "truncated", "masked"):
         raise ValueError(f"loss.importance.mode: {config.mode!r}, expected 'none', 'truncated' or 'masked'")
@@ -46,13 +46,17 @@ def importance_weights(
         raise ValueError(f"loss.importance.level: {config.level!r}, expected 'token' or 'sequence'")
     if config.cap <= 0:
         raise ValueError(f"loss.importance.cap: {config.cap}, expected a ratio above 0, usually 2")
+    if not 0 <= config.floor < config.cap:
+        raise ValueError(f"loss.importance.floor: {config.floor}, expected 0 (off) to below the cap {config.cap}")
     zero = torch.zeros((), dtype=proximal_logprobs.dtype, device=proximal_logprobs.device)
     if config.mode == "none":
         return torch.where(mask, torch.ones_like(zero), zero), torch.zeros_like(mask)
     ratio = _log_ratio(proximal_logprobs, behaviour_logprobs, mask, config.level).exp()
     cut = mask & (ratio > config.cap)
-    capped = torch.where(cut, torch.full_like(zero, config.cap if config.mode == "truncated" else 0.0), ratio)
-    return torch.where(mask, capped, zero), cut
+    if config.mode == "truncated":
+        return torch.where(mask, ratio.clamp(max=config.cap), zero), cut
+    cut = cut | (mask & (ratio < config.floor))
+    return torch.where(mask & ~cut, ratio, zero), cut
 
 
 def unit_log_ratios(

@@ -24,7 +24,7 @@ LEADS = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V
 RATE_HZ = 100
 DURATION_S = 10
 NUM_SAMPLES = RATE_HZ * DURATION_S
-MAX_INVALID_SHARE = 0.5
+MAX_INVALID_SHARE = 0.1
 MAX_PLAUSIBLE_MV = 50.0
 _DURATION_TOLERANCE = 0.01
 _MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
@@ -35,7 +35,7 @@ def read_ecg(path: Path) -> NDArray[np.float32]:
 
     Raises:
         DataError: the file is missing or unreadable, or the recording is not 12 named leads of 10 s in a unit of
-            volts, or a lead is mostly invalid.
+            volts, or more than a tenth of a lead is invalid.
     """
     raw = read_raw_ecg(path)
     try:
@@ -89,7 +89,7 @@ def _millivolts(unit: str, lead: str) -> float:
 
 
 def _mend_gaps(signal: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Interpolates invalid samples of [12, N] linearly. Raises DataError for a lead that is mostly invalid."""
+    """Interpolates invalid samples of [12, N] linearly. Raises DataError for a lead that lacks more than a tenth."""
     invalid = ~np.isfinite(signal)
     if not invalid.any():
         return signal
@@ -98,7 +98,8 @@ def _mend_gaps(signal: NDArray[np.float64]) -> NDArray[np.float64]:
     for lead, row, bad in zip(LEADS, signal, invalid):
         if bad.mean() > MAX_INVALID_SHARE:
             raise DataError(
-                f"lead {lead} is {bad.mean():.0%} invalid (NaN or -32768); leave this ECG out or record it again"
+                f"lead {lead} is {bad.mean():.0%} invalid (NaN or -32768), at most {MAX_INVALID_SHARE:.0%} is "
+                "interpolated; leave this ECG out or record it again"
             )
         row[bad] = np.interp(positions[bad], positions[~bad], row[~bad])
     return signal

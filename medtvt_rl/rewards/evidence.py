@@ -3,7 +3,8 @@
 Owns: which findings a completion names, which a study has, and their F1 for one completion; evaluation/diagnosis.py
 takes the first two from here. Does not own: the vocabulary and how a text names a finding (data/labels.py), the labels
 themselves (data/study_store.py).
-Beside a reward for the answer alone, it keeps the answers from rising while the reasoning rots.
+This project's own, not from a paper: beside a reward for the answer alone, it keeps the answers from rising while the
+reasoning rots.
 """
 
 from __future__ import annotations

@@ -12,11 +12,15 @@ class Totals:
 
     Attributes:
         tokens_generated: of finished completions.
+        prompt_tokens, prompt_tokens_shared: of finished completions, and how many came out of the prefix cache; it
+            shares whole blocks, so that nothing of a prompt below EngineConfig.block_size is shared.
         busy_s, idle_s: stepping, and waiting for something to do.
         num_updates, update_s, load_s: weight updates, what they took, and what of it was loading.
     """
 
     tokens_generated: float = 0.0
+    prompt_tokens: float = 0.0
+    prompt_tokens_shared: float = 0.0
     busy_s: float = 0.0
     idle_s: float = 0.0
     num_updates: float = 0.0

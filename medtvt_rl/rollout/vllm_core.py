@@ -21,6 +21,7 @@ from medtvt_rl.model import vllm_plugin
 from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.rollout.base_weights import merged_weights
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
+from medtvt_rl.rollout.counters import Totals
 from medtvt_rl.types import FinishReason, Prompt
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer, pack_weights
@@ -53,6 +54,7 @@ class SampledTokens:
         token_ids: [T] int32.
         logprobs: [T] float32, at the sampling temperature.
         prompt_logprobs: [P - 1] float32 of the prompt's tokens but the first, at temperature 1; None unless asked for.
+        num_prompt, num_shared: tokens of the prompt, and those whose keys and values another request had computed.
     """
 
     request_id: str
@@ -60,6 +62,14 @@ class SampledTokens:
     logprobs: np.ndarray
     finish_reason: FinishReason
     prompt_logprobs: np.ndarray | None = None
+    num_prompt: int = 0
+    num_shared: int = 0
+
+    @property
+    def totals(self) -> Totals:
+        """What it adds to the engine's counters."""
+        generated, prompt, shared = len(self.token_ids), self.num_prompt, self.num_shared
+        return Totals(tokens_generated=generated, prompt_tokens=prompt, prompt_tokens_shared=shared)
 
 
 def receive(worker: Any, header: WeightBuffer) -> int:
@@ -286,6 +296,8 @@ def _sampled(output: Any) -> SampledTokens:
         logprobs=np.asarray(logprobs, dtype=np.float32),
         finish_reason=completion.finish_reason,
         prompt_logprobs=_prompt_logprobs(output),
+        num_prompt=len(output.prompt_token_ids),
+        num_shared=output.num_cached_tokens or 0,
     )
 
 

@@ -333,7 +333,7 @@ class VllmEngine:
             policy_versions=versions,
             finish_reason=sampled.finish_reason,
         )
-        self._counters.add(Totals(tokens_generated=len(sampled.token_ids)))
+        self._counters.add(sampled.totals)
         if len(group.completions) == group.num_completions:
             ordered = tuple(group.completions[i] for i in group.indices)
             group.future.set_result(RolloutGroup(group_id=group.group_id, prompt=group.prompt, completions=ordered))

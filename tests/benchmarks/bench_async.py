@@ -7,9 +7,11 @@ one generator and one learner, each with a core of its own. Every variant is run
 all steps but the first three are printed:
 
     overlap      seconds of a step over the busy seconds of the busiest role; 1 is perfect
+    in sum       the same of all these steps together: their seconds over the busy seconds of the role that had most
     speed-up     seconds of a step at max_staleness 0 over those at 1 and 2
     balance      busy seconds of the generator over those of the learner; a speed-up near 2 needs 1
-    bookkeeping  the driver's CPU seconds over the seconds of a step
+    bookkeeping  CPU seconds of the loop over the seconds of a step
+    driver       the same of the whole driver: with Ray's threads, files, and reading the memory of all processes
     sync         what an adapter or weight update adds to the load itself, milliseconds per update of an engine
 """
 
@@ -68,23 +70,31 @@ def run_variant(args: argparse.Namespace, folder: Path, name: str, staleness: in
 def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
     """One line a variant."""
     baseline = _median(rows["staleness 0"], "seconds/step")
-    print("variant      step s  generator s  learner s  overlap  speed-up  balance  bookkeeping  sync ms  tokens/s")
-    for name, steps in rows.items():
+    for number, (name, steps) in enumerate(rows.items()):
         step_s, generator_s = _median(steps, "seconds/step"), _median(steps, "seconds/rollout_busy")
         learner_s = _median(steps, "seconds/train")
-        cells = [
-            f"{name:12}",
-            f"{step_s:6.2f}",
-            f"{generator_s:11.2f}",
-            f"{learner_s:9.2f}",
-            f"{step_s / max(generator_s, learner_s):7.2f}",
-            f"{baseline / step_s:8.2f}",
-            f"{generator_s / learner_s:7.2f}",
-            f"{_median(steps, 'seconds/driver_cpu') / step_s:11.1%}",
-            f"{1000 * _median(steps, 'seconds/sync_blocked'):7.1f}",
-            f"{_median(steps, 'num_tokens') / step_s:8.0f}",
-        ]
-        print("  ".join(cells))
+        busiest_s = max(_sum(steps, "seconds/rollout_busy"), _sum(steps, "seconds/train"))
+        cells = {
+            "variant    ": name,
+            "step s": f"{step_s:.2f}",
+            "generator s": f"{generator_s:.2f}",
+            "learner s": f"{learner_s:.2f}",
+            "overlap": f"{step_s / max(generator_s, learner_s):.2f}",
+            "in sum": f"{_sum(steps, 'seconds/step') / busiest_s:.2f}",
+            "speed-up": f"{baseline / step_s:.2f}",
+            "balance": f"{generator_s / learner_s:.2f}",
+            "bookkeeping": f"{_median(steps, 'seconds/loop_cpu') / step_s:.1%}",
+            "driver": f"{_median(steps, 'seconds/driver_cpu') / step_s:.1%}",
+            "sync ms": f"{1000 * _median(steps, 'seconds/sync_blocked'):.1f}",
+            "tokens/s": f"{_median(steps, 'num_tokens') / step_s:.0f}",
+        }
+        if number == 0:
+            print("  ".join(cells))
+        print("  ".join(cell.rjust(len(title)) for title, cell in cells.items()))
+
+
+def _sum(steps: list[dict[str, float]], name: str) -> float:
+    return sum(step[name] for step in steps)
 
 
 def _median(steps: list[dict[str, float]], name: str) -> float:

@@ -15,12 +15,13 @@ import pytest
 
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.data.check import studies
-from medtvt_rl.data.check.ecg_signal import signal_notes
+from medtvt_rl.data.check.ecg_signal import raw_notes, signal_notes
 from medtvt_rl.data.check.report import MAX_LISTED, Report
 from medtvt_rl.data.check.walk import check_data
 from medtvt_rl.data.config import CohortConfig
 from medtvt_rl.data.ecg import LEADS
 from medtvt_rl.data.labs import LAB_IDS, PERCENTILE_SUFFIX
+from medtvt_rl.data.raw_ecg import RawEcg
 from medtvt_rl.data.simulate.cohort import write_cohort
 from medtvt_rl.data.simulate.ecg import EcgFindings, simulate_ecg
 from medtvt_rl.data.simulate.layout_published import CXR_FOLDER, ECG_FOLDER, QUESTIONS, TABLES
@@ -297,6 +298,14 @@ def test_every_swap_of_two_limb_leads_is_found() -> None:
             order[first], order[second] = second, first
             (note,) = signal_notes(signal[order]).values()
             assert f"{LEADS[first]} seems to be {LEADS[second]}" in note, (first, second, note)
+
+
+def test_invalid_samples_that_are_interpolated_are_named() -> None:
+    signal = simulate_ecg(np.random.default_rng(5), EcgFindings()).T.astype(np.float64)
+    whole = RawEcg(signal=signal, rate_hz=500.0, leads=tuple(LEADS), units=("mV",) * 12)
+    assert raw_notes(whole) == {}
+    signal[100:150, 6] = np.nan
+    assert raw_notes(whole) == {"gaps": "invalid samples (NaN or -32768) are interpolated: V1 1.0%"}
 
 
 def test_quick_opens_films_without_decoding_them(root: Path) -> None:

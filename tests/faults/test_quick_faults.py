@@ -14,10 +14,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 STEPS, GROUPS_PER_STEP = 8, 4
 
 
-def settings(model: Path, *more: str) -> list[str]:
+def settings(root: Path, *more: str) -> list[str]:
     """GRPO alone, on-policy, from the model of the small run."""
     return [
-        *(*SMALL, "run.stages=[grpo]", f"model.init={model}", f"data.root={model.parents[3] / 'cohort'}"),
+        *(*SMALL, "run.stages=[grpo]", f"data.root={root / 'cohort'}"),
+        f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}",
         *("grpo.max_staleness=0", f"grpo.steps={STEPS}", "grpo.checkpoint_every=3", "grpo.held_out.every_steps=0"),
         *("supervision.silence_s=20", "supervision.max_restarts=10", *more),
     ]
@@ -28,12 +29,12 @@ def checksums(run: FaultyRun) -> list[int]:
 
 
 def test_learner_scorer_and_reference_are_killed_and_the_weights_are_those_of_an_undisturbed_run(
-    model: Path, tmp_path: Path
+    root: Path, tmp_path: Path
 ) -> None:
-    with FaultyRun(tmp_path / "plain", settings(model)) as plain:
+    with FaultyRun(tmp_path / "plain", settings(root)) as plain:
         plain.finish()
     audit(plain, STEPS, GROUPS_PER_STEP, 0)
-    with FaultyRun(tmp_path / "killed", settings(model, "learner.spares=1"), timeout_s=600) as run:
+    with FaultyRun(tmp_path / "killed", settings(root, "learner.spares=1"), timeout_s=600) as run:
         run.wait_for(lambda: len(run.rows("steps")) >= 1)
         run.signal("learner", signal.SIGKILL, during="train_step")
         run.wait_for(lambda: len(run.rows("steps")) >= 3)
@@ -52,20 +53,21 @@ def test_learner_scorer_and_reference_are_killed_and_the_weights_are_those_of_an
     assert not (run.folder / "failure.json").exists()
 
 
-def test_a_generator_is_killed_and_stopped_and_no_group_is_lost(model: Path, tmp_path: Path) -> None:
-    arguments = settings(model, "grpo.max_staleness=2", "rollout.num_generators=2")
+def test_a_generator_is_killed_and_stopped_and_no_group_is_lost(root: Path, tmp_path: Path) -> None:
+    steps = 24  # the second fault comes while the generators still have much to do
+    arguments = settings(root, "grpo.max_staleness=2", "rollout.num_generators=2", f"grpo.steps={steps}")
     with FaultyRun(tmp_path / "generators", arguments, timeout_s=600) as run:
         run.wait_for(lambda: len(run.rows("steps")) >= 1)
         run.signal("rollout", signal.SIGKILL, during="generate")
         run.wait_for(lambda: len(run.rows("steps")) >= 3)
         run.signal("rollout", signal.SIGSTOP, during="generate")
         run.finish()
-    audit(run, STEPS, GROUPS_PER_STEP, 2)
+    audit(run, steps, GROUPS_PER_STEP, 2)
     assert {event["role"] for event in run.rows("events")} <= {"rollout"}
 
 
-def test_a_role_that_keeps_dying_ends_the_run_with_a_checkpoint_and_a_report(model: Path, tmp_path: Path) -> None:
-    arguments = settings(model, "supervision.max_restarts=0")
+def test_a_role_that_keeps_dying_ends_the_run_with_a_checkpoint_and_a_report(root: Path, tmp_path: Path) -> None:
+    arguments = settings(root, "supervision.max_restarts=0")
     with FaultyRun(tmp_path / "ended", arguments, timeout_s=600) as run:
         run.wait_for(lambda: len(run.rows("steps")) >= 1)
         run.signal("reward", signal.SIGKILL)

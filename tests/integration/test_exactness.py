@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ def test_two_on_policy_runs_of_one_seed_end_in_equal_weights(root: Path) -> None
 
 @pytest.mark.cluster
 def test_the_steps_of_an_asynchronous_run_are_repeated_bit_for_bit(root: Path) -> None:
-    run = root / "small"
+    run = Path(shutil.copytree(root / "small", root / "replayed"))
     done = replay(run)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "versions 1 to 3 equal the run's weights bit for bit" in done.stdout

@@ -66,14 +66,15 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def _wait_for_head(environment: dict[str, str], process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(30):
-        listed = subprocess.run(
-            [BIN / "ray", "job", "list"], env=environment, capture_output=True, text=True, timeout=60, check=False
-        )
-        if listed.returncode == 0:
+    """The server that lists jobs is there before the agent that starts them is, so a job is asked for."""
+    command = [BIN / "ray", "job", "submit", "--no-wait", "--", "true"]
+    for _ in range(60):
+        asked = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        if asked.returncode == 0:
             return
         assert process.poll() is None, log.read_text()
-    raise AssertionError(f"the head did not answer: {listed.stderr[-2000:]} {log.read_text()[-2000:]}")
+        time.sleep(1)
+    raise AssertionError(f"the head took no job: {asked.stderr[-2000:]} {log.read_text()[-2000:]}")
 
 
 @pytest.mark.cluster

@@ -20,6 +20,7 @@ from actors.placement import place, plan
 from actors.reference_policy import ReferencePolicy
 from medtvt_rl.config import Config
 from medtvt_rl.learner.scoring import ScoredSequence, score_sequences
+from medtvt_rl.learner.step_record import NONFINITE_FOLDER, read_step
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import load_policy
 from medtvt_rl.storage import digest_of
@@ -85,7 +86,9 @@ def groups(model_folder: Path, config: Config) -> list[RolloutGroup]:
     groups = []
     for group_id in range(3):
         prompt = rng.integers(1, VOCABULARY, 4 + group_id).astype(np.int32)
-        tokens = [rng.integers(1, VOCABULARY, int(rng.integers(2, 9))).astype(np.int32) for _ in range(GROUP_SIZE)]
+        # The last group has an empty completion, and one of a single token.
+        lengths = (0, 1, 5) if group_id == 2 else rng.integers(2, 9, GROUP_SIZE)
+        tokens = [rng.integers(1, VOCABULARY, int(length)).astype(np.int32) for length in lengths]
         sequences = [ScoredSequence(prompt_ids=prompt, completion_ids=t) for t in tokens]
         scored = score_sequences(policy, sequences, None, 1.0, 1000)
         completions = tuple(
@@ -163,18 +166,22 @@ async def _life(model_folder: Path, config: Config, groups: list[RolloutGroup]) 
 
 def test_a_step_agrees_with_the_engine(trained: dict[str, Any], groups: list[RolloutGroup]) -> None:
     metrics = trained["first"]
-    assert metrics["num_sequences"] == 9 and metrics["num_tokens"] == sum(g.num_tokens for g in groups)
+    assert metrics["num_sequences"] == 8, "the empty completion teaches nothing"
+    assert metrics["num_tokens"] == sum(g.num_tokens for g in groups)
     assert metrics["fresh_tokens"] == metrics["num_tokens"]
     assert metrics["fresh_gap_max"] < 1e-5 and metrics["fresh_not_finite"] == 0
     assert metrics["kl"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["skipped"] == 0.0 and metrics["gradient_norm"] > 0
 
 
-def test_a_group_that_is_not_finite_is_named(trained: dict[str, Any]) -> None:
+def test_a_group_that_is_not_finite_is_named_and_saved(trained: dict[str, Any], config: Config) -> None:
     """That it left no trace shows where a gang that never saw it resumes bitwise."""
     step = trained["spoilt"]
     assert step.culprits == (1,) and step.skipped == "not finite: advantage of group 1"
     assert step.metrics["skipped"] == 1.0 and step.metrics["seconds/fetch"] >= 0
+    saved = [read_step(path) for path in sorted((config.folder / "journal" / NONFINITE_FOLDER).glob("*.npz"))]
+    sequences = [sequence for record in saved for sequence in record.sequences]
+    assert {sequence.group_id for sequence in sequences} == {1} and len(sequences) == 3
 
 
 def test_exported_weights_are_those_saved(trained: dict[str, Any], config: Config, model_folder: Path) -> None:

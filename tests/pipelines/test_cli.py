@@ -37,7 +37,7 @@ def test_batch_arithmetic_counts_prompts_completions_and_micro_batches() -> None
     assert "sft step: 32 examples = 2 rank(s) x 16" in text
 
 
-@pytest.mark.parametrize("stage", [*cli.HELP, "diagnose"])
+@pytest.mark.parametrize("stage", [*cli.HELP, *cli.COMMANDS])
 def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([stage, "--help"])

@@ -48,7 +48,7 @@ class FakeEngines:
         self.cluster.waves.append(list(group_ids))
 
     async def stats(self) -> list[dict[str, float]]:
-        counters = ("busy_s", "idle_s", "num_updates", "update_s", "load_s")
+        counters = ("prompt_tokens", "prompt_tokens_shared", "busy_s", "idle_s", "num_updates", "update_s", "load_s")
         return [{"tokens_generated": 10.0 * self.cluster.version, **dict.fromkeys(counters, 0.0)}]
 
     async def generate(self, prompt: Prompt, group_id: int, num_completions: int) -> tuple[GroupHeader, int]:
@@ -344,7 +344,18 @@ def test_checkpoints_are_written_when_due_and_each_step_says_where_its_time_went
     told, cluster = Told(), FakeCluster()
     run_loop(cluster, told, checkpoint_every=4)
     assert cluster.checkpoints == [4]
-    for name in ("wait_groups", "train", "publish", "probe", "step", "driver_cpu", "reward_busy", "reference_busy"):
+    for name in (
+        "wait_groups",
+        "train",
+        "publish",
+        "probe",
+        "step",
+        "wait_slots",
+        "loop_cpu",
+        "driver_cpu",
+        "reward_busy",
+        "reference_busy",
+    ):
         assert f"seconds/{name}" in told.metrics[0]
     assert sum(m["staleness/groups_at_0"] for m in told.metrics if "staleness/groups_at_0" in m) >= 4
     assert told.metrics[0]["reward_equal_groups/jaccard"] == 0

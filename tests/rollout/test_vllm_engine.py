@@ -170,6 +170,15 @@ def test_a_study_is_encoded_once_per_group(engine: VllmEngine) -> None:
     assert engine.num_encoded() == before + 1
 
 
+def test_keys_and_values_of_a_prompt_are_computed_once_per_group(engine: VllmEngine) -> None:
+    """Whole blocks of 32 tokens are shared: two of the prompt's 77, by seven of eight completions."""
+    before = engine.stats()
+    engine.submit(study_prompt(71, length=70), random_item(71), 71, 8, 0, SAMPLING).result()
+    gained = {name: value - before[name] for name, value in engine.stats().items()}
+    assert gained["prompt_tokens"] == 8 * 77
+    assert gained["prompt_tokens_shared"] == 7 * 64
+
+
 def test_update_there_and_back_agrees_with_the_policy(engine: VllmEngine, models: list[MedTVTForCausalLM]) -> None:
     first = texts(run(engine))
     for version, model in ((1, models[1]), (2, models[0])):

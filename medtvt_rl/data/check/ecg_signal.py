@@ -30,11 +30,11 @@ _LAWS = np.array(
     ]
 )
 
-ORDER, UNIT, RATE, AMPLITUDE, LIMBS = "lead order", "unit", "rate", "amplitude", "limb leads"
+ORDER, UNIT, RATE, GAPS, AMPLITUDE, LIMBS = "lead order", "unit", "rate", "gaps", "amplitude", "limb leads"
 
 
-def header_notes(raw: RawEcg) -> dict[str, str]:
-    """What is unusual in the header, though it can be read: kind -> sentence."""
+def raw_notes(raw: RawEcg) -> dict[str, str]:
+    """What is unusual in the file, though it can be read: kind -> sentence."""
     notes = {}
     names = [plain_lead(lead) for lead in raw.leads]
     if names != [lead.upper() for lead in LEADS]:
@@ -44,6 +44,10 @@ def header_notes(raw: RawEcg) -> dict[str, str]:
         notes[UNIT] = f"unit {', '.join(units)}, published is mV; values are converted"
     if raw.rate_hz != PUBLISHED_RATE_HZ:
         notes[RATE] = f"{raw.rate_hz:g} Hz, published is {PUBLISHED_RATE_HZ:g} Hz; it is resampled"
+    invalid = (~np.isfinite(raw.signal)).mean(axis=0)
+    if invalid.any():
+        leads = ", ".join(f"{lead} {share:.1%}" for lead, share in zip(raw.leads, invalid) if share)
+        notes[GAPS] = f"invalid samples (NaN or -32768) are interpolated: {leads}"
     return notes
 
 

@@ -73,7 +73,7 @@ def check_study(task: CheckTask) -> CheckedStudy:
     notes: dict[str, str] = {}
     if row.ecg_path and not any(problem.field == "ecg_path" for problem in problems):
         raw = read_raw_ecg(inside_root(read.ecg_root, row.ecg_path, "ecg_path"))
-        notes = ecg_signal.header_notes(raw) | ecg_signal.signal_notes(standard_ecg(raw))
+        notes = ecg_signal.raw_notes(raw) | ecg_signal.signal_notes(standard_ecg(raw))
     return CheckedStudy(problems=tuple(problems), ecg_notes=notes, film_note=film_note)
 
 
