@@ -20,10 +20,15 @@ import ray
 from medtvt_rl.config_checks import ConfigError
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 ANSWER_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 30.0
+STOP_WAIT_S = 120
+"""What a job that is asked to stop may take for its checkpoint; after Ray's own 3 s it would be killed."""
+POLL_S = 1.0
+FIRST_TELL_S, TELL_S = 10.0, 60.0
+EXIT_STOPPED = 143
 # Beside what .gitignore, .rayignore and Ray itself leave out.
 EXCLUDES = ("runs/", "data/", ".venv/", ".git/", "*.egg-info/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/")
 
@@ -123,7 +128,11 @@ def submit(client: JobSubmissionClient, entry: str, excludes: Sequence[str]) -> 
     deadline = time.monotonic() + END_TIMEOUT_S
     while True:
         try:
-            environment = {"working_dir": ".", "excludes": list(excludes)}
+            environment = {
+                "working_dir": ".",
+                "excludes": list(excludes),
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+            }
             return str(client.submit_job(entrypoint=entry, runtime_env=environment))
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
@@ -131,51 +140,74 @@ def submit(client: JobSubmissionClient, entry: str, excludes: Sequence[str]) -> 
             time.sleep(1)
 
 
-def follow(client: JobSubmissionClient, job: str) -> int:
-    """Prints the job's output as it comes, and returns its exit code; a connection that broke is made again."""
-    printed = 0
-    while True:
-        try:
-            printed = asyncio.run(_print_from(client, job, printed))
-            break
-        except (OSError, RuntimeError) as error:
-            print(f"connection to the job server lost ({type(error).__name__}); trying again", flush=True)
-            time.sleep(2)
-            _wait_until_reachable(client, job)
-    deadline = time.monotonic() + END_TIMEOUT_S
-    while not (info := client.get_job_info(job)).status.is_terminal():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"job {job} has said its last, but is {info.status} for {END_TIMEOUT_S:g} s")
-        time.sleep(0.5)
-    if info.status == "SUCCEEDED":
-        return 0
-    if info.driver_exit_code is None and info.message:
-        print(info.message, flush=True)
-    return info.driver_exit_code or 1
+class Follower:
+    """Prints the output of a job as it comes; a connection that breaks is made again, and nothing is printed twice."""
+
+    def __init__(self, client: JobSubmissionClient, job: str) -> None:
+        self._client, self._job = client, job
+        self._printed = 0
+        self._tell_at = time.monotonic() + FIRST_TELL_S
+
+    def run(self) -> int:
+        """The job's own exit code, once it has ended.
+
+        Raises:
+            RuntimeError: the job server does not answer any more.
+        """
+        while True:
+            info = self._ask()
+            self._tell_wait(info)
+            try:
+                asyncio.run(self._print())
+            except _broken() as error:
+                print(f"connection to the log of job {self._job} lost ({type(error).__name__})", flush=True)
+            if info.status.is_terminal():  # and so it was when all that it said was printed
+                return self._code(info)
+            time.sleep(POLL_S)
+
+    def _tell_wait(self, info: JobDetails) -> None:
+        """A job that does not start is told of, now and then."""
+        if info.status == "PENDING" and time.monotonic() > self._tell_at:
+            self._tell_at = time.monotonic() + TELL_S
+            print(f"job {self._job} waits to be started: {' '.join(str(info.message).split())}", flush=True)
+
+    def _code(self, info: JobDetails) -> int:
+        if info.status == "SUCCEEDED":
+            return 0
+        if info.status == "STOPPED":
+            return EXIT_STOPPED
+        if info.driver_exit_code is None and info.message:
+            print(info.message, flush=True)
+        return info.driver_exit_code or 1
+
+    async def _print(self) -> None:
+        """Until the connection ends; skips the characters that were printed before."""
+        seen = 0
+        async for lines in self._client.tail_job_logs(self._job):
+            fresh = lines[max(0, self._printed - seen) :]
+            seen += len(lines)
+            self._printed = max(self._printed, seen)
+            print(fresh, end="", flush=True)
+
+    def _ask(self) -> JobDetails:
+        """What the job server says of the job."""
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while True:
+            try:
+                return self._client.get_job_info(self._job)
+            except _broken() as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"the job server has not answered for {END_TIMEOUT_S:g} s; job {self._job} may go on without it"
+                    ) from error
+                time.sleep(POLL_S)
 
 
-async def _print_from(client: JobSubmissionClient, job: str, printed: int) -> int:
-    """Skips the characters that were printed before."""
-    seen = 0
-    async for lines in client.tail_job_logs(job):
-        fresh = lines[max(0, printed - seen) :]
-        seen += len(lines)
-        print(fresh, end="", flush=True)
-    return max(seen, printed)
+def _broken() -> tuple[type[Exception], ...]:
+    """What the client raises when a connection breaks or the server does not answer as it should."""
+    from ray.dashboard.modules.job.sdk import aiohttp
 
-
-def _wait_until_reachable(client: JobSubmissionClient, job: str) -> None:
-    deadline = time.monotonic() + END_TIMEOUT_S
-    while True:
-        try:
-            client.get_job_info(job)
-            return
-        except (OSError, RuntimeError) as error:
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"the job server has not answered for {END_TIMEOUT_S:g} s; job {job} may go on without it"
-                ) from error
-            time.sleep(2)
+    return (OSError, RuntimeError, aiohttp.ClientError)
 
 
 def _headers(token: str | None) -> dict[str, str]:

@@ -35,6 +35,7 @@ COMMANDS = {
     "diagnose": "read one patient's ECG, film and blood values, and name the diagnoses",
     "import-reference": "turn a published checkpoint into a model folder",
     "replay": "repeat recorded GRPO steps of a run and compare the weights bit for bit",
+    "submit": "send a run to a cluster as a job, show its log, and end with its exit code",
 }
 
 

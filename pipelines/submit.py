@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """The job's own exit code; 0 at once with --no-follow; 1 or 2 for what keeps it from being submitted."""
-    from actors.jobs import EXCLUDES, check_cluster, check_working_folder, connect, follow, read_token, submit
+    from actors.jobs import EXCLUDES, Follower, check_cluster, check_working_folder, connect, read_token, submit
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = _address(args.address)
@@ -58,16 +58,16 @@ def command(args: argparse.Namespace) -> int:
     if args.no_follow:
         return 0
     try:
-        code = follow(client, job)
+        code = Follower(client, job).run()
     except KeyboardInterrupt:
         print(f"\njob {job} goes on; to stop it: ray job stop {known}", flush=True)
         return EXIT_INTERRUPTED
     except (OSError, RuntimeError) as error:
         return fail(" ".join(str(error).split()), EXIT_FAILED)
-    print(f"job {job} {'succeeded' if code == 0 else f'ended with exit code {code}'}", flush=True)
     if code:
-        fail("finished stages are kept: the same command goes on from there", code)
-    return code
+        return fail(f"job {job} ended with exit code {code}; what is finished is kept: submit it again to go on", code)
+    print(f"job {job} succeeded", flush=True)
+    return 0
 
 
 def _address(given: str | None) -> str:
