@@ -257,7 +257,7 @@ class Placing:
                     return f"{bundle} fits on no node: {'; '.join(dict.fromkeys(reasons))}. {offers(nodes)}"
         waiting = ", ".join(f"{bundle.role} {bundle.index}" for party in self._waiting for bundle in party.wanted)
         first = self._waiting[0].wanted[0]
-        free = "; ".join(node.left for node in nodes if node.total["CPU"] > 0)
+        free = "; ".join(node.left for node in nodes)
         return (
             f"each bundle fits alone, but all together do not; without a place: {waiting}. {first}. Free are {free}. "
             f"{offers(nodes)}"

@@ -6,6 +6,7 @@ Owns: these settings, their checks, and the kinds of node that follow from them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -154,10 +155,10 @@ def _instead(wanted: RoleResources, other: Fallback) -> RoleResources:
 
 
 def _labels(wanted: RoleResources, accelerator: list[str]) -> dict[str, str]:
-    """Label selectors in Ray's language."""
-    labels = dict(wanted.labels)
+    """Label selectors in Ray's language. A blank after a comma would be taken for a part of the value."""
+    labels = {key: re.sub(r"\s*([(),])\s*", r"\1", condition.strip()) for key, condition in wanted.labels.items()}
     if accelerator:
-        labels[ACCELERATOR] = accelerator[0] if len(accelerator) == 1 else f"in({', '.join(accelerator)})"
+        labels[ACCELERATOR] = accelerator[0] if len(accelerator) == 1 else f"in({','.join(accelerator)})"
     if wanted.market != "any":
         labels[MARKET] = wanted.market
     return labels

@@ -22,17 +22,17 @@ NODES: dict[str, dict[str, Any]] = {
     "l4": {"num_gpus": 1, "labels": {ACCELERATOR: "L4", MARKET: "spot", "role": "rollout"}},
     "a10g": {"num_gpus": 1, "labels": {ACCELERATOR: "A10G", MARKET: "on-demand", "role": "rollout"}},
     "h100": {"num_gpus": 2, "labels": {ACCELERATOR: "H100", MARKET: "on-demand", "role": "learner"}},
-    "cpu": {"labels": {"role": "scoring"}},
 }
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False}
+    plain = {"num_cpus": 4, "object_store_memory": 100 << 20}
+    head = {**plain, "include_dashboard": False, "labels": {"role": "scoring", "name": "cpu"}}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for name, node in NODES.items():
         labels = {**node["labels"], "name": name}
-        cluster.add_node(num_cpus=4, object_store_memory=100 << 20, **{**node, "labels": labels})
+        cluster.add_node(**{**plain, **node, "labels": labels})
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
@@ -70,8 +70,8 @@ def test_the_plan_names_every_actor_and_what_it_asks_for() -> None:
     )
     assert [str(bundle) for bundle in plan(config, grpo_roles(config))] == [
         "learner 0: 1 CPU",
-        f"rollout 0: 1 CPU, 1 GPU on a node with {ACCELERATOR} in(L4, A10G), {MARKET} spot, "
-        f"or else 1 CPU, 1 GPU on a node with {ACCELERATOR} in(L4, A10G), {MARKET} on-demand, or else 8 CPU",
+        f"rollout 0: 1 CPU, 1 GPU on a node with {ACCELERATOR} in(L4,A10G), {MARKET} spot, "
+        f"or else 1 CPU, 1 GPU on a node with {ACCELERATOR} in(L4,A10G), {MARKET} on-demand, or else 8 CPU",
         "reference 0: 1 CPU",
         "reward 0: 1 CPU on a node with role scoring",
     ]
@@ -99,9 +99,9 @@ def test_every_role_lands_where_it_is_declared_and_the_plan_is_drawn(cluster: Cl
     config = declared(
         rollout=RoleResources(gpus=1, accelerator=["L4", "A10G"]),
         learner=RoleResources(gpus=1, accelerator=["A10G", "H100"]),
-        reward=RoleResources(labels={"role": "scoring"}),
+        reward=RoleResources(labels={"role": "in(other, scoring)"}),
     )
-    placement = place(plan(config, {"learner": 2, "rollout": 2, "reward": 1}), 30, fallback_after_s=1.0)
+    placement = place(plan(config, {"learner": 2, "rollout": 2, "reward": 1}), 60, fallback_after_s=1.0)
     seats = [("learner", 0), ("learner", 1), ("rollout", 0), ("rollout", 1), ("reward", 0)]
     found = landed(placement, seats)
     assert [found[seat] for seat in seats if seat[0] == "learner"] == [("h100", 1)] * 2, "all learners on one kind"

@@ -117,7 +117,7 @@ def _refused_at_once(head: dict[str, str], folder: Path) -> None:
 
 
 def _stopped_and_submitted_again(head: dict[str, str], root: Path) -> None:
-    """Ctrl-C leaves the job alone and says how to stop it; `ray job stop` in the middle of GRPO leaves the checkpoint of
+    """Ctrl-C leaves the job alone and says how to stop it; `ray job stop` in the middle of GRPO leaves a checkpoint of
     its last step, and the same job, submitted again, goes on from it and ends well."""
     settings = ["run.name=stopped", f"run.root={root}", *SMALL[1:], "run.stages=[grpo]", "grpo.steps=500"]
     settings += [f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"]
