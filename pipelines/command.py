@@ -60,6 +60,8 @@ def check_named(config: Config) -> None:
             path, key = getattr(config.task, name), f"task.{name}"
             if path is not None:
                 resolve(path, key)
+        if config.rollout.scaling != "room":
+            resolve(config.rollout.scaling, "rollout.scaling")
         key = "model.init_from"
         if config.model.init_from is not None:
             _check_source(config)
