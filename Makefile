@@ -10,7 +10,7 @@ ONE_GPU := $(foreach role,rollout learner reference,placement.$(role).gpus=0.2) 
 SOURCES := medtvt_rl actors pipelines tests requirements
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format lock
+.PHONY: help setup quickstart test fuzz lint format lock audit
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,6 +25,9 @@ quickstart: setup ## simulated cohort, PT, SFT, GRPO, evaluation and report on t
 test: setup ## every test, a file at a time in two processes; TESTS="tests/data -k ecg" for some
 	@$(PYTHON_VENV) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(TESTS)
 
+fuzz: setup ## tests/fuzz with thousands of fresh cases, instead of the few hundred of make test
+	@MEDTVT_RL_FUZZ=fuzz $(PYTHON_VENV) -m pytest tests/fuzz $(TESTS)
+
 lint: setup ## ruff (rules and format) and mypy
 	@$(PYTHON_VENV) -m ruff check $(SOURCES)
 	@$(PYTHON_VENV) -m ruff format --check $(SOURCES)
@@ -36,3 +39,6 @@ format: setup ## let ruff mend what it can
 
 lock: ## write what .venv holds to the lock file of this platform (after make setup RESOLVE=1)
 	@$(PYTHON_VENV) requirements/lock.py write requirements/$(or $(EXTRA),cpu)-$$(uname -s | tr A-Z a-z)-$$(uname -m).txt
+
+audit: setup ## look the locked packages up in the database of known vulnerabilities; says so where it cannot be reached
+	@$(PYTHON_VENV) requirements/audit.py requirements/*-*.txt

@@ -35,28 +35,26 @@ ROOM = "room"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What a policy decides by.
+    """What happened in a step.
 
     Attributes:
-        serving: generators that serve; coming: those on their way.
-        least, most: `rollout.min` and `rollout.max`.
-        learner_waits: share of the last step in which the learner waited for groups, 0..1.
-        generators_idle: share of the last step in which the engines had nothing to do, since no group may be admitted;
-            0..1, mean over engines. Both are 0 before the first step.
-        steps: that were done.
+        seconds: that it took.
+        learner_waited_s: of these the learner waited for groups, or for generators that had too much to do to score a
+            probe.
+        generator_idle_s: of these a generator, on average, had nothing to do, because no group could be admitted.
+        generators: that serve.
+        starting: on their way, successors of lost ones included.
     """
 
-    serving: int
-    coming: int
-    least: int
-    most: int
-    learner_waits: float
-    generators_idle: float
-    steps: int
+    seconds: float
+    learner_waited_s: float
+    generator_idle_s: float
+    generators: int
+    starting: int = 0
 
 
 class Policy(Protocol):
-    """What `rollout.scaling` names: made once, without arguments or with the configuration where it takes one."""
+    """What f(config) makes, where `rollout.scaling` names f. It is asked after every step."""
 
     def decide(self, now: float, signals: Signals) -> int:
         """1: one generator more; -1: one less; 0: as it is. `now` in seconds of a clock that never goes back."""
@@ -104,8 +102,7 @@ class Elastic:
         self._coming: dict[int, asyncio.Task[None]] = {}
         self._leaving: dict[int, asyncio.Task[None]] = {}
         self._not_before = 0.0
-        self._waits = self._idle = 0.0
-        self._steps = 0
+        self._wish = 0
 
     @staticmethod
     def is_wanted(config: Config) -> bool:
@@ -113,12 +110,18 @@ class Elastic:
         return config.rollout.least < config.rollout.most
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """A step's metrics: who waited for whom."""
-        self._steps += 1
-        whole_s = max(metrics.get("seconds/step", 0.0), 1e-9)
-        self._waits = min(1.0, metrics.get("seconds/wait_groups", 0.0) / whole_s)
-        busy_s, idle_s = (metrics.get(f"seconds/rollout_{what}", 0.0) for what in ("busy", "idle"))
-        self._idle = idle_s / max(busy_s + idle_s, 1e-9)
+        """A step's metrics, for the policy: who waited for whom. What it decides is carried out soon."""
+        if self._policy is None:
+            return
+        serving = len(self._generators.serving)
+        signals = Signals(
+            seconds=metrics.get("seconds/step", 0.0),
+            learner_waited_s=metrics.get("seconds/wait_groups", 0.0) + metrics.get("seconds/conclude", 0.0),
+            generator_idle_s=metrics.get("seconds/rollout_idle", 0.0),
+            generators=serving,
+            starting=max(0, self._count() - serving),
+        )
+        self._wish = self._policy.decide(time.monotonic(), signals)
 
     async def run(self) -> None:
         """Goes on until it is cancelled; whoever is on the way then is left to `stop` of pool and placement."""
@@ -134,29 +137,22 @@ class Elastic:
                 task.cancel()
 
     async def _turn(self) -> None:
-        """Those that the run asked for at its start come first; then the policy is asked."""
+        """Those that the run asked for at its start come first."""
         while self._asked_for > 0:
             self._asked_for -= 1
             await self._open()
-        now, wish = time.monotonic(), await self._wish()
+        now, wish = time.monotonic(), await self._wished()
         if wish > 0 and self._count() < self._settings.most and now >= self._not_before:
             await self._open()
         elif wish < 0 and not self._coming and len(self._generators.serving) > self._settings.least:
             self._close()
 
-    async def _wish(self) -> int:
+    async def _wished(self) -> int:
+        """The policy's last decision, once; without a policy 1 wherever there is room."""
         if self._policy is None:
             return int(await asyncio.to_thread(self._seats.has_room, self._bundle(self._next_index())))
-        signals = Signals(
-            serving=len(self._generators.serving),
-            coming=len(self._coming),
-            least=self._settings.least,
-            most=self._settings.most,
-            learner_waits=self._waits,
-            generators_idle=self._idle,
-            steps=self._steps,
-        )
-        return self._policy.decide(time.monotonic(), signals)
+        wish, self._wish = self._wish, 0
+        return wish
 
     def _count(self) -> int:
         """Those that have a bundle: they serve, come, or wait for a node to come back."""

@@ -26,9 +26,13 @@ from actors.process import Whereabouts, has_room, import_ahead, whereabouts
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
+from medtvt_rl.learner.config import LearnerConfig
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.model.seal import seal
+from medtvt_rl.privacy import open_for
 from medtvt_rl.storage import Digest, Storage, digest_of
 from medtvt_rl.types import LearnerStep, RolloutGroup, TrainingSequence
+from medtvt_rl.user_code import task_items
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
@@ -37,10 +41,8 @@ if TYPE_CHECKING:
     from medtvt_rl.learner.nccl_sender import WeightSender
     from medtvt_rl.learner.training_state import TrainingState
 
-# What setting up a rank imports, the larger part of a start.
+# What setting up a rank imports beside its training engine, the larger part of a start.
 IMPORTS = (
-    "deepspeed",
-    "medtvt_rl.learner.deepspeed_engine",
     "medtvt_rl.learner.grpo_learner",
     "medtvt_rl.learner.step_record",
     "medtvt_rl.model.policy",
@@ -100,6 +102,7 @@ class LearnerWorker:
 
     def __init__(self, rank: int, world_size: int, config: Config) -> None:
         redirect_output(config.folder / "logs" / f"learner_{rank}.log")
+        open_for(config.privacy, config.folder)
         self._rank, self._world_size, self._config = rank, world_size, config
         self._learner: GrpoLearner | None = None
         self._sender: WeightSender | None = None
@@ -119,7 +122,9 @@ class LearnerWorker:
 
             process_group.prepare_environment(self._config.learner.num_threads)
 
-        import_ahead(IMPORTS, devices, prepare)
+        make_engine = self._config.learner.make_engine
+        usual = ("deepspeed",) if make_engine == LearnerConfig.make_engine else ()
+        import_ahead((*usual, make_engine.partition(":")[0], *IMPORTS), devices, prepare)
         return True
 
     def whereabouts(self) -> Whereabouts:
@@ -249,6 +254,7 @@ class LearnerWorker:
             learner.save(temporary)
         if self._rank == 0:
             copy_tokenizer(Path(self._model_folder), temporary)
+            seal(temporary)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
 
@@ -314,7 +320,7 @@ def has_memory_for(state: TrainingState, in_background: str, num_ranks: int) -> 
 def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearner:
     import torch
 
-    from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
+    from medtvt_rl.learner.engine import EngineSettings
     from medtvt_rl.learner.grpo_learner import GrpoLearner
     from medtvt_rl.model.policy import load_policy
 
@@ -326,9 +332,11 @@ def _build_learner(config: Config, model_folder: str, device: Any) -> GrpoLearne
         weight_decay=config.learner.weight_decay,
         adam_betas=(config.learner.adam_betas[0], config.learner.adam_betas[1]),
     )
+    # First, since importing the task may make its model known to transformers.
+    items = task_items(config)
     policy = load_policy(model_folder, dtype=settings.dtype, lora=config.model.lora)
-    items = resolve(config.task.items, "task.items")(config) if config.task.items else None
-    return GrpoLearner(DeepSpeedEngine(policy, settings, device), items, config)
+    make_engine = resolve(config.learner.make_engine, "learner.make_engine")
+    return GrpoLearner(make_engine(policy, settings, device), items, config)
 
 
 def fetch_sequences(shards: list[LearnerShard], timeout_s: float) -> list[TrainingSequence]:

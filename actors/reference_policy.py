@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from actors.process import Whereabouts, whereabouts
 from medtvt_rl.config import Config
-from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.privacy import open_for
 from medtvt_rl.types import ReferenceHeader, RolloutGroup
+from medtvt_rl.user_code import task_items
 
 
 @ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
@@ -26,15 +27,17 @@ class ReferencePolicy:
 
     def __init__(self, model_folder: str, config: Config, index: int = 0) -> None:
         redirect_output(config.folder / "logs" / f"reference_{index}.log")
+        open_for(config.privacy, config.folder)
         import torch
 
         from medtvt_rl.model.policy import load_policy
 
         torch.set_num_threads(config.learner.num_threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        # First, since importing the task may make its model known to transformers.
+        self._items = task_items(config)
         policy: Any = load_policy(model_folder, dtype=getattr(torch, config.learner.dtype))
         self._policy = policy.requires_grad_(False).to(device)
-        self._items = resolve(config.task.items, "task.items")(config) if config.task.items else None
         self._config = config
 
     def ready(self) -> Whereabouts:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from actors.process import Whereabouts, whereabouts
 from medtvt_rl.config import Config
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.privacy import open_for
 from medtvt_rl.rewards.scorer import GroupRewards, Scorer
 from medtvt_rl.types import RolloutGroup
 
@@ -27,6 +28,7 @@ class RewardScorer:
 
     def __init__(self, config: Config, tokenizer_folder: str, index: int = 0) -> None:
         redirect_output(config.folder / "logs" / f"reward_{index}.log")
+        open_for(config.privacy, config.folder)
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         self._scorer = Scorer(config.rewards)
 

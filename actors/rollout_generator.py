@@ -1,7 +1,7 @@
 """The rollout generator: a thin asynchronous Ray actor around one rollout engine.
 
 Owns: process set-up, reading the items of prompts on its own node, and the calls that the driver makes.
-Does not own: generation and weight loading (medtvt_rl/rollout/vllm_engine.py), rewards, placement, deadlines.
+Does not own: generation and weight loading (medtvt_rl/rollout/engine.py), rewards, placement, deadlines.
 """
 
 from __future__ import annotations
@@ -20,25 +20,20 @@ from actors.process import Whereabouts, has_room, import_ahead, whereabouts
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
+from medtvt_rl.privacy import hashed, open_for
 from medtvt_rl.rollout.config import SamplingConfig
+from medtvt_rl.rollout.engine import MakesAhead
 from medtvt_rl.rollout.parts import join_group
 from medtvt_rl.rollout.pending import Wave
 from medtvt_rl.types import GroupHeader, Prompt, RolloutGroup
+from medtvt_rl.user_code import task_items
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
 if TYPE_CHECKING:
-    from medtvt_rl.rollout.vllm_engine import VllmEngine
+    from medtvt_rl.rollout.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
-# What starting an engine imports, the larger part of a start.
-IMPORTS = (
-    "vllm.engine.arg_utils",
-    "vllm.platforms",
-    "vllm.v1.engine.llm_engine",
-    "medtvt_rl.rollout.vllm_engine",
-    "medtvt_rl.model.vllm_model",
-)
 # Every group in flight holds one call; an engine has far fewer groups than this.
 MAX_CALLS = 4096
 
@@ -56,11 +51,12 @@ class RolloutGenerator:
 
     def __init__(self, model_folder: str, config: Config, index: int, version: int = 0) -> None:
         redirect_output(config.folder / "logs" / f"rollout_{index}.log")
+        open_for(config.privacy, config.folder)
         self._model_folder = model_folder
         self._config = config
         self._index = index
         self._first_version = version
-        self._engine: VllmEngine | None = None
+        self._engine: RolloutEngine | None = None
         self._items: Any = None
         self._num_calls = 0
 
@@ -69,37 +65,30 @@ class RolloutGenerator:
         memory and it is not wanted `anyway`."""
         if not anyway and not has_room():
             return False
-        await asyncio.to_thread(import_ahead, IMPORTS, devices, self._prepare_environment)
+        await asyncio.to_thread(import_ahead, (), devices, self._prepare)
         return True
 
     async def start(self) -> Whereabouts:
-        """Starts the engine; where it runs. Raises what vLLM raises."""
+        """Starts the engine; where it runs. Raises what making it raises."""
         begin = time.perf_counter()
         await asyncio.to_thread(self._start)
         logger.info("the engine serves after %.1f s", time.perf_counter() - begin)
         return whereabouts()
 
-    def _prepare_environment(self) -> None:
-        from medtvt_rl.rollout.vllm_core import prepare_environment
-
-        config = self._config
-        prepare_environment(config.rollout.engine.num_threads, cpu=config.placement.rollout.gpus == 0)
+    def _prepare(self) -> Any:
+        """What makes the engine, with its imports done."""
+        make_engine = resolve(self._config.rollout.make_engine, "rollout.make_engine")
+        if isinstance(make_engine, MakesAhead):
+            make_engine.prepare(self._config)
+        return make_engine
 
     def _start(self) -> None:
-        self._prepare_environment()
-        from medtvt_rl.rollout.vllm_engine import VllmEngine
-
         config = self._config
-        if config.task.items is not None:
-            self._items = resolve(config.task.items, "task.items")(config)
-        self._engine = VllmEngine(
-            self._model_folder,
-            config.rollout.engine,
-            version=self._first_version,
-            item_modality=config.task.item_modality,
-            by_broadcast=config.weights.transport == "nccl",
-            tensor_parallel=config.rollout.tensor_parallel,
-        )
+        # First: the usual one sets the environment up before anything imports torch.
+        make_engine = self._prepare()
+        # Then: importing the task may make its model known to transformers.
+        self._items = task_items(config)
+        self._engine = make_engine(self._model_folder, config, self._first_version)
 
     @ray.method(num_returns=2)
     async def generate(
@@ -163,7 +152,7 @@ class RolloutGenerator:
 
     async def update_weights(self, buffer: WeightBuffer, version: int) -> int:
         """Takes new weights, those of a header from the weight group; the checksum of what arrived. See
-        VllmEngine.update_weights for what it raises.
+        RolloutEngine.update_weights for what it raises.
         """
         if buffer.version != version:
             raise ValueError(
@@ -179,7 +168,7 @@ class RolloutGenerator:
         return {"index": self._index, "ok": broken is None, "broken": broken, "version": version}
 
     async def stats(self) -> dict[str, float]:
-        """The engine's counters, see VllmEngine.stats."""
+        """The engine's counters, see RolloutEngine.stats."""
         return self._running().stats()
 
     async def drain(self) -> None:
@@ -198,11 +187,11 @@ class RolloutGenerator:
             return None
         if self._items is None:
             raise ValueError(
-                f"prompt {prompt.prompt_id}: names item {prompt.item_id!r}, but task.items is null; name an item source"
+                f"prompt {hashed(prompt.prompt_id)}: names an item, but task.items is null; name an item source"
             )
         return self._items.get(prompt.item_id)
 
-    def _running(self) -> VllmEngine:
+    def _running(self) -> RolloutEngine:
         if self._engine is None:
             raise RuntimeError(f"rollout generator {self._index}: the engine is not running; call start first")
         return self._engine

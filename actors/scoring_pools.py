@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import ray
 from ray.exceptions import RayError
@@ -72,11 +72,62 @@ async def ask_alone(
     return await roster.ask_in_turn(WHAT, pick, ask, is_finite)
 
 
-class ScorerPool:
-    """The reward scorers."""
+class GroupPool:
+    """Actors of one role that do one group at a time.
+
+    Their class has `ready() -> Whereabouts`, `health()` in a concurrency group of its own, and its log in
+    logs/ROLE_INDEX.log.
+    """
+
+    roster_kind: ClassVar[type[Roster]] = Roster
 
     def __init__(self, config: Config, roster: Roster) -> None:
         self._config, self._roster = config, roster
+
+    @classmethod
+    async def launch(
+        cls,
+        config: Config,
+        placement: Placement,
+        incidents: Incidents,
+        timeline: Timeline,
+        make: Callable[[int, dict[str, Any]], Any],
+    ) -> Self:
+        """Starts an actor in every bundle of the role; returns when all are ready.
+
+        Args:
+            make: f(index, options) -> a new actor, made with these options of Ray.
+
+        Raises:
+            ActorError: one did not start, with the end of its log.
+        """
+        role = cls.roster_kind.role
+
+        def renew(index: int) -> Any:
+            return make(index, placement.options(role, index))
+
+        members = await _started(config, role, renew, placement.count(role))
+        roster = cls.roster_kind(config, members, incidents, renew, timeline=timeline, bundles=placement)
+        roster.keep_watch()
+        return cls(config, roster)
+
+    async def ask(self, call: Callable[[Any], Awaitable[T]], is_finite: Callable[[T], bool] = lambda _: True) -> T:
+        """What an actor makes of a group: one that hangs, dies or is sick is replaced, and the group asked of another.
+
+        Args:
+            call: f(handle) -> the answer that is waited for.
+        """
+        return await ask_alone(self._config, self._roster, call, is_finite)
+
+    def stop(self) -> None:
+        """Ends every actor."""
+        self._roster.stop()
+
+
+class ScorerPool(GroupPool):
+    """The reward scorers."""
+
+    roster_kind = ScorerRoster
 
     @classmethod
     async def start(
@@ -85,28 +136,20 @@ class ScorerPool:
         """Starts every scorer in its bundle; returns when all have their tokenizer and reward functions."""
         actor: Any = RewardScorer
 
-        def make(index: int) -> Any:
-            return actor.options(**placement.options("reward", index)).remote(config, str(model_folder), index)
+        def make(index: int, options: dict[str, Any]) -> Any:
+            return actor.options(**options).remote(config, str(model_folder), index)
 
-        members = await _started(config, "reward", make, config.num_scorers)
-        roster = ScorerRoster(config, members, incidents, make, timeline=timeline, bundles=placement)
-        roster.keep_watch()
-        return cls(config, roster)
+        return await cls.launch(config, placement, incidents, timeline, make)
 
     async def score(self, group: ray.ObjectRef) -> GroupRewards:
-        """Rewards of one group. A scorer that hangs or dies is replaced, and the group asked of another."""
-        return await ask_alone(self._config, self._roster, lambda scorer: scorer.score.remote(group), lambda _: True)
-
-    def stop(self) -> None:
-        """Ends every scorer."""
-        self._roster.stop()
+        """Rewards of one group."""
+        return await self.ask(lambda scorer: scorer.score.remote(group))
 
 
-class ReferencePool:
+class ReferencePool(GroupPool):
     """The reference policies."""
 
-    def __init__(self, config: Config, roster: Roster) -> None:
-        self._config, self._roster = config, roster
+    roster_kind = ReferenceRoster
 
     @classmethod
     async def start(
@@ -115,27 +158,19 @@ class ReferencePool:
         """Starts every reference in its bundle; returns when all have loaded `model_folder`."""
         actor: Any = ReferencePolicy
 
-        def make(index: int) -> Any:
-            return actor.options(**placement.options("reference", index)).remote(str(model_folder), config, index)
+        def make(index: int, options: dict[str, Any]) -> Any:
+            return actor.options(**options).remote(str(model_folder), config, index)
 
-        members = await _started(config, "reference", make, config.num_references)
-        roster = ReferenceRoster(config, members, incidents, make, timeline=timeline, bundles=placement)
-        roster.keep_watch()
-        return cls(config, roster)
+        return await cls.launch(config, placement, incidents, timeline, make)
 
     async def logprobs(self, group: ray.ObjectRef) -> tuple[ray.ObjectRef, ReferenceHeader]:
-        """A reference to the log-probs of one group, and what the driver sees of them. A reference policy that hangs,
-        dies or is sick is replaced, and the group asked of another."""
+        """A reference to the log-probs of one group, and what the driver sees of them."""
 
         async def call(reference: Any) -> tuple[ray.ObjectRef, ReferenceHeader]:
             header, payload = reference.logprobs.remote(group)
             return payload, await header
 
-        return await ask_alone(self._config, self._roster, call, lambda answer: answer[1].finite)
-
-    def stop(self) -> None:
-        """Ends every reference."""
-        self._roster.stop()
+        return await self.ask(call, lambda answer: answer[1].finite)
 
 
 async def _started(config: Config, role: str, make: Callable[[int], Any], count: int) -> list[Member]:

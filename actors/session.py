@@ -1,6 +1,7 @@
 """Joining or starting a Ray cluster, and leaving it again.
 
-Owns: how this process becomes a Ray driver. Does not own: what is placed where (placement.py).
+Owns: how this process becomes a Ray driver, and that a local Ray is closed: it asks for a token and listens on loopback
+alone. Does not own: what is placed where (placement.py).
 """
 
 from __future__ import annotations
@@ -8,18 +9,23 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
+from medtvt_rl.network import loopback_environment
 
 logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 10.0
+AUTH_MODE, TOKEN_SOURCES = "RAY_AUTH_MODE", ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextmanager
@@ -41,6 +47,7 @@ def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
         probe_address(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
+        close_local_ray()
         ray.init(
             address="local",  # never a cluster that happens to run on this machine
             num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
@@ -65,6 +72,22 @@ def _quiet_raylet() -> None:
 
     if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = log
+
+
+def close_local_ray() -> None:
+    """Settings of a local Ray, to be made before it starts: token authentication, and loopback for every port.
+
+    The token is the user's if the environment names one, else a fresh one that this process and its children alone
+    know. The settings last as long as the process.
+    """
+    os.environ[AUTH_MODE] = "token"
+    if not any(os.environ.get(name) for name in TOKEN_SOURCES):
+        os.environ[TOKEN_SOURCES[0]] = secrets.token_hex(32)
+    RayletConfig.initialize("")  # Ray read the mode when it was imported
+    # Without "clusters" Ray takes 127.0.0.1 for the node's own address; its environment variable counts at import only.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    os.environ.update(loopback_environment())
 
 
 def probe_address(address: str) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from medtvt_rl.config import SupervisionConfig
 from medtvt_rl.faults import Incident
 
+USUAL_ROLES = ("rollout", "reward", "reference", "learner")
+
 
 class Restarts:
     """The restarts of one actor, or of the learner gang."""
@@ -69,4 +71,5 @@ class Incidents:
     def metrics(self) -> dict[str, float]:
         """`restarts/ROLE`: actors of each role that were replaced so far, 0 for a role that lost none."""
         replaced = Counter(incident.role for incident in self.over if incident.outcome == "replaced")
-        return {f"restarts/{role}": float(replaced[role]) for role in ("rollout", "reward", "reference", "learner")}
+        roles = dict.fromkeys((*USUAL_ROLES, *replaced))
+        return {f"restarts/{role}": float(replaced[role]) for role in roles}

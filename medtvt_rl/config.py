@@ -23,10 +23,12 @@ from medtvt_rl.data.config import CohortConfig, DataConfig
 from medtvt_rl.evaluation.config import AlarmConfig, EvaluationConfig
 from medtvt_rl.learner.config import EncoderWarmupConfig, LearnerConfig, SupervisedConfig
 from medtvt_rl.model.config import ModelConfig
+from medtvt_rl.privacy import PrivacyConfig
 from medtvt_rl.rewards.config import RewardConfig
 from medtvt_rl.roles import PlacementConfig
 from medtvt_rl.rollout.config import RolloutConfig, WeightsConfig
 
+LONGEST_KEY, LONGEST_LINE = 100, 500
 SHORT_KEYS = {"metrics": "evaluation.metrics"}
 """What may be written shorter on the command line."""
 
@@ -50,16 +52,24 @@ class TaskConfig:
     """What is learnt, as dotted paths; the actors and the loop know nothing else of it.
 
     Attributes:
-        prompts: f(config, tokenizer, split) -> list[Prompt].
+        prompts: f(config, tokenizer, split) -> list[Prompt]; splits are train, validation, and `evaluation.split`.
+        examples: f(config, tokenizer, split) -> list[Example], what SFT learns from; None takes the questions and
+            answers of the study store.
         items: f(config) -> object with `get(item_id) -> dict[str, array]`, the multimodal item; None for plain text.
         item_modality: the name under which the engine's model takes an item.
         evaluate: f(config, split) -> Evaluator that turns answers into metrics; None reports the mean reward alone.
     """
 
     prompts: str = "medtvt_rl.data.task:diagnosis_prompts"
+    examples: str | None = None
     items: str | None = "medtvt_rl.data.task:StudyItems"
     item_modality: str = "study"
     evaluate: str | None = "medtvt_rl.evaluation.diagnosis:DiagnosisEvaluator"
+
+    @property
+    def medical(self) -> bool:
+        """Whether any of it is the packages' own, about patients; what a user names may be about anything."""
+        return any(getattr(self, name) == getattr(TaskConfig, name) for name in ("prompts", "items", "evaluate"))
 
 
 @dataclass
@@ -118,11 +128,18 @@ class Config:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run.root) / self.run.name
+
+    @property
+    def best_by(self) -> str:
+        """The held-out metric whose best checkpoint is kept: `grpo.held_out.best_by`, else what the gain is told in."""
+        own = "jaccard" if self.task.evaluate == TaskConfig.evaluate else "reward"
+        return self.grpo.held_out.best_by or own
 
     def stage_folder(self, stage: str) -> Path:
         """Where a stage keeps its model and its marker."""
@@ -146,7 +163,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"configuration {path} does not exist; configs/ holds examples")
     malformed = [item for item in overrides if "=" not in item]
     if malformed:
-        raise ConfigError(f"override {malformed[0]!r} is not of the form key=value")
+        raise ConfigError(f"override {malformed[0][:LONGEST_KEY]!r} is not of the form key=value")
     schema = OmegaConf.structured(Config)
     merged = _merge(schema, lambda: OmegaConf.load(path), str(path))
     given = [_in_full(item) for item in overrides]
@@ -155,6 +172,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
     take_over_folder(config)
     check_config(config)
     return config
@@ -175,17 +194,17 @@ def _merge(base: DictConfig, read: Any, source: str) -> DictConfig:
     try:
         return OmegaConf.merge(base, read())  # type: ignore[return-value]
     except ConfigKeyError as error:
-        raise ConfigError(f"{source}: unknown key {error.full_key!r}{_nearest(error.full_key or '')}") from error
+        key = str(error.full_key)
+        raise ConfigError(f"{source}: unknown key {key[:LONGEST_KEY]!r}{_nearest(key)}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {error.full_key}: {_first_line(error)}") from error
-    except Exception as error:  # a YAML file that does not parse; the parser's message names line and column
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
-        raise
+        raise ConfigError(f"{source}: {str(error.full_key)[:LONGEST_KEY]}: {_first_line(error)}") from error
+    except Exception as error:  # what does not parse fails in many ways; YAML's own words name line and column
+        what = "valid YAML" if type(error).__module__.startswith("yaml") else "a file of key: value settings"
+        raise ConfigError(f"{source}: not {what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:LONGEST_LINE]
 
 
 def _nearest(full_key: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from medtvt_rl.algorithm.config import ADVANTAGES, LOSSES
 from medtvt_rl.config_bounds import fault, numbers
 from medtvt_rl.roles import check_placement, node_kinds
 
@@ -24,14 +25,42 @@ def check_config(config: Config) -> None:
     for key, value in numbers(config):
         expected = fault(key, value)
         _require(expected is None, key, value, str(expected))
-    checks = (_check_counts, _check_batches, _check_sampling, _check_model, _check_sync, _check_supervision)
-    for check in (*checks, _check_placement, _check_rewards, _check_stages, _check_checkpoints, _check_data):
+    checks = (_check_task, _check_algorithm, _check_counts, _check_batches, _check_sampling, _check_model, _check_sync)
+    others = (_check_placement, _check_supervision, _check_rewards, _check_stages, _check_checkpoints, _check_data)
+    for check in (*checks, *others):
         check(config)
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{key} is {value!r}: {expected}")
+
+
+def _check_task(config: Config) -> None:
+    task = config.task
+    for name in ("prompts", "evaluate"):
+        path = getattr(task, name)
+        _require(
+            task.items is not None or path != getattr(type(task), name),
+            f"task.{name}",
+            path,
+            f"it is about studies, and task.items is null; name your own{' or set null' if name == 'evaluate' else ''}",
+        )
+    _require(
+        config.evaluation.metrics != "paper" or task.evaluate is not None,
+        "evaluation.metrics",
+        config.evaluation.metrics,
+        "task.evaluate is null, and the mean reward has no published form; set honest, or name an evaluator that has",
+    )
+
+
+def _check_algorithm(config: Config) -> None:
+    for key, kind, known in (
+        ("grpo.advantage", config.grpo.advantage, ADVANTAGES),
+        ("grpo.loss.kind", config.grpo.loss.kind, LOSSES),
+    ):
+        expected = f"name one of {', '.join(known)}, or your own as 'package.module:function'"
+        _require(kind in known or ":" in kind, key, kind, expected)
 
 
 def _check_counts(config: Config) -> None:
@@ -137,16 +166,18 @@ def _check_model(config: Config) -> None:
         model.init,
         f"name the folder where model.init_from = {model.init_from} is to be kept, e.g. runs/models/NAME",
     )
-    if config.task.items is None:
-        return
     width, heads = model.backbone.hidden_size, model.backbone.num_heads
     if model.init is None:
+        _require(width % heads == 0, "model.backbone.hidden_size", width, f"it does not divide by num_heads = {heads}")
         _require(
             config.rollout.engine.max_model_len <= model.backbone.max_positions,
             "rollout.engine.max_model_len",
             config.rollout.engine.max_model_len,
             f"the model has model.backbone.max_positions = {model.backbone.max_positions}; lower it, or raise that",
         )
+    if not config.task.medical:
+        return
+    if model.init is None:
         for name in ("ecg_steps", "cxr_steps", "lab_steps"):
             steps = getattr(config.encoders, name)
             _require(
@@ -155,7 +186,6 @@ def _check_model(config: Config) -> None:
                 steps,
                 "the encoders learn findings, and data.findings_csv is null; name their table, or set 0",
             )
-        _require(width % heads == 0, "model.backbone.hidden_size", width, f"it does not divide by num_heads = {heads}")
         _require(
             width % model.perception.num_heads == 0,
             "model.perception.num_heads",
@@ -245,12 +275,26 @@ def _check_stages(config: Config) -> None:
         f"each stage stands once, in the order {', '.join(known)}",
     )
     splits = config.data.splits
+    of_studies = [stage for stage in ("cohort", "pretrain") if stage in config.run.stages]
+    _require(
+        config.task.items is not None or not of_studies,
+        "run.stages",
+        config.run.stages,
+        f"task.items is null, and {' and '.join(of_studies)} need studies; set [sft, grpo, evaluate], or fewer",
+    )
+    _require(
+        config.task.items is not None or config.task.examples is not None or "sft" not in config.run.stages,
+        "task.examples",
+        None,
+        "task.items is null, so sft has no studies to learn from; name f(config, tokenizer, split) -> list[Example], "
+        "or take sft out of run.stages and set model.init",
+    )
     used = {"evaluation.split": config.evaluation.split}
     if config.grpo.held_out.every_steps > 0:
         used["grpo.held_out.split"] = config.grpo.held_out.split
     for key, split in used.items():
         _require(
-            config.task.items is None or split in splits,
+            not config.task.medical or split in splits,
             key,
             split,
             f"data.labs_csv has the splits {', '.join(splits)}",

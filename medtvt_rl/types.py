@@ -1,7 +1,7 @@
 """The records that travel through the system, from the prompt to the learner.
 
-Owns: Study (what a patient's item is), Prompt, Completion, RolloutGroup and TrainingSequence, with their invariants;
-GroupHeader and LearnerStep, what the driver sees of a group and of a step.
+Owns: Study (what a patient's item is), Prompt, Example, Completion, RolloutGroup and TrainingSequence, with their
+invariants; GroupHeader and LearnerStep, what the driver sees of a group and of a step.
 Does not own: how any of them is made, moved or stored. Later stages derive new records; none is changed in place.
 Arrays are numpy, so that a record travels through the Ray object store without a copy.
 """
@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from medtvt_rl.privacy import hashed
 
 MODALITIES = ("ecg", "cxr", "lab")
 FinishReason = Literal["stop", "length"]
@@ -41,12 +43,12 @@ class Study:
 
     def __post_init__(self) -> None:
         if self.ecg is not None and self.ecg.shape != (12, 1000):
-            raise ValueError(f"study {self.study_id}: ecg has shape {self.ecg.shape}, expected (12, 1000)")
+            raise ValueError(f"{hashed(self.study_id)}: ecg has shape {self.ecg.shape}, expected (12, 1000)")
         if self.cxr is not None and (self.cxr.ndim != 2 or self.cxr.shape[0] != self.cxr.shape[1]):
-            raise ValueError(f"study {self.study_id}: cxr has shape {self.cxr.shape}, expected a square (S, S)")
+            raise ValueError(f"{hashed(self.study_id)}: cxr has shape {self.cxr.shape}, expected a square (S, S)")
         if self.lab_percentiles.shape != self.lab_measured.shape:
             raise ValueError(
-                f"study {self.study_id}: {self.lab_percentiles.shape} percentiles, {self.lab_measured.shape} flags"
+                f"{hashed(self.study_id)}: {self.lab_percentiles.shape} percentiles, {self.lab_measured.shape} flags"
             )
 
     @property
@@ -77,8 +79,20 @@ class Prompt:
     def __post_init__(self) -> None:
         if self.token_ids.ndim != 1 or len(self.token_ids) == 0:
             raise ValueError(
-                f"prompt {self.prompt_id}: token_ids has shape {self.token_ids.shape}, expected (P,), P > 0"
+                f"prompt {hashed(self.prompt_id)}: token_ids has shape {self.token_ids.shape}, expected (P,), P > 0"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A prompt and the answer that supervised training teaches.
+
+    Attributes:
+        answer: text; the end token is added behind its tokens.
+    """
+
+    prompt: Prompt
+    answer: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,12 @@ One flat uint8 array goes through the Ray object store at memory speed; a dictio
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,11 +136,21 @@ class WeightBuffer:
             yield entry.name, LowRank(down=down, up=up, scale=entry.scale, dtype=getattr(torch, entry.dtype))
 
     def _view(self, entry: WeightEntry) -> torch.Tensor:
+        dtype: Any = getattr(torch, entry.dtype, None)
+        fits = isinstance(dtype, torch.dtype) and entry.num_bytes == math.prod(entry.shape) * dtype.itemsize
+        inside = entry.offset_bytes >= 0 and entry.offset_bytes + entry.num_bytes <= self.data.nbytes
+        if not fits or not inside or any(size < 0 for size in entry.shape):
+            raise WeightBufferError(
+                f"weights of version {self.version}: the index has {entry.name} as {entry.dtype} {entry.shape} in "
+                f"{entry.num_bytes} bytes at {entry.offset_bytes} of {self.data.nbytes}; transfer again"
+            )
+        if not entry.num_bytes:
+            return torch.empty(entry.shape, dtype=dtype)
         raw = self.data[entry.offset_bytes : entry.offset_bytes + entry.num_bytes]
         with warnings.catch_warnings():
             # The buffer may be read-only, and it is only read.
             warnings.filterwarnings("ignore", message=".*not writable.*")
-            return torch.frombuffer(raw, dtype=getattr(torch, entry.dtype)).reshape(entry.shape)
+            return torch.frombuffer(raw, dtype=dtype).reshape(entry.shape)
 
 
 def pack_weights(version: int, named: Iterable[tuple[str, torch.Tensor | LowRank]]) -> WeightBuffer:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
 from actors.deadline import within
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
-from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.bootstrap import Interval
-from medtvt_rl.evaluation.diagnosis import StudyAnswers
+from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.evaluation.rewards import RewardEvaluator
 from medtvt_rl.types import Prompt, RolloutGroup
+from medtvt_rl.user_code import task_evaluator
 
 FIRST_GROUP_ID = 1 << 40
 
@@ -34,11 +34,23 @@ class Evaluator(Protocol):
         """The change of a metric between two results over the same prompts; of the main one if none is named."""
 
 
+@runtime_checkable
+class Ablating(Protocol):
+    """An evaluator that also tells what the parts of an item are worth. A task without such parts leaves it out.
+
+    Attributes:
+        ablation_metric: of the greedy answers, what withholding a part is measured by.
+    """
+
+    ablation_metric: str
+
+    def ablations(self, prompts: Sequence[Prompt]) -> Mapping[str, Sequence[Prompt]]:
+        """Name of a part -> the same prompts, in the same order, whose items lack it."""
+
+
 def make_evaluator(config: Config, prompts: Sequence[Prompt], split: str) -> Evaluator:
     """The task's evaluator of a split, or the mean reward where it names none."""
-    if config.task.evaluate is None:
-        return RewardEvaluator(config, prompts)
-    evaluator: Evaluator = resolve(config.task.evaluate, "task.evaluate")(config, split)
+    evaluator: Evaluator = task_evaluator(config, split) or RewardEvaluator(config, prompts)
     return evaluator
 
 

@@ -75,13 +75,13 @@ class CheckpointKeeper:
 
     def scored(self, metrics: Mapping[str, float]) -> None:
         """Takes the score of a measurement on held-out answers."""
-        name = f"held_out/{self._config.grpo.held_out.best_by}"
+        name = f"held_out/{self._config.best_by}"
         if name in metrics:
             self._scores[int(metrics["held_out/version"])] = metrics[name]
         elif metrics and self._knows_metric:
             self._knows_metric = False
             known = ", ".join(sorted(key.removeprefix("held_out/") for key in metrics))
-            best_by = self._config.grpo.held_out.best_by
+            best_by = self._config.best_by
             self._report(f"grpo.held_out.best_by is {best_by!r}, measured are {known}: no best checkpoint is kept")
 
     async def _write(self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
@@ -114,7 +114,7 @@ class CheckpointKeeper:
         """Notes scores beside their checkpoints, and removes those that need not be kept."""
         grpo = self._config.grpo
         for version in sorted(self._scores.keys() & {*self._store.versions()}):
-            self._store.mark(version, grpo.held_out.best_by, self._scores.pop(version))
+            self._store.mark(version, self._config.best_by, self._scores.pop(version))
         every = grpo.held_out.every_steps
         measured = [each for each in self._store.versions() if every > 0 and each % every == 0]
         # The newest one that is measured may still wait for its score.

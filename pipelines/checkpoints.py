@@ -3,7 +3,7 @@
     step_000020/learner/rank_00000.safetensors   weights, optimizer and random state, named tensors of each rank
                 groups.safetensors               finished groups that wait for their step
                 loop.json                        admission, sampler, counts: what the loop must know
-                manifest.json                    size and SHA-256 of every file, settings, packages, what it is of
+                manifest.json                    SHA-256 of every file and of itself, settings, packages, what it is of
                 held_out.json                    its score on held-out answers, once there is one
     finished.json                                the stage is done: nothing goes on from here
 
@@ -15,6 +15,7 @@ written (checkpoint_keeper.py), or whether a run may go on from it (resume.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ class CheckpointStore:
             "packages": packages(),
             "identity": dict(identity),
         }
+        manifest["digest"] = _own_digest(manifest)
         self._storage.write(f"{name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
         if self._storage.is_local:
             self._storage.remove(folder_name(version))
@@ -156,6 +158,8 @@ class CheckpointStore:
         manifest = json.loads(self._storage.read(f"{name}/{MANIFEST}"))
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        if manifest.pop("digest", None) != _own_digest(manifest):
+            raise ValueError(f"{MANIFEST} is not what was written (SHA-256 differs)")
         for file, digest in manifest["files"].items():
             if not self._storage.exists(f"{name}/{file}"):
                 raise ValueError(f"{file} is missing")
@@ -225,6 +229,11 @@ class CheckpointStore:
 def folder_name(version: int) -> str:
     """Of the checkpoint of a version, below the root."""
     return f"{PREFIX}{version:06d}"
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    """Of the manifest without its digest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def packages() -> dict[str, str]:

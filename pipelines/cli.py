@@ -24,7 +24,7 @@ HELP = {
     "cohort": "write the simulated cohort (if configured) and build the study store",
     "pretrain": "train the encoders' stand-in and explain each modality alone",
     "sft": "supervised fine-tuning on chains of evidence",
-    "grpo": "reinforcement learning with the Jaccard reward",
+    "grpo": "reinforcement learning with the configured rewards",
     "evaluate": "held-out evaluation before and after GRPO",
 }
 # Beside the stages. NAME lives in pipelines/NAME.py (with _ for -): add_arguments(parser), command(args) -> exit code.
@@ -35,6 +35,7 @@ COMMANDS = {
     "diagnose": "read one patient's ECG, film and blood values, and name the diagnoses",
     "import-reference": "turn a published checkpoint into a model folder",
     "replay": "repeat recorded GRPO steps of a run and compare the weights bit for bit",
+    "study": "say which study a hashed id of a run's logs stands for",
     "submit": "send a run to a cluster as a job, show its log, and end with its exit code",
 }
 

@@ -14,8 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medtvt_rl.algorithm.config import ADVANTAGES, LOSSES
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.config_checks import ConfigError
+from medtvt_rl.privacy import SaltError, open_for, prepare_salt
 
 if TYPE_CHECKING:
     from medtvt_rl.model.llm_source import LlmSource
@@ -56,12 +58,14 @@ def check_named(config: Config) -> None:
     try:
         if config.rewards:
             Scorer(config.rewards)
-        for name in ("prompts", "items", "evaluate"):
+        for name in ("prompts", "examples", "items", "evaluate"):
             path, key = getattr(config.task, name), f"task.{name}"
             if path is not None:
                 resolve(path, key)
-        if config.rollout.scaling != "room":
-            resolve(config.rollout.scaling, "rollout.scaling")
+        for key, path in _own_paths(config).items():
+            resolve(path, key)
+        if config.task.items is None and config.model.init_from is None:
+            _check_text_model(config)
         key = "model.init_from"
         if config.model.init_from is not None:
             _check_source(config)
@@ -78,6 +82,31 @@ def check_placeable(config: Config) -> None:
         from actors.accelerators import check_accelerators
 
         check_accelerators(config.placement)
+
+
+def _own_paths(config: Config) -> dict[str, str]:
+    """Key -> dotted path of what the user brings in the place of the packages' own."""
+    grpo, usual = config.grpo, Config()
+    named = {
+        "rollout.make_engine": (config.rollout.make_engine, (usual.rollout.make_engine,)),
+        "learner.make_engine": (config.learner.make_engine, (usual.learner.make_engine,)),
+        "rollout.scaling": (config.rollout.scaling, (usual.rollout.scaling,)),
+        "grpo.layout": (grpo.layout, (usual.grpo.layout,)),
+        "grpo.advantage": (grpo.advantage, ADVANTAGES),
+        "grpo.loss.kind": (grpo.loss.kind, LOSSES),
+    }
+    return {key: path for key, (path, known) in named.items() if path not in known}
+
+
+def _check_text_model(config: Config) -> None:
+    """Raises ValueError where `model.init` holds no language model."""
+    folder = Path(config.model.init or ".")
+    missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
+    if config.model.init is not None and missing:
+        raise ValueError(
+            f"model.init: {config.model.init!r} holds no {' and no '.join(missing)}; expected a Hugging Face folder of "
+            "a causal language model with its tokenizer"
+        )
 
 
 def _check_source(config: Config) -> None:
@@ -120,7 +149,12 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
     from medtvt_rl.logs import quiet_third_parties
 
     quiet_third_parties(config.folder / "logs")
-    from actors.bundles import logical_cpus
+    try:
+        prepare_salt(config.privacy, config.folder)
+    except SaltError as error:
+        return fail(str(error), EXIT_USAGE)
+    open_for(config.privacy, config.folder)
+    from actors.placement import logical_cpus
     from actors.session import ray_session
     from pipelines.reporter import Reporter
     from pipelines.stopping import Stopped, stop_at_once

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtvt_rl.data.config import Crop, FilmConfig
+from medtvt_rl.data.labs import PERCENTILES_FILE
 from medtvt_rl.data.simulate.texts import QUESTIONS
 from medtvt_rl.types import MODALITIES, Study
 from pipelines.command import EXIT_USAGE, fail
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from medtvt_rl.model.medtvt import MedTVTForCausalLM
 
 DEFAULT_QUESTION = QUESTIONS["diagnosis"][0]
-PERCENTILES_FILE = "labs_percentiles.json"
 MAX_NEW_TOKENS = 256
 MODALITY_NAMES = {"ecg": "ECG", "cxr": "film", "lab": "labs"}
 

@@ -1,6 +1,6 @@
 """The evaluation stage: held-out answers of the policy before and after GRPO, by the rollout generators.
 
-Both policies answer the same prompts with the same seeds, so that their difference is paired over patients.
+Both policies answer the same prompts with the same seeds, so that their difference is paired.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import shutil
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,14 @@ from transformers import AutoTokenizer
 from actors.placement import evaluation_generators, place, plan
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
-from medtvt_rl.data.study_build import store_folder
-from medtvt_rl.data.study_store import StudyStore
-from medtvt_rl.data.task import without
 from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import load_policy
-from medtvt_rl.types import MODALITIES, Prompt
+from medtvt_rl.model.seal import seal
+from medtvt_rl.types import Prompt
+from medtvt_rl.user_code import task_items
 from medtvt_rl.weights import pack_weights
-from pipelines.answers import Asker, Evaluator, make_evaluator, one_per_item
-from pipelines.diagnose import PERCENTILES_FILE
+from pipelines.answers import Ablating, Asker, Evaluator, make_evaluator, one_per_item
 from pipelines.grpo import load_prompts
 from pipelines.judging import judged, same_prompts, save_answers, saved_answers
 from pipelines.reporter import Reporter
@@ -81,20 +78,20 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
         asker = Asker(config, pool, tokenizer, config.evaluation.num_samples)
 
         async def ask(label: str, some: Sequence[Prompt], sample: bool = True) -> dict[str, StudyAnswers]:
-            reporter.start(label, len(some), "study")
+            reporter.start(label, len(some), "prompt")
             return await asker.answers(some, sample, reporter.update)
 
         answers = {"sft": await ask("before GRPO", prompts)}
         await load_into(pool, after_folder)
         answers["grpo"] = await ask("after GRPO", prompts)
         save_answers(config, answers)
-        ablated = await _ablated_answers(config, ask, prompts)
+        ablated = await _ablated_answers(config, ask, evaluator, prompts)
         pool.stop()
     finally:
         placement.release()
     publish_model(config, after_folder)
     summary, results = judged(config, evaluator, answers, reporter.start, reporter.update)
-    summary["ablations"] = _ablations(config, evaluator, ablated, results["grpo"])
+    summary["ablations"] = _ablations(evaluator, ablated, results["grpo"])
     return {"summary": {"evaluation": summary}}
 
 
@@ -103,31 +100,30 @@ def held_out_prompts(config: Config, prompts: Sequence[Prompt], reporter: Report
     kept = one_per_item(prompts)
     if len(kept) < len(prompts):
         reporter.line(
-            f"evaluate: {len(prompts) - len(kept)} further questions about the same studies are left out; "
-            "the first of each study counts"
+            f"evaluate: {len(prompts) - len(kept)} further questions about the same items are left out; "
+            "the first of each item counts"
         )
     return kept[: config.evaluation.max_studies or len(kept)]
 
 
-async def _ablated_answers(config: Config, ask: Ask, prompts: Sequence[Prompt]) -> dict[str, dict[str, StudyAnswers]]:
-    """Modality -> greedy answers where it is withheld; none for plain text."""
-    if not config.evaluation.ablations or config.task.items is None:
+async def _ablated_answers(
+    config: Config, ask: Ask, evaluator: Evaluator, prompts: Sequence[Prompt]
+) -> dict[str, dict[str, StudyAnswers]]:
+    """Part -> greedy answers where each item lacks it; none where the evaluator names no parts."""
+    if not config.evaluation.ablations or not isinstance(evaluator, Ablating):
         return {}
-    answers = {}
-    for modality in MODALITIES:
-        withheld = [replace(prompt, item_id=without(str(prompt.item_id), modality)) for prompt in prompts]
-        answers[modality] = await ask(f"without {modality}", withheld, sample=False)
-    return answers
+    parts = evaluator.ablations(prompts)
+    return {part: await ask(f"without {part}", withheld, sample=False) for part, withheld in parts.items()}
 
 
-def _ablations(
-    config: Config, evaluator: Evaluator, answers: Mapping[str, Mapping[str, StudyAnswers]], full: Any
-) -> dict[str, Any]:
-    """Change of the greedy Jaccard (or reward) when a modality is withheld, paired over patients."""
-    metric = "jaccard_greedy" if config.task.evaluate is not None else "reward_greedy"
+def _ablations(evaluator: Evaluator, answers: Mapping[str, Mapping[str, StudyAnswers]], full: Any) -> dict[str, Any]:
+    """Paired change of the evaluator's metric when each part of the items is withheld."""
+    if not isinstance(evaluator, Ablating):
+        return {}
+    metric = evaluator.ablation_metric
     return {
-        modality: evaluator.paired_gain(full, evaluator.evaluate(given), metric=metric).to_dict()
-        for modality, given in answers.items()
+        part: evaluator.paired_gain(full, evaluator.evaluate(given), metric=metric).to_dict()
+        for part, given in answers.items()
     }
 
 
@@ -139,14 +135,15 @@ async def load_into(pool: RolloutPool, folder: Path) -> None:
 
 
 def publish_model(config: Config, source: Path) -> None:
-    """Copies the policy, with what `diagnose` needs to read raw blood values, to RUN/model, complete or not at all."""
+    """Copies the policy to RUN/model, with what the task's items add to it, complete or not at all."""
     target = config.folder / "model"
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
-    if config.task.items is not None:
-        store = StudyStore.open(store_folder(config.data))
-        store.percentile_table.smoothed().save(temporary / PERCENTILES_FILE)
+    items = task_items(config)
+    if hasattr(items, "publish"):
+        items.publish(temporary)
+    seal(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 

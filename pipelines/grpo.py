@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import ray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.learner_supervisor import LearnerSupervisor
-from actors.placement import Placement, grpo_roles, placed, plan
+from actors.placement import Bundle, Placement, grpo_roles, placed, plan
 from actors.rollout_pool import RolloutPool
 from actors.scoring_pools import ReferencePool, ScorerPool
 from actors.supervision import Incidents
@@ -27,15 +28,17 @@ from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.faults import RoleLostError
+from medtvt_rl.privacy import hashed, shows_samples
 from medtvt_rl.rollout.balance import Share
 from medtvt_rl.types import Prompt
+from medtvt_rl.user_code import task_prompts
 from pipelines.checkpoint_keeper import CheckpointKeeper
 from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.failure import forget_failure, write_failure
 from pipelines.generators import elastic, generators_lines, generators_summary
 from pipelines.group_ledger import EQUAL_REWARDS, GroupLedger
 from pipelines.grpo_loop import GrpoLoop
-from pipelines.grpo_roles import FinishedGroup, LoopResult, TrainedStep, TrainingGroup
+from pipelines.grpo_roles import FinishedGroup, LoopResult, Scoring, TrainedStep, TrainingGroup
 from pipelines.held_out import HeldOutMeasurement
 from pipelines.identity import identity_of
 from pipelines.journal import Journal, failures, fetch
@@ -63,13 +66,23 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
     stop = Stop()
     with stop_on_signals(stop):
         try:
-            return await _Stage(config, reporter, stop).run()
+            layout = resolve(config.grpo.layout, "grpo.layout")(config, reporter, stop)
+            return dict(await layout.run())
         except asyncio.CancelledError:
             raise Stopped(stop.number, f"asked twice to stop. {GOES_ON}") from None
 
 
-class _Stage:
-    """One run of the stage, from what it starts from or goes on from to the saved policy."""
+class RunningScoring(Scoring, Protocol):
+    """Scorers that can be ended."""
+
+    def stop(self) -> None:
+        """Ends them."""
+
+
+class Layout:
+    """One run of the stage, from what it starts from or goes on from to the saved policy. `grpo.layout` may name one of
+    its kind that has another role: see docs/reuse.md.
+    """
 
     def __init__(self, config: Config, reporter: Reporter, stop: Stop) -> None:
         self._config, self._reporter, self._stop = config, reporter, stop
@@ -84,9 +97,8 @@ class _Stage:
         config = self._config
         identity = await asyncio.to_thread(identity_of, config, self._folder, self._prompts)
         found = await asyncio.to_thread(find_resume, config, self._store, identity, self._tell)
-        bundles = plan(config, grpo_roles(config))
         # Generators that are asked for beyond rollout.min join when they have their nodes.
-        bundles = [one for one in bundles if one.role != "rollout" or one.index < config.rollout.least]
+        bundles = [b for b in self.bundles(config) if b.role != "rollout" or b.index < config.rollout.least]
         self._tell(f"starting {len(bundles)} actors")
         self._reporter.forget("grpo", _first(found))
         forget_failure(config)
@@ -117,12 +129,23 @@ class _Stage:
             self._timeline.write(config.folder / "timeline.json")
         return {"summary": {"grpo": {**summary, **self._best()}}}
 
+    @staticmethod
+    def bundles(config: Config) -> list[Bundle]:
+        """What is placed."""
+        return plan(config, grpo_roles(config))
+
+    async def start_scoring(
+        self, config: Config, placement: Placement, model_folder: Path, incidents: Incidents, timeline: Timeline
+    ) -> RunningScoring:
+        """Who scores finished groups."""
+        return await ScorerPool.start(config, placement, model_folder, incidents, timeline)
+
     def _start(self, placement: Placement, found: Checkpoint | None) -> Awaitable[Any]:
         where, told = (self._config, placement, self._folder), (self._incidents, self._timeline)
         needs_reference = grpo_roles(self._config)["reference"] > 0
         return asyncio.gather(
             RolloutPool.start(*where, *told, with_spares=True),
-            ScorerPool.start(*where, *told),
+            self.start_scoring(*where, *told),
             ReferencePool.start(*where, *told) if needs_reference else asyncio.sleep(0),
             start_learner(*where, *told, self._store, found),
         )
@@ -132,7 +155,7 @@ class _Stage:
         found: Checkpoint | None,
         placement: Placement,
         rollouts: RolloutPool,
-        scoring: ScorerPool,
+        scoring: RunningScoring,
         reference: ReferencePool | None,
         learner: LearnerSupervisor,
         keeper: CheckpointKeeper,
@@ -142,7 +165,7 @@ class _Stage:
         reporter.start("grpo", config.grpo.steps, "step")
         is_known = None if found is None else GroupLedger.known(found.loop)
         folder, limit = config.folder / "journal", config.rollout.sampling.max_new_tokens
-        with Journal(folder, self._tokenizer, first_step=_first(found), is_known=is_known) as journal:
+        with Journal(folder, self._tokenizer, fetch, _first(found), is_known, shows_samples()) as journal:
             self._incidents.record = journal.incident
             report = StepReport(reporter, journal, Alarms(config.alarms), self._incidents, rollouts.shares)
             report.show_again(read_metrics(config.folder / METRICS_FILE))
@@ -172,7 +195,7 @@ class _Stage:
 
     def _best(self) -> dict[str, Any]:
         """The best checkpoint on held-out answers, with a line for the reader."""
-        best, metric = self._store.best(), self._config.grpo.held_out.best_by
+        best, metric = self._store.best(), self._config.best_by
         if best is None:
             return {}
         step, value = best
@@ -230,7 +253,7 @@ def load_prompts(
 ) -> Sequence[Prompt]:
     """The task's prompts of a split. Raises ValueError if there are none (unless they are not `required`) or one does
     not fit the engine."""
-    prompts: Sequence[Prompt] = resolve(config.task.prompts, "task.prompts")(config, tokenizer, split)
+    prompts = task_prompts(config, tokenizer, split)
     if not prompts:
         if not required:
             return prompts
@@ -240,8 +263,8 @@ def load_prompts(
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     if len(longest.token_ids) > room:
         raise ValueError(
-            f"prompt {longest.prompt_id} has {len(longest.token_ids)} tokens, and rollout.engine.max_model_len - "
-            f"rollout.sampling.max_new_tokens - 1 leaves {room}; raise the former"
+            f"prompt {hashed(longest.prompt_id)} has {len(longest.token_ids)} tokens, and "
+            f"rollout.engine.max_model_len - rollout.sampling.max_new_tokens - 1 leaves {room}; raise the former"
         )
     return prompts
 
@@ -279,7 +302,7 @@ class StepReport:
         if failed:
             name, reason = next(iter(failed.items()))
             self._reporter.line(
-                f"grpo: step {step}: {len(failed)} completions could not be scored, e.g. {name}: {reason}"
+                f"grpo: step {step}: {len(failed)} completions could not be scored, e.g. {name}: {_shown(reason)}"
             )
         if metrics.get("skipped", 0.0) > 0:
             self._reporter.line(
@@ -314,6 +337,13 @@ class StepReport:
         for group in groups:
             header = group.group.header
             self._journal.discarded(header.group_id, header.prompt_id, f"step {step}: {reason}")
+
+
+def _shown(reason: str) -> str:
+    """Of why a reward function failed: which, and the type of the error; its words may be those of a patient."""
+    if shows_samples():
+        return reason
+    return f"{': '.join(reason.split(': ', 2)[:2])} (the whole reason is in journal/groups.jsonl)"
 
 
 def _ids(groups: Sequence[TrainingGroup]) -> str:

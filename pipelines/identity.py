@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from medtvt_rl.config import Config
-from medtvt_rl.dotted import resolve
 from medtvt_rl.storage import digest_of
 from medtvt_rl.types import Prompt
+from medtvt_rl.user_code import task_items
 
 THREADS = 4
 
@@ -24,11 +24,10 @@ def identity_of(config: Config, model_folder: Path, prompts: Sequence[Prompt]) -
     """Model and tokenizer, prompts in their order, and the items behind them where their source has a method
     `fingerprint() -> str`."""
     found = {"model": _of_folder(model_folder), "prompts": _of_prompts(prompts)}
-    if config.task.items is not None:
-        items: Any = resolve(config.task.items, "task.items")(config)
-        fingerprint = getattr(items, "fingerprint", None)
-        if fingerprint is not None:
-            found["items"] = fingerprint()
+    items = task_items(config)
+    fingerprint = items.fingerprint() if hasattr(items, "fingerprint") else None
+    if fingerprint is not None:
+        found["items"] = fingerprint
     return found
 
 

@@ -41,6 +41,7 @@ class Journal:
         fetch: from the payload of a finished group to the group; called for the few whose text is written.
         first_step: where the run goes on; what the journal holds of this and later steps is forgotten.
         is_known: whether a group that was given up stays so; None: none was, the run starts anew.
+        with_texts: whether the samples hold texts, as the report then shows them; else their rewards alone.
     """
 
     def __init__(
@@ -50,15 +51,18 @@ class Journal:
         fetch: Callable[[Any], Any] = fetch,
         first_step: int = 0,
         is_known: Callable[[int], bool] | None = None,
+        with_texts: bool = True,
     ) -> None:
         self._folder = folder
         self._tokenizer = tokenizer
         self._fetch = fetch
         self._first_step, self._is_known = first_step, is_known
+        self._with_texts = with_texts
         self._files: dict[str, IO[str]] = {}
 
     def __enter__(self) -> Journal:
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.chmod(0o700)  # ids and texts of patients
         for name in FILES:
             path = self._folder / f"{name}.jsonl"
             keep_rows(path, self._is_kept)
@@ -108,6 +112,9 @@ class Journal:
         return str(self._tokenizer.decode(completion.token_ids, skip_special_tokens=True))
 
     def _sample_line(self, step: int, group: TrainingGroup) -> dict[str, Any]:
+        if not self._with_texts:
+            rewards = [{"reward": float(reward)} for reward in group.group.rewards.total]
+            return {"step": step, "prompt_id": group.group.header.prompt_id, "completions": rewards}
         payload = self._fetch(group.group.payload)
         return {
             "step": step,

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from medtvt_rl.config import Config
 from medtvt_rl.evaluation.records import StudyAnswers
+from medtvt_rl.user_code import Guarded
 from pipelines.answers import Evaluator
 from pipelines.json_lines import read_rows
 
@@ -72,11 +73,12 @@ def judged(
     summary["gain"] = evaluator.paired_gain(results["sft"], results["grpo"]).to_dict()
     summary["metrics"] = config.evaluation.metrics
     if config.evaluation.metrics == "paper":
-        summary["notes"] = _add_texts(summary, evaluator, answers, start, progress)
+        summary["notes"] = _add_texts(config, summary, evaluator, answers, start, progress)
     return summary, results
 
 
 def _add_texts(
+    config: Config,
     summary: dict[str, Any],
     evaluator: Evaluator,
     answers: Mapping[str, Answers],
@@ -85,14 +87,14 @@ def _add_texts(
 ) -> dict[str, str]:
     """Adds the comparison of texts to the `paper` block of each policy; returns what is missing."""
     if not isinstance(evaluator, ComparesTexts):
-        name = type(evaluator).__name__
+        name = config.task.evaluate if isinstance(evaluator, Guarded) else type(evaluator).__name__
         return {"paper": f"{name}, the evaluator of this task, does not compute the published metrics"}
     notes: dict[str, str] = {}
     for policy, words in zip(POLICIES, ("before", "after")):
 
         def told(done: int, words: str = words, total: int = len(answers[policy])) -> None:
             if done == 0:
-                start(f"texts {words} GRPO", total, "study")
+                start(f"texts {words} GRPO", total, "prompt")
             progress(done)
 
         result = evaluator.compare_texts(answers[policy], told)
@@ -102,12 +104,9 @@ def _add_texts(
 
 
 def summarise(result: Any) -> dict[str, Any]:
-    """The metrics by name, the F1 of single diseases below `per_disease`."""
+    """The metrics by name, beside what else the result tells."""
     found = result.to_dict()
-    metrics = found.pop("metrics")
-    per_disease = {name.removeprefix("f1/"): value for name, value in metrics.items() if name.startswith("f1/")}
-    rest = {name: value for name, value in metrics.items() if not name.startswith("f1/")}
-    return {**rest, "per_disease": per_disease, **found}
+    return {**found.pop("metrics"), **found}
 
 
 def same_prompts(answers: Mapping[str, Answers]) -> bool:

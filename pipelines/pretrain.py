@@ -33,6 +33,7 @@ def _start(config: Config, reporter: Reporter) -> tuple[Path, bool]:
     from medtvt_rl.learner.process_group import prepare_environment
     from medtvt_rl.model.build import build_model
     from medtvt_rl.model.medtvt import MedTVTConfig
+    from medtvt_rl.model.seal import seal
 
     prepare_environment(config.pretrain.num_threads)
     store = build_store(config, reporter)
@@ -42,6 +43,7 @@ def _start(config: Config, reporter: Reporter) -> tuple[Path, bool]:
     folder = config.stage_folder("pretrain") / "start"
     model.save(folder)
     tokenizer.save_pretrained(folder)
+    seal(folder)
     goes_on = config.model.init is not None and isinstance(_config_of(config.model.init), MedTVTConfig)
     return folder, not goes_on
 
@@ -49,7 +51,7 @@ def _start(config: Config, reporter: Reporter) -> tuple[Path, bool]:
 def _config_of(folder: str) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from medtvt_rl.config import Config
+from omegaconf import OmegaConf
+
+from medtvt_rl.config import Config, to_yaml
 from medtvt_rl.evaluation.report import print_table, write_report
+from medtvt_rl.privacy import hashed
+from pipelines.json_lines import read_rows
 from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
-from pipelines.stages import run_stage, write_summary
+from pipelines.stages import resolved_settings, run_stage, write_summary
+
+OF_STUDIES, OF_TOWER = {"cohort", "data", "encoders", "pretrain"}, {"ecg", "cxr", "lab", "perception"}
+"""Sections of the configuration, and of `model`, that a task without items has no use for."""
 
 
 def run(config: Config, reporter: Reporter) -> dict[str, Any]:
@@ -35,13 +41,25 @@ def report(config: Config, summary: dict[str, Any]) -> None:
         config.folder / "report.html",
         summary=summary,
         metrics=read_metrics(config.folder / METRICS_FILE),
-        samples=_samples(config.folder / "journal" / "samples.jsonl"),
-        config_yaml=(config.folder / "config.yaml").read_text(),
+        samples=_samples(config.folder / "journal" / "samples.jsonl") if config.privacy.show_samples else [],
+        config_yaml=shown_settings(config),
     )
 
 
+def shown_settings(config: Config) -> str:
+    """The resolved configuration as YAML, without the settings of studies where the task has no items."""
+    if config.task.items is not None:
+        return to_yaml(config)
+    settings = resolved_settings(config)
+    shown = {name: value for name, value in settings.items() if name not in OF_STUDIES}
+    shown["model"] = {name: value for name, value in settings["model"].items() if name not in OF_TOWER}
+    return OmegaConf.to_yaml(OmegaConf.create(shown))
+
+
 def _samples(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The journal's samples, those that hold texts, under hashed ids."""
+    rows = [row for row in read_rows(path) if "ground_truth" in row]
+    return [{**row, "prompt_id": hashed(str(row.get("prompt_id")))} for row in rows]
 
 
 if __name__ == "__main__":

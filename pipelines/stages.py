@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from medtvt_rl.config import Config, to_yaml
 from medtvt_rl.config_checks import ConfigError
+from medtvt_rl.privacy import SaltError, prepare_salt
 from pipelines.memory import PeakMemory
 from pipelines.reporter import Reporter
 
@@ -155,7 +156,13 @@ def trained_model(name: str, config: Config) -> Path:
 def write_summary(config: Config) -> dict[str, Any]:
     """Collects what the finished stages left into summary.json, and returns it."""
     simulated = config.cohort is not None
-    summary: dict[str, Any] = {"run": config.run.name, "simulated": simulated, "stages": {}, "peak_rss_bytes": 0}
+    summary: dict[str, Any] = {
+        "run": config.run.name,
+        "medical": config.task.medical,
+        "simulated": simulated,
+        "stages": {},
+        "peak_rss_bytes": 0,
+    }
     for name in ORDER:
         marker = _marker(name, config)
         if not marker.is_file():
@@ -169,10 +176,17 @@ def write_summary(config: Config) -> dict[str, Any]:
 
 
 def prepare_run_folder(config: Config) -> None:
-    """Creates the run folder with its resolved configuration. Raises ConfigError if it cannot be written."""
+    """Creates the run folder with its resolved configuration and the salt of its hashes.
+
+    Raises:
+        ConfigError: it cannot be written, or the configured salt cannot be used.
+    """
     try:
         (config.folder / "logs").mkdir(parents=True, exist_ok=True)
         (config.folder / "config.yaml").write_text(to_yaml(config))
+        prepare_salt(config.privacy, config.folder)
+    except SaltError as error:
+        raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(f"run.root is {config.run.root!r}: {error}; choose a folder that can be written") from error
 

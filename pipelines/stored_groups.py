@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from medtvt_rl.privacy import hashed
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import Completion, GroupHeader, Prompt, ReferenceHeader, RolloutGroup
 from pipelines.grpo_roles import FinishedGroup
@@ -102,7 +103,7 @@ def _group(
     group_id = header["group_id"]
     if prompt.prompt_id != header["prompt_id"]:
         raise ValueError(
-            f"group {group_id}: its prompt was {header['prompt_id']}, and is {prompt.prompt_id} now; "
+            f"group {group_id}: its prompt was {hashed(header['prompt_id'])}, and is {hashed(prompt.prompt_id)} now; "
             "resume with the data that the run began with"
         )
 

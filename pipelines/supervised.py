@@ -21,6 +21,7 @@ from actors.placement import Bundle, place, plan
 from medtvt_rl.config import Config
 from medtvt_rl.learner.config import SupervisedConfig
 from medtvt_rl.logs import last_lines, redirect_output
+from medtvt_rl.privacy import open_for
 from pipelines.stages import StageError
 
 POLL_S, SEND_S = 0.5, 0.5
@@ -188,7 +189,9 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
     for name, value in QUIET_RAY_TRAIN.items():
         os.environ.setdefault(name, value)
     from ray.train import RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.train_meeting import MeetingConfig
 
     task = StageTask(
         stage=stage,
@@ -205,7 +208,7 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"task": task, "board": board, "folder": os.getcwd()},
-        torch_config=TorchConfig(timeout_s=int(task.settings.timeout_s)),
+        torch_config=MeetingConfig(),
         scaling_config=_scaling(chosen, task.settings),
         run_config=RunConfig(name=stage, storage_path=str((config.folder / "ray_train").resolve())),
     )
@@ -248,10 +251,11 @@ def _scaling(chosen: Bundle, settings: SupervisedConfig) -> Any:
 
 
 def _worker(arguments: dict[str, Any]) -> None:
-    """One Ray Train worker; Ray has set up the process group."""
+    """One Ray Train worker."""
     import ray.train
 
     from medtvt_rl.learner import process_group
+    from pipelines.train_meeting import meeting
 
     task, context = arguments["task"], ray.train.get_context()
     rank = context.get_world_rank()
@@ -259,18 +263,27 @@ def _worker(arguments: dict[str, Any]) -> None:
         # Ray Train moves workers to a folder of its own; relative paths of the configuration count from the driver's.
         os.chdir(arguments["folder"])
     redirect_output(task.config.folder / "logs" / f"{task.stage}_{rank}.log")
+    open_for(task.config.privacy, task.config.folder)
     process_group.prepare_environment(task.settings.num_threads)
-    process_group.bound_every_group(task.settings.timeout_s)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(context.get_world_size()), LOCAL_RANK=str(context.get_local_rank())
+    device = ray.train.torch.get_device()
+    address, port = meeting()
+    process_group.join(
+        process_group.Rendezvous(
+            rank=rank,
+            world_size=context.get_world_size(),
+            address=address,
+            port=port,
+            timeout_s=task.settings.timeout_s,
+            local_rank=device.index or 0,
+        )
     )
     from medtvt_rl.learner.supervised_stage import StageRank
 
     observer = BoardObserver(arguments["board"])
-    device = ray.train.torch.get_device()
     result = StageRank(task, device, observer).run()
     if rank == 0:
         observer.finish(result)
+    process_group.leave()
 
 
 def _failure(config: Config, stage: str, num_workers: int, error: Exception) -> str:

@@ -49,28 +49,45 @@ find_python() {
 }
 
 # What the environment was built from; a virtual environment that was moved does not work, so its place counts, too.
-fingerprint() { { pwd; echo "$EXTRA"; cat pyproject.toml requirements/*; } | cksum; }
+fingerprint() { { pwd; echo "$EXTRA"; cat pyproject.toml requirements/*.*; } | cksum; }
 
 pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check ${PIP_ARGS:-} "$@"; }
 
+# Whether the lock file is to be installed as it stands; sets DIFFERING to what it lacks.
+find_lock() {
+  DIFFERING=""
+  if [ -f "$LOCK" ]; then DIFFERING="$(.venv/bin/python requirements/lock.py check "$EXTRA" "$LOCK")"; fi
+  if [ -f "$LOCK" ] && [ -z "$DIFFERING" ] && [ -z "${RESOLVE:-}" ]; then LOCKED=1; else LOCKED=""; fi
+}
+
 install_torch() {
   local version
+  if [ -n "$LOCKED" ]; then
+    .venv/bin/python requirements/lock.py show torch "$LOCK" >.venv/torch.txt
+    version="$(sed 's/^torch==\([^ ]*\).*/\1/' .venv/torch.txt)"
+    phase "torch $version" pip_install ${TORCH_ARGS:-} --no-deps --require-hashes -r .venv/torch.txt && return
+    fail_torch "$version"
+  fi
   version="$(sed -n 's/^ *"torch==\([^"]*\)".*/\1/p' pyproject.toml)"
   if [ "$EXTRA" = cpu ] && [ "${PLATFORM%%-*}" = linux ]; then version="$version+cpu"; fi
   phase "torch $version" pip_install ${TORCH_ARGS:-} "torch==$version" && return
-  fail "torch $version could not be installed." \
+  fail_torch "$version"
+}
+
+fail_torch() {
+  fail "torch $1 could not be installed." \
     "If pip found no such version: the default index has only the CUDA build (several GB). Name the index of CPU builds that" \
-    "PyTorch's installation page gives: make setup TORCH_ARGS='--index-url ADDRESS' (or EXTRA=cuda on a machine with a GPU)."
+    "PyTorch's installation page gives: make setup TORCH_ARGS='--index-url ADDRESS' (or EXTRA=cuda on a machine with a GPU)." \
+    "If pip says that the hashes do not match: the index carries another build of torch than $LOCK knows. Where you trust it," \
+    "add the hash that pip got to the lock, as a further --hash."
 }
 
 install_dependencies() {
-  local differing=""
-  if [ -f "$LOCK" ]; then differing="$(.venv/bin/python requirements/lock.py check "$EXTRA" "$LOCK")"; fi
-  if [ -f "$LOCK" ] && [ -z "$differing" ] && [ -z "${RESOLVE:-}" ]; then
-    phase "the $(grep -c == "$LOCK") packages of $LOCK" pip_install --no-deps -r "$LOCK"
+  if [ -n "$LOCKED" ]; then
+    phase "the $(grep -c == "$LOCK") packages of $LOCK" pip_install --no-deps --require-hashes -r "$LOCK"
     return
   fi
-  if [ -n "$differing" ]; then echo "setup: $LOCK is older than pyproject.toml ($differing); 'make lock' renews it afterwards"; fi
+  if [ -n "$DIFFERING" ]; then echo "setup: $LOCK is older than pyproject.toml ($DIFFERING); 'make lock' renews it afterwards"; fi
   phase "the packages of pyproject.toml, extras $EXTRA and dev" pip_install -e ".[$EXTRA,dev]"
   if ! .venv/bin/python -c 'import torchvision' >>"$LOG" 2>&1; then
     # Builds that do not match this torch break `import transformers`; nothing here needs them.
@@ -86,9 +103,11 @@ mkdir -p .venv
 rm -f "$STAMP"
 : >"$LOG"
 phase "virtual environment" "$PYTHON_FOUND" -m venv .venv
+find_lock
 install_torch
 install_dependencies
-phase "this project, editable" pip_install --no-deps -e .
+# With a lock, what builds the project is in it, too.
+phase "this project, editable" pip_install --no-deps ${LOCKED:+--no-build-isolation} -e .
 phase "check that it imports" .venv/bin/python -c 'import medtvt_rl, ray, torch, transformers; transformers.PreTrainedModel'
 echo "$EXTRA" >.venv/setup.extra
 fingerprint >"$STAMP"

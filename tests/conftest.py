@@ -1,14 +1,17 @@
-"""What every test process needs before anything heavy is imported, the order of tests, and the run that some share."""
+"""What every test process needs before anything heavy is imported, the order of tests, what several files share."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +20,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 # How long an example takes says something of the machine, not of the code; all else is as Hypothesis chose.
 settings.register_profile("patient", settings(), deadline=None)
+# The fuzzers of tests/fuzz: a few cases that are the same each time, or with MEDTVT_RL_FUZZ=fuzz many fresh ones. What
+# takes longer than the deadline hangs, for whoever waits for it.
+hostile = settings(
+    deadline=timedelta(seconds=20),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("fuzz-quick", hostile, max_examples=20, derandomize=True)
+settings.register_profile("fuzz", hostile, max_examples=400, print_blob=True)
 settings.load_profile("patient")
 
 sys.path.insert(0, str(Path(__file__).parent / "integration"))
@@ -40,3 +51,15 @@ def root(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
             (folder / "first_output.txt").write_text(done.stdout)
     return folder
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on sys.path that holds the files of docs/reuse.md."""
+    folder = tmp_path_factory.mktemp("user")
+    docs = (Path(__file__).parent.parent / "docs" / "reuse.md").read_text()
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", docs, re.DOTALL):
+        (folder / name).write_text(code)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))

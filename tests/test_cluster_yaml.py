@@ -57,6 +57,11 @@ def test_every_node_type_says_what_it_is_for(cluster: dict[str, Any]) -> None:
         assert node_type["labels"]["role"] == name and "ray.io/market-type" in node_type["labels"]
 
 
+def test_the_dashboard_is_on_loopback(cluster: dict[str, Any]) -> None:
+    starts = [command for command in cluster["head_start_ray_commands"] if "--head" in command]
+    assert starts and all("--dashboard-host=127.0.0.1" in command for command in starts)
+
+
 def test_no_actor_lands_on_the_head(cluster: dict[str, Any]) -> None:
     assert cluster["available_node_types"][cluster["head_node_type"]]["resources"] == {"CPU": 0}
     assert any("--num-cpus=0" in command for command in cluster["head_start_ray_commands"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medtvt_rl.config import load_config, to_yaml
+from medtvt_rl.config import TaskConfig, load_config, to_yaml
 from medtvt_rl.config_bounds import numbers
 from medtvt_rl.config_checks import ConfigError
 
@@ -137,3 +137,29 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert load_config(path) == config
+
+
+TEXT = QUICKSTART.with_name("text_task.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.stages=[pretrain,sft,grpo]", "task.items is null, and pretrain need studies"),
+        ("task.examples=null", "task.items is null, so sft has no studies to learn from"),
+        ("rollout.engine.max_model_len=96", "the model has model.backbone.max_positions = 64"),
+        ("model.backbone.num_heads=3", "it does not divide by num_heads = 3"),
+        (
+            f"task.evaluate={TaskConfig.evaluate}",
+            "about studies, and task.items is null; name your own or set null",
+        ),
+        (f"task.prompts={TaskConfig.prompts}", "it is about studies, and task.items is null; name your own"),
+        ("metrics=paper", "task.evaluate is null, and the mean reward has no published form"),
+        ("grpo.advantage=best", "grpo.advantage is 'best': name one of group, mean_only, rloo, or your own as"),
+    ],
+)
+def test_a_text_task_that_cannot_run_is_refused(override: str, message: str) -> None:
+    config = load_config(TEXT)
+    assert not config.task.medical and config.best_by == "reward"
+    with pytest.raises(ConfigError, match=message):
+        load_config(TEXT, [override])

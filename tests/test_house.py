@@ -153,3 +153,59 @@ def test_every_module_says_what_it_owns() -> None:
         if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert silent == []
+
+
+# What may run code when it is read: modules, and calls with the argument that makes them harmless.
+CODE_BEARING_MODULES = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "jsonpickle")
+HARMLESS_NAMES = {"UnpicklingError"}
+HARMLESS_WITH = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
+NEVER_CALLED = ("eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.jit.load", "torch.hub.load")
+
+
+def code_bearing(path: Path) -> Iterator[str]:
+    """What in a file may run code that was read from elsewhere."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        is_from = isinstance(node, ast.ImportFrom)
+        if is_from or isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names}
+            modules = {node.module or ""} if is_from else names
+            if not (is_from and names <= HARMLESS_NAMES):
+                found = sorted(name for name in modules if name.partition(".")[0] in CODE_BEARING_MODULES)
+                yield from (f"{relative(path)}:{node.lineno} imports {name}" for name in found)
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+        argument, value = HARMLESS_WITH.get(name.replace("numpy.", "np."), (None, None))
+        literal = given.get(argument)
+        harmless = isinstance(literal, ast.Constant) and literal.value is value
+        if argument is not None and not harmless:
+            yield f"{relative(path)}:{node.lineno} calls {name} without {argument}={value}"
+        if name in NEVER_CALLED:
+            yield f"{relative(path)}:{node.lineno} calls {name}"
+        remote = given.get("trust_remote_code")
+        if remote is not None and not (isinstance(remote, ast.Constant) and remote.value is False):
+            yield f"{relative(path)}:{node.lineno} trusts remote code"
+
+
+def test_nothing_reads_what_may_run_code() -> None:
+    assert [found for path in source_files() for found in code_bearing(path)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from cloudpickle import loads",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "eval(text)",
+        "AutoModel.from_pretrained(folder, trust_remote_code=True)",
+    ],
+)
+def test_what_may_run_code_is_found(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "module.py"
+    path.write_text(line + "\n")
+    assert len(list(code_bearing(path))) == 1

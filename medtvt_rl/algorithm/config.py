@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+ADVANTAGES = ("group", "mean_only", "rloo")
+LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+
 
 @dataclass
 class KlConfig:
@@ -41,12 +44,13 @@ class LossConfig:
     """The policy loss.
 
     Attributes:
-        kind: grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo (2506.13585).
+        kind: grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo (2506.13585),
+            or the dotted path of an Objective (algorithm/losses.py), of which the mean over all tokens is taken.
         clip_low, clip_high: the ratio policy/proximal is clipped to [1 - clip_low, 1 + clip_high]; equal bounds after
             PPO (1707.06347), a higher upper one after DAPO (2503.14476).
     """
 
-    kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    kind: str = "grpo"
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl: KlConfig = field(default_factory=KlConfig)
@@ -73,13 +77,13 @@ class HeldOutConfig:
         every_steps: 0 measures never.
         max_prompts: of the split, the first so many; one answer is sampled for each and one greedy.
         best_by: the metric (the higher, the better) whose best checkpoint is kept, as metrics.jsonl names it behind
-            "held_out/".
+            "held_out/". None: jaccard, or the reward where task.evaluate is not the packages' own.
     """
 
     every_steps: int = 15
     max_prompts: int = 50
     split: str = "validation"
-    best_by: str = "jaccard"
+    best_by: str | None = None
 
 
 @dataclass
@@ -101,7 +105,9 @@ class GrpoConfig:
 
     Attributes:
         max_staleness: steps that a sample may lag behind the learner; 0 is on-policy training by the same code.
-        advantage: group (mean and deviation, arXiv 2402.03300), mean_only (2503.20783), rloo (2402.14740).
+        advantage: group (mean and deviation, arXiv 2402.03300), mean_only (2503.20783), rloo (2402.14740), or the
+            dotted path of f(rewards [G] float64) -> [G].
+        layout: dotted path of f(config, reporter, stop) -> object with `run()`, which puts actors and loop together.
         final_lr_share: the learning rate falls linearly to this share of its start.
         max_nonfinite_groups: groups that may be left out of a run because their loss or gradient was not finite.
         record_steps: the learners' inputs are kept, so that `medtvt-rl replay` can repeat a step bit for bit.
@@ -122,7 +128,7 @@ class GrpoConfig:
     learning_rate: float = 3e-4
     warmup_steps: int = 5
     final_lr_share: float = 0.1
-    advantage: Literal["group", "mean_only", "rloo"] = "group"
+    advantage: str = "group"
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     updates_per_batch: int = 1
@@ -135,3 +141,4 @@ class GrpoConfig:
     checkpoint_root: str | None = None
     checkpoint_in_background: Literal["auto", "always", "never"] = "auto"
     checkpoint_timeout_s: float = 600.0
+    layout: str = "pipelines.grpo:Layout"

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from medtvt_rl.algorithm.config import LossConfig
+from medtvt_rl.algorithm.config import LOSSES, LossConfig
 from medtvt_rl.algorithm.importance import importance_weights, unit_log_ratios
 from medtvt_rl.algorithm.kl import MAX_LOG_RATIO, token_kl
+from medtvt_rl.dotted import resolve
 
 # Every call returns all of these, in this order, so that ranks can stack and reduce them.
 METRIC_SUMS = (
@@ -92,6 +94,18 @@ class Denominators:
                 raise ValueError(f"denominators.{name}: {getattr(self, name)}, expected a count, 0 or more")
 
 
+class Objective(Protocol):
+    """What `grpo.loss.kind` may name by a dotted path."""
+
+    def __call__(self, ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
+        """[B, T] what is maximised.
+
+        Args:
+            ratio: [B, T] policy / proximal, 1 at padding; differentiated, as `logprobs` [B, T] of the policy are.
+            advantages: [B, 1].
+        """
+
+
 def policy_loss(inputs: LossInputs, config: LossConfig, denominators: Denominators) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one micro-batch, and the sums of METRIC_SUMS over its tokens.
 
@@ -101,6 +115,7 @@ def policy_loss(inputs: LossInputs, config: LossConfig, denominators: Denominato
     gspo     r is the geometric mean over the sequence, clipped as a whole (https://arxiv.org/abs/2507.18071).
     cispo    the clipped r without gradient weighs A log-prob, so no token is dropped (https://arxiv.org/abs/2506.13585);
              clip_low >= 1 leaves out the lower bound, as the paper does.
+    module:f what f makes of r, the policy's log-probs and A, an Objective; mean over all tokens.
     r = policy / proximal. The importance weight proximal / behaviour multiplies the objective, not the KL term.
 
     Returns:
@@ -221,6 +236,12 @@ def _ratio(log_ratio: Tensor, mask: Tensor, *, sequence_level: bool) -> Tensor:
 
 def _objective(ratio: Tensor, policy: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
     """[B, T] what is maximised."""
+    if ":" in config.kind:
+        own: Objective = resolve(config.kind, "grpo.loss.kind")
+        found = own(ratio, policy, advantages, config)
+        if found.shape != ratio.shape:
+            raise ValueError(f"grpo.loss.kind: {config.kind} made {list(found.shape)}, expected {list(ratio.shape)}")
+        return found
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     if config.kind == "cispo":
         return clipped.detach() * advantages * policy
@@ -243,6 +264,6 @@ def _aggregate(values: Tensor, mask: Tensor, config: LossConfig, denominators: D
         return per_sequence.sum() / max(denominators.num_sequences, 1)
     if config.kind == "dr_grpo":
         return values.sum() / max(denominators.num_sequences * denominators.max_new_tokens, 1)
-    if config.kind in ("dapo", "cispo"):
+    if config.kind in ("dapo", "cispo") or ":" in config.kind:
         return values.sum() / max(denominators.num_tokens, 1)
-    raise ValueError(f"loss.kind: {config.kind!r}, expected grpo, dr_grpo, dapo, gspo or cispo")
+    raise ValueError(f"loss.kind: {config.kind!r}, expected one of {', '.join(LOSSES)}, or 'package.module:function'")

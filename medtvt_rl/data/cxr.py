@@ -7,8 +7,6 @@ cut away.
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medtvt_rl.data.config import FilmConfig
-from medtvt_rl.data.errors import DataError
+from medtvt_rl.data.errors import DataError, one_line
+from medtvt_rl.data.silence import silent_readers
 
 PUBLISHED_SHARE = 224 / 400
 """What the published loader of MedTVT-R1 keeps of the shorter side: it resizes that to 400 pixels and cuts out 224."""
+FORMATS = ("JPEG", "PNG")
 _SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I", "F"}
 _STRETCH_PERCENTILES = (0.5, 99.5)
-_IMAGE_FAULTS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-_DICOM_FAULTS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
-)
 
 
 def read_film(path: Path, config: FilmConfig) -> NDArray[np.uint8]:
@@ -44,7 +33,8 @@ def read_film(path: Path, config: FilmConfig) -> NDArray[np.uint8]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the film path")
     wanted = round(config.size / PUBLISHED_SHARE) if config.crop == "published" else config.size
-    image = _read_dicom(path) if is_dicom(path) else _read_image(path, wanted)
+    with silent_readers():
+        image = _read_dicom(path) if is_dicom(path) else _read_image(path, wanted)
     low, high = image.getextrema()
     if low == high:
         raise DataError(f"{path}: the film is blank, every pixel is {low}; leave it out or export it again")
@@ -78,14 +68,14 @@ def _square(image: Image.Image, config: FilmConfig) -> Image.Image:
 def _read_image(path: Path, size: int) -> Image.Image:
     """A grey 8-bit image; a JPEG much larger than `size` is decoded at a fraction of its resolution."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.draft("L", (2 * size, 2 * size))
             image.load()
             if image.mode in _SIXTEEN_BIT:
                 return _stretch(np.asarray(image, dtype=np.float32))
             return image.convert("L")
-    except _IMAGE_FAULTS as error:
-        raise DataError(f"{path}: not a readable JPEG or PNG ({error}); copy the file again") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise DataError(f"{path}: not a readable JPEG or PNG ({one_line(error)}); copy the file again") from error
 
 
 def _stretch(pixels: NDArray[np.float32], windowed: bool = False) -> Image.Image:
@@ -116,6 +106,6 @@ def _read_dicom(path: Path) -> Image.Image:
         image = _stretch(np.asarray(shown, dtype=np.float32), windowed)
     except DataError:
         raise
-    except (*_DICOM_FAULTS, pydicom.errors.InvalidDicomError) as error:
-        raise DataError(f"{path}: not a readable DICOM film ({error}); export it again") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise DataError(f"{path}: not a readable DICOM film ({one_line(error)}); export it again") from error
     return Image.eval(image, lambda value: 255 - value) if photometric == "MONOCHROME1" else image

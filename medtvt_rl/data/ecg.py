@@ -78,7 +78,7 @@ def _lead_order(leads: Sequence[str]) -> list[int]:
 
 def plain_lead(name: str) -> str:
     """The bare name in capitals: "Lead I (Einthoven)" -> "I", "avf" -> "AVF"."""
-    return re.sub(r"\(.*?\)|\blead\b|[\s_\-]", "", name, flags=re.IGNORECASE).upper()
+    return re.sub(r"\([^()]*\)|\blead\b|[\s_\-]", "", name, flags=re.IGNORECASE).upper()
 
 
 def _millivolts(unit: str, lead: str) -> float:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from medtvt_rl.data.errors import DataError
 
+PERCENTILES_FILE = "labs_percentiles.json"
+"""The percentile table beside a trained model, with which it reads a new patient's raw values."""
 LAB_ITEMS: dict[str, str] = {
     "50802": "Base Excess",
     "50804": "Calculated Total CO2",
@@ -97,7 +99,7 @@ def parse_number(text: str, field: str) -> float:
             f"column {field}: {stripped[:40]!r} is not a number; write one, or leave the cell empty"
         ) from None
     if not math.isfinite(value):
-        raise DataError(f"column {field}: {stripped!r} is not finite; write a number, or leave the cell empty")
+        raise DataError(f"column {field}: {stripped[:40]!r} is not finite; write a number, or leave the cell empty")
     return value
 
 
@@ -200,7 +202,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path in the configuration") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not json, a number of thousands of digits, or too deep
         raise DataError(f"{path}: not valid json ({error}); export it again") from error
 
 
@@ -213,7 +217,7 @@ def read_labs_means(path: Path) -> NDArray[np.float32]:
     for item in LAB_IDS:
         value = content.get(item, content.get(item + PERCENTILE_SUFFIX))
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise DataError(f"{path}: item {lab_title(item)} is {value!r}, expected a number in 0..1")
+            raise DataError(f"{path}: item {lab_title(item)} is {str(value)[:40]!r}, expected a number in 0..1")
         means.append(value)
     return np.array(means, dtype=np.float32)
 
@@ -239,7 +243,7 @@ def read_patient_labs(path: Path) -> NDArray[np.float64]:
         position = index.get(name.strip().lower())
         if position is None:
             raise DataError(
-                f"{path}: {name!r} is not one of the 50 items; use an item id or name such as 50912, Creatinine"
+                f"{path}: {name[:40]!r} is not one of the 50 items; use an item id or name such as 50912, Creatinine"
             )
         if not math.isnan(values[position]):
             raise DataError(f"{path}: item {lab_title(LAB_IDS[position])} is given twice; keep one")

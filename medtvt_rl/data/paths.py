@@ -6,7 +6,7 @@ Owns: the check. Does not own: what is read there.
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from medtvt_rl.data.errors import DataError
 
@@ -17,9 +17,11 @@ def inside_root(root: Path, relative: str, field: str) -> Path:
     Raises:
         DataError: the path is absolute, climbs with "..", or a symbolic link leads out of the root; names `field`.
     """
-    if "\0" in relative:
-        raise DataError(f"{field}: {relative!r} holds a NUL character; write a plain relative path")
-    if os.path.isabs(relative):
+    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in relative):
+        raise DataError(f"{field}: {relative!r} holds a character that no file name has; write a plain relative path")
+    if "\\" in relative:
+        raise DataError(f"{field}: {relative!r} holds a backslash; write / between folders")
+    if os.path.isabs(relative) or PureWindowsPath(relative).drive:
         raise DataError(f"{field}: {relative!r} is absolute; write it relative to the data root {root}")
     if ".." in Path(relative).parts:
         raise DataError(f"{field}: {relative!r} climbs with '..'; write a path inside the data root {root}")

@@ -15,11 +15,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medtvt_rl.data.errors import DataError
+from medtvt_rl.data.errors import DataError, one_line
+from medtvt_rl.data.silence import silent_readers
 
 _INVALID_SAMPLE = -32768
+_MAX_HEADER_BYTES, _MAX_LEADS, _MAX_SAMPLES, _MAX_FIELD = 1 << 16, 64, 10_000_000, 200
 _DEFAULT_GAIN = 200.0
-_PARSER_FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, NotImplementedError)
+_PARSER_FAULTS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    NotImplementedError,
+    MemoryError,
+)
 _RECORD_LINE = re.compile(r"(?P<name>[^\s/]+)\s+(?P<leads>\d+)\s+(?P<rate>[\d.]+)\s+(?P<samples>\d+)(?:\s.*)?")
 _SIGNAL_LINE = re.compile(
     r"(?P<file>\S+)\s+16\s+(?P<gain>[\d.]+)(?:\((?P<baseline>-?\d+)\))?(?:/(?P<unit>\S+))?"
@@ -45,7 +56,8 @@ class RawEcg:
 
 def read_raw_ecg(path: Path) -> RawEcg:
     """Reads a DICOM file (.dcm) or a WFDB record. Raises DataError if it is missing or unreadable."""
-    return _read_dicom(path) if path.suffix.lower() == ".dcm" else _read_wfdb(record_path(path))
+    with silent_readers():
+        return _read_dicom(path) if path.suffix.lower() == ".dcm" else _read_wfdb(record_path(path))
 
 
 def record_path(path: Path) -> Path:
@@ -64,24 +76,46 @@ def ecg_files(path: Path) -> list[Path]:
 def _read_wfdb(record: Path) -> RawEcg:
     header_path = record.parent / (record.name + ".hea")
     try:
-        lines = header_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if header_path.exists() and not header_path.is_file():
+            raise DataError(f"{header_path}: no plain file; check the ECG path")
+        with header_path.open("rb") as file:
+            content = file.read(_MAX_HEADER_BYTES + 1)
     except FileNotFoundError:
         raise DataError(f"{header_path}: no such file; check the ECG path") from None
     except OSError as error:
         raise DataError(f"{header_path}: cannot be read ({error}); check its permissions") from error
-    lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    for line in lines[1:]:
-        name = line.split()[0]
-        if Path(name).name != name or (record.parent / name).is_symlink():
-            raise DataError(f"{header_path}: signal file {name!r} is no plain file beside the header; mend the header")
+    if len(content) > _MAX_HEADER_BYTES:
+        raise DataError(f"{header_path}: larger than {_MAX_HEADER_BYTES} bytes, which no header is; copy it again")
+    text = content.decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    _check_header(header_path, lines)
     try:
         return _read_format_16(record.parent, lines) or _read_by_package(record)
     except FileNotFoundError as error:
         missing = Path(error.filename or record).name
         raise DataError(f"{record.parent / missing}: no such file; copy the record again") from None
     except _PARSER_FAULTS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{record}: not a readable WFDB record ({reason}); copy the record again") from error
+        raise DataError(f"{record}: not a readable WFDB record ({one_line(error)}); copy the record again") from error
+
+
+def _check_header(header: Path, lines: list[str]) -> None:
+    """Raises DataError, before anything is read by it, for a header that names files elsewhere or absurd sizes."""
+    fields = lines[0].split() if lines else []
+    if not fields:
+        raise DataError(f"{header}: empty; copy the record again")
+    if "/" in fields[0]:
+        raise DataError(f"{header}: a record of several segments; export one of a single segment")
+    for what, place, most in (("leads", 1, _MAX_LEADS), ("samples", 3, _MAX_SAMPLES)):
+        given = fields[place] if place < len(fields) else "1"
+        if not given.isascii() or not given.isdigit() or len(given) > 12 or int(given) > most:
+            raise DataError(f"{header}: {given[:20]!r} {what}, expected a number up to {most}; mend the header")
+    for line in lines[1:]:
+        if any(len(field) > _MAX_FIELD for field in line.split()):
+            raise DataError(f"{header}: a field of more than {_MAX_FIELD} characters; mend the header")
+        name = line.split()[0]
+        path = header.parent / name
+        if Path(name).name != name or path.is_symlink() or (path.exists() and not path.is_file()):
+            raise DataError(f"{header}: signal file {name[:60]!r} is no plain file beside the header; mend it")
 
 
 def _read_format_16(folder: Path, lines: list[str]) -> RawEcg | None:
@@ -136,6 +170,6 @@ def _read_dicom(path: Path) -> RawEcg:
         raise DataError(f"{path}: no such file; check the ECG path") from None
     except DataError:
         raise
-    except (*_PARSER_FAULTS, pydicom.errors.InvalidDicomError) as error:
-        raise DataError(f"{path}: not a readable DICOM waveform ({error}); export it again") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise DataError(f"{path}: not a readable DICOM waveform ({one_line(error)}); export it again") from error
     return RawEcg(signal=np.asarray(signal, dtype=np.float64), rate_hz=rate_hz, leads=leads, units=units)

@@ -154,7 +154,7 @@ def read_tables(config: DataConfig) -> Tables:
         problems += table.problems
         num_left_out += table.num_left_out
     if not parsed:
-        raise DataError(f"data.labs_csv: no usable row in {list(config.tables.values())}; {_first(problems)}")
+        raise DataError(f"data.labs_csv: no usable row in {list(config.tables.values())}; {_listed(config, problems)}")
     num_rows = len(parsed) + len(problems)
     kept, refused = check_ids(parsed, config.splits)
     problems += refused
@@ -220,8 +220,15 @@ def _add_file(digest: Any, root: Path, name: str) -> None:
         digest.update(path.read_bytes())
 
 
-def _first(problems: Sequence[Problem]) -> str:
-    return f"the first problem is {problems[0]}" if problems else "the tables are empty"
+def _listed(config: DataConfig, problems: Sequence[Problem]) -> str:
+    """Writes the problems beside the store, and says where; their reasons may hold values of patients."""
+    if not problems:
+        return "the tables are empty"
+    store = store_folder(config)
+    path = store.parent / f"{store.name}.problems.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_problems(path, problems)
+    return f"{path} has the reasons, the first is at {problems[0].place}"
 
 
 def _write_store(
@@ -295,12 +302,9 @@ def _check_shares(
     """Raises DataError, after writing the list beside the store, if too much is unusable."""
     for noun, (bad, total) in (("studies", studies), ("question-answer entries", entries)):
         if bad > config.max_unusable_share * total:
-            store = store_folder(config)
-            listed = store.parent / f"{store.name}.problems.csv"
-            write_problems(listed, problems)
             raise DataError(
                 f"{bad} of {total} {noun} are unusable, more than "
-                f"data.max_unusable_share={config.max_unusable_share:g}; see {listed}; {_first(problems)}"
+                f"data.max_unusable_share={config.max_unusable_share:g}; {_listed(config, problems)}"
             )
 
 

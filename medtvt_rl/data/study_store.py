@@ -24,6 +24,7 @@ from medtvt_rl.data.parallel import Progress
 from medtvt_rl.data.study_build import FORMAT_VERSION, META, PERCENTILES, PROBLEMS, QUESTIONS, STUDIES, build_store
 from medtvt_rl.data.study_files import StudyFile
 from medtvt_rl.data.validation import read_problems
+from medtvt_rl.privacy import hashed
 from medtvt_rl.types import Study
 
 
@@ -135,6 +136,6 @@ class StudyStore:
     def _known(self, study_id: str) -> str:
         if study_id not in self._file:
             raise DataError(
-                f"study {study_id!r} is not in the store {self.path}; see {PROBLEMS} there for refused studies"
+                f"{hashed(study_id)} is not in the store {self.path}; see {PROBLEMS} there for refused studies"
             )
         return study_id

@@ -6,6 +6,7 @@ moves prompts and items, which knows neither; batching and tensors (model/).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from medtvt_rl.config import Config
 from medtvt_rl.data.config import Normalisation
 from medtvt_rl.data.errors import DataError
 from medtvt_rl.data.labels import answer_text
-from medtvt_rl.data.labs import NUM_LABS
+from medtvt_rl.data.labs import NUM_LABS, PERCENTILES_FILE
 from medtvt_rl.data.medtvt_qa import QAKind, parse_diagnoses
 from medtvt_rl.data.study_build import STUDIES, store_folder
 from medtvt_rl.data.study_store import StudyStore
@@ -97,6 +98,10 @@ class StudyItems:
         item = study_item(self._store.study(study_id), self._store, self._film.num_channels, self._film.normalise)
         return withhold(item, tuple(withheld.split("+"))) if ablated else item
 
+    def publish(self, folder: Path) -> None:
+        """Writes what `diagnose` needs beside a trained model, to read the raw blood values of a patient."""
+        self._store.percentile_table.smoothed().save(folder / PERCENTILES_FILE)
+
 
 def without(item_id: str, *modalities: str) -> str:
     """The id of the item with these modalities withheld."""
@@ -113,7 +118,8 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, question: str, tokens_p
     found = int(np.isin(ids, tokenizer.convert_tokens_to_ids(list(MODALITY_TOKENS.values()))).sum())
     if found != expected:
         raise DataError(
-            f"question {question[:60]!r}: {found} placeholders in its prompt, expected {expected}; remove them"
+            f"a question of {len(question)} characters has {found} placeholders in its prompt, expected {expected}; "
+            "take <ecg>, <cxr> and <lab> out of the questions in data.qa"
         )
     return ids
 

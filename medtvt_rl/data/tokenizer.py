@@ -7,7 +7,7 @@ parse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +19,7 @@ from medtvt_rl.data.study_store import StudyStore
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 USER, ASSISTANT = "<user>", "<assistant>"
+TEXT_TOKENS = (PAD, BOS, EOS, USER, ASSISTANT)
 MODALITY_TOKENS = {"ecg": "<ecg>", "cxr": "<cxr>", "lab": "<lab>"}
 ANSWER_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -38,30 +39,44 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Raises:
         ValueError: the vocabulary cannot hold the 256 bytes and the task's tokens.
     """
-    special = [PAD, BOS, EOS, USER, ASSISTANT, *MODALITY_TOKENS.values()]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len(special) + len(ANSWER_TOKENS)
+    special = [*TEXT_TOKENS, *MODALITY_TOKENS.values()]
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(special) + len(ANSWER_TOKENS)
     if vocab_size < smallest:
         raise ValueError(
             f"model.backbone.vocab_size is {vocab_size}, expected at least {smallest}: bytes and task tokens"
         )
+    tokenizer = _byte_level(_without_tokens(texts), vocab_size - len(ANSWER_TOKENS), special)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in ANSWER_TOKENS])
+    return _with_chat(tokenizer, special)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of plain text whose tokens are single bytes, so that it needs no texts to learn from."""
+    size = len(pre_tokenizers.ByteLevel.alphabet()) + len(TEXT_TOKENS)
+    return _with_chat(_byte_level((), size, TEXT_TOKENS), TEXT_TOKENS)
+
+
+def _byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(ANSWER_TOKENS),
-        special_tokens=special,
-        initial_alphabet=alphabet,
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_without_tokens(texts), trainer)
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in ANSWER_TOKENS])
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _with_chat(tokenizer: Tokenizer, special: Sequence[str]) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
-        additional_special_tokens=special[3:],
+        additional_special_tokens=list(special[3:]),
         clean_up_tokenization_spaces=False,
         padding_side="right",
     )

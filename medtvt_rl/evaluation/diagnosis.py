@@ -8,7 +8,7 @@ Both readings are computed from one pass of answers; `evaluation.metrics` says w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,9 +27,13 @@ from medtvt_rl.evaluation.honest import disease_measures, has_samples, honest_me
 from medtvt_rl.evaluation.paper import num_dropped, paper_measures
 from medtvt_rl.evaluation.records import StudyAnswers, StudyRecord, sampled_shares, study_record, true_diseases
 from medtvt_rl.evaluation.text_metrics import BertScoreModel, Progress, compare_texts
+from medtvt_rl.privacy import hashed
+from medtvt_rl.types import MODALITIES, Prompt
 
 MACRO = ("f1", "auc", "average_precision")
 """Metrics of a disease whose mean over diseases is a metric, too."""
+F1_OF = "f1/"
+"""What the F1 of a disease is named by, before the disease."""
 
 
 class TruthSource(Protocol):
@@ -96,7 +100,8 @@ class DiagnosisResult:
     measures: dict[str, Measure] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the per-study values."""
+        """JSON-ready, without the per-study values; the F1 of a disease stands below `per_disease`."""
+        named = {name: interval.to_dict() for name, interval in self.metrics.items()}
         defined = {
             name: sum(name in one.metrics and not np.isnan(one.metrics[name].value) for one in self.diseases.values())
             for name in MACRO
@@ -104,7 +109,8 @@ class DiagnosisResult:
         return {
             "num_studies": len(self.study_ids),
             "num_patients": len(set(self.patient_ids)),
-            "metrics": {name: interval.to_dict() for name, interval in self.metrics.items()},
+            "metrics": {name: found for name, found in named.items() if not name.startswith(F1_OF)},
+            "per_disease": {name.removeprefix(F1_OF): found for name, found in named.items() if name.startswith(F1_OF)},
             "by_disease": {name: one.to_dict() for name, one in self.diseases.items()},
             "diseases_in_mean": defined,
             "reliability": [one.to_dict() for one in self.reliability],
@@ -139,7 +145,12 @@ class DiagnosisEvaluator:
         config: of the run; `config.data.store` is opened unless a store is given.
         split: every answered study must belong to it.
         store: stands in for the study store.
+
+    Attributes:
+        ablation_metric: what withholding a modality is measured by.
     """
+
+    ablation_metric = "jaccard_greedy"
 
     def __init__(self, config: Config, split: str, store: TruthSource | None = None) -> None:
         self._store: TruthSource = _open_store(config.data.store) if store is None else store
@@ -198,6 +209,15 @@ class DiagnosisEvaluator:
         patients = tuple(record.patient_id for record in records)
         return TextResult(metrics=self._intervals(found.measures, patients), notes=found.notes)
 
+    def ablations(self, prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+        """Modality -> the prompts with it withheld from every study."""
+        from medtvt_rl.data.task import without  # here, for the same reason as in _open_store
+
+        return {
+            modality: [replace(prompt, item_id=without(str(prompt.item_id), modality)) for prompt in prompts]
+            for modality in MODALITIES
+        }
+
     def paired_gain(self, before: DiagnosisResult, after: DiagnosisResult, metric: str = "jaccard") -> Interval:
         """metric(after) - metric(before), paired over patients.
 
@@ -221,7 +241,8 @@ class DiagnosisEvaluator:
             raise ValueError("answers: none, expected at least one study")
         unknown = sorted(set(answers).difference(self._known))
         if unknown:
-            raise ValueError(f"answers: {len(unknown)} studies are not in split {self._split!r}, e.g. {unknown[0]!r}")
+            example = hashed(unknown[0])
+            raise ValueError(f"answers: {len(unknown)} studies are not in split {self._split!r}, e.g. {example}")
         return [
             study_record(
                 study_id,

@@ -23,9 +23,8 @@ from rich.table import Table
 
 from medtvt_rl.evaluation.charts import IntervalRow, Series, bar_chart, interval_chart, line_chart
 from medtvt_rl.evaluation.page import card, cell, details, missing_line, page, section, table
-from medtvt_rl.evaluation.result_page import AFTER, BEFORE, by_disease, calibration, headline
+from medtvt_rl.evaluation.result_page import by_disease, calibration, headline
 from medtvt_rl.evaluation.summary import (
-    METRICS,
     PAPER,
     STAGE_NAMES,
     Curves,
@@ -34,11 +33,16 @@ from medtvt_rl.evaluation.summary import (
     block,
     curves,
     estimate,
+    gained_metric,
+    is_medical,
+    metric_label,
+    metric_names,
     missing_metrics,
     paper_first,
     paper_metrics,
     per_disease,
     policy_metrics,
+    policy_names,
 )
 
 MODALITY_NAMES = {"ecg": "without the ECG", "cxr": "without the film", "lab": "without the labs"}
@@ -93,6 +97,7 @@ CHARTS = (
 )
 GENERATOR_CELLS = {"groups": "{:,.0f}", "tokens": "{:,.0f}", "share": "{:.1%}", "tokens_per_s": "{:,.0f}"}
 APART = ("reward/deviation", "reward/failed")
+NO_SAMPLES = "No samples are shown: none were journalled, or privacy.show_samples is false."
 MAX_SAMPLES, MAX_COMPLETIONS = 6, 3
 
 
@@ -129,15 +134,16 @@ def render_report(
         config_yaml: the resolved configuration, as text.
     """
     name = str(summary.get("run", "run"))
-    lines = curves(metrics)
+    lines, medical, worth = curves(metrics), is_medical(summary), _ablations(summary)
+    part = "modality" if medical else "part"
     body = [
         f"<h1>{escape(name)}</h1>",
-        '<p class="soft">Diagnoses from an ECG, a chest film and blood values: pre-training, fine-tuning, GRPO.</p>',
-        f'<p class="warning">{RESEARCH if _real_data(config_yaml) else SIMULATED}</p>',
+        _subject(config_yaml) if medical else "",
         section("Result", headline(summary), "No evaluation was found: the evaluate stage has not run."),
-        section("By disease", by_disease(summary), "No F1 by disease was found."),
-        section("Calibration", calibration(summary), "No shares of sampled answers were found."),
-        section("What each modality is worth", _ablations(summary), "No ablations (evaluation.ablations)."),
+        *(_of_diseases(summary) if medical else ()),
+        section(f"What each {part} is worth", worth, "No ablations (evaluation.ablations).")
+        if medical or worth
+        else "",
         section(
             "GRPO",
             _grpo_facts(summary) + _generators(summary) + _charts(lines, "grpo"),
@@ -149,7 +155,7 @@ def render_report(
             "No curves of the supervised stages were found.",
         ),
         section("Time and memory", _timing(summary), "No stage has left its time."),
-        section("Sampled answers during GRPO", _samples(samples), "No samples were journalled."),
+        section("Sampled answers during GRPO", _samples(samples, medical), NO_SAMPLES),
         section(
             "Configuration",
             details("resolved configuration", f"<pre>{escape(config_yaml)}</pre>") if config_yaml else "",
@@ -170,7 +176,7 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
         return
     shown = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     shown.add_column("held-out, 95 % interval")
-    for header in (BEFORE, AFTER):
+    for header in policy_names(summary):
         shown.add_column(header, justify="right")
     if paper_first(summary):
         first, last = paper_metrics(summary, "sft"), paper_metrics(summary, "grpo")
@@ -180,21 +186,36 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
         left_out = [answers_dropped(summary, policy) for policy in ("sft", "grpo")]
         if any(number is not None for number in left_out):
             shown.add_row("as published: answers left out", *("-" if n is None else str(n) for n in left_out))
-    for name, label in METRICS.items():
-        if name in before or name in after:
-            shown.add_row(label, _text(before.get(name)), _text(after.get(name)))
+    for name in metric_names(before, after):
+        shown.add_row(escape_markup(metric_label(summary, name)), _text(before.get(name)), _text(after.get(name)))
     first, last = per_disease(summary, "sft"), per_disease(summary, "grpo")
     for disease in dict.fromkeys([*first, *last]):
         shown.add_row(escape_markup(f"F1, {disease}"), _text(first.get(disease)), _text(last.get(disease)))
     console.print(shown)
     gain = estimate(block(summary, "evaluation").get("gain"))
     if gain is not None:
-        what = "reward, paired over prompts" if "reward" in after else "Jaccard, paired over patients"
-        console.print(f"gain of GRPO in sampled {what}: {gain.value:+.3f} {gain.interval}", markup=False)
+        over = "patients" if is_medical(summary) and "jaccard" in after else "prompts"
+        what = f"{gained_metric(summary, after)}, paired over {over}"
+        console.print(f"gain of GRPO in {what}: {gain.value:+.3f} {gain.interval}", markup=False)
     for reason, names in missing_metrics(summary).items():
         console.print(f"not computed: {names}: {reason}", markup=False, soft_wrap=True)
-    if summary.get("simulated") is True:
+    if summary.get("simulated") is True and is_medical(summary):
         console.print("These are scores on a simulated cohort: they mean nothing clinically.")
+
+
+def _subject(config_yaml: str) -> str:
+    """What the packages' own task is about, and what its scores are worth."""
+    return (
+        '<p class="soft">Diagnoses from an ECG, a chest film and blood values: pre-training, fine-tuning, GRPO.</p>'
+        f'<p class="warning">{RESEARCH if _real_data(config_yaml) else SIMULATED}</p>'
+    )
+
+
+def _of_diseases(summary: Mapping[str, Any]) -> tuple[str, str]:
+    return (
+        section("By disease", by_disease(summary), "No F1 by disease was found."),
+        section("Calibration", calibration(summary), "No shares of sampled answers were found."),
+    )
 
 
 def _ablations(summary: Mapping[str, Any]) -> str:
@@ -204,12 +225,15 @@ def _ablations(summary: Mapping[str, Any]) -> str:
         for name, one in found.items()
         if one is not None
     ]
-    note = "Change of the greedy Jaccard when one modality is withheld from every patient, paired over patients."
-    chart = interval_chart("Held-out Jaccard, change", [""], rows, note, zero=True)
+    note, what = "Change when one part is withheld from every item, paired over prompts.", "the evaluator's metric"
+    if is_medical(summary):
+        note = "Change of the greedy Jaccard when one modality is withheld from every patient, paired over patients."
+        what = "Jaccard"
+    chart = interval_chart(f"Held-out {what}, change", [""], rows, note, zero=True)
     numbers = [
         [cell(row.label), cell(f"{v[0]:+.3f}", f"[{v[1]:.3f}, {v[2]:.3f}]")] for row in rows for v in row.values if v
     ]
-    return f'<div class="charts">{chart}<div>{table(["", "change of Jaccard"], numbers)}</div></div>' if rows else ""
+    return f'<div class="charts">{chart}<div>{table(["", f"change of {what}"], numbers)}</div></div>' if rows else ""
 
 
 def _grpo_facts(summary: Mapping[str, Any]) -> str:
@@ -293,17 +317,17 @@ def _memory(found: Any) -> str:
     return f", {size.value / 2**30:.1f} GiB" if size is not None and size.value > 0 else ""
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+def _samples(samples: Sequence[Mapping[str, Any]], medical: bool) -> str:
     """The first, the last, and some between; of each the best, the worst and one more completion."""
     if len(samples) > MAX_SAMPLES:
         samples = [samples[round(i * (len(samples) - 1) / (MAX_SAMPLES - 1))] for i in range(MAX_SAMPLES)]
-    parts = []
+    parts, label = [], "True diagnoses" if medical else "Ground truth"
     for sample in samples:
         given = sample.get("completions")
         completions = [c for c in given if isinstance(c, Mapping)] if isinstance(given, Sequence) else []
         completions = sorted(completions, key=lambda c: -(r.value if (r := estimate(c.get("reward"))) else 0.0))
         shown = completions[: MAX_COMPLETIONS - 1] + completions[MAX_COMPLETIONS - 1 :][-1:]
-        truth = f"<p><b>True diagnoses:</b> {escape(str(sample.get('ground_truth', 'unknown')))}</p>"
+        truth = f"<p><b>{label}:</b> {escape(str(sample.get('ground_truth', 'unknown')))}</p>"
         texts = "".join(_completion(one) for one in shown) or missing_line("no completion was kept")
         title = f"step {sample.get('step', '?')}, {sample.get('prompt_id', '?')}"
         parts.append(details(title, truth + texts, unfolded=sample is samples[-1]))

@@ -14,21 +14,25 @@ from medtvt_rl.evaluation.charts import IntervalRow, interval_chart, reliability
 from medtvt_rl.evaluation.page import card, cell, details, table
 from medtvt_rl.evaluation.summary import (
     LOWER_IS_BETTER,
-    METRICS,
     PAPER,
     Estimate,
     answers_dropped,
     block,
     estimate,
+    gained_metric,
+    is_medical,
+    metric_label,
+    metric_names,
     missing_metrics,
     paper_first,
     paper_metrics,
     per_disease,
     policy_metrics,
+    policy_names,
 )
 
-BEFORE, AFTER = "after SFT", "after GRPO"
-POLICIES = {"sft": BEFORE, "grpo": AFTER}
+POLICIES = ("sft", "grpo")
+"""As summary.json has them; `policy_names` says what they are called."""
 CARDS = {
     "jaccard": "Jaccard, sampled",
     "jaccard_greedy": "Jaccard, greedy",
@@ -56,26 +60,34 @@ def headline(summary: Mapping[str, Any]) -> str:
         return ""
     gain = estimate(block(summary, "evaluation").get("gain"))
     rows = [
-        [cell(label), _cell(before.get(name)), _cell(after.get(name)), _change(name, before.get(name), after.get(name))]
-        for name, label in METRICS.items()
-        if name in before or name in after
+        [
+            cell(metric_label(summary, name)),
+            _cell(before.get(name)),
+            _cell(after.get(name)),
+            _change(name, before.get(name), after.get(name)),
+        ]
+        for name in metric_names(before, after)
     ]
     if gain is not None:
-        what = "reward" if "reward" in after else "Jaccard"
-        label = cell(f"Paired gain of GRPO, sampled {what}")
+        label = cell(f"Paired gain of GRPO, {gained_metric(summary, after)}")
         rows.append([label, cell(""), cell(""), cell(f"{gain.value:+.3f}", gain.interval)])
-    studies = block(summary, "evaluation", "grpo").get("num_studies") or block(summary, "evaluation", "sft").get(
-        "num_studies"
-    )
-    size = f" on {studies} held-out studies" if studies else ""
-    words = (
-        f'<p class="note">Means{size}, with 95 % bootstrap intervals over patients. An answer that breaks the format '
-        "counts as wrong. Sampled: at the training temperature. Changes in colour: the intervals do not overlap.</p>"
-    )
-    honest = table(["", BEFORE, AFTER, "change"], rows) + words
+    honest = table(["", *policy_names(summary), "change"], rows) + _note(summary)
     published = _paper(summary)
     parts = [published, honest] if paper_first(summary) else [honest, published]
     return f'<div class="cards">{_cards(before, after, gain)}</div><p></p>{"<p></p>".join(parts)}'
+
+
+def _note(summary: Mapping[str, Any]) -> str:
+    """On how many prompts the numbers are, and what the intervals are over."""
+    medical = is_medical(summary)
+    what, over = ("studies", "patients") if medical else ("prompts", "prompts")
+    sizes = [block(summary, "evaluation", policy).get(f"num_{what}") for policy in ("grpo", "sft")]
+    size = next((f" on {number} held-out {what}" for number in sizes if number), "")
+    wrong = " An answer that breaks the format counts as wrong." if medical else ""
+    return (
+        f'<p class="note">Means{size}, with 95 % bootstrap intervals over {over}.{wrong} Sampled: at the training '
+        "temperature. Changes in colour: the intervals do not overlap.</p>"
+    )
 
 
 def _cards(before: Mapping[str, Estimate], after: Mapping[str, Estimate], gain: Estimate | None) -> str:
@@ -102,7 +114,7 @@ def _paper(summary: Mapping[str, Any]) -> str:
     ]
     dropped = [
         f"{number} {words}"
-        for policy, words in POLICIES.items()
+        for policy, words in zip(POLICIES, policy_names(summary))
         if (number := answers_dropped(summary, policy)) is not None
     ]
     left_out = f" Left out here: {', '.join(dropped)}." if dropped else ""
@@ -116,7 +128,7 @@ def _paper(summary: Mapping[str, Any]) -> str:
     )
     return details(
         "As the published evaluation computes them",
-        table(["", BEFORE, AFTER], rows) + note + missing if rows or missing else "",
+        (table(["", *policy_names(summary)], rows) + note if rows else "") + missing,
         unfolded=paper_first(summary),
     )
 
@@ -124,16 +136,16 @@ def _paper(summary: Mapping[str, Any]) -> str:
 def by_disease(summary: Mapping[str, Any]) -> str:
     """F1 as a chart, and a table of every metric for each policy. Empty without them."""
     before, after = per_disease(summary, "sft"), per_disease(summary, "grpo")
-    names = list(dict.fromkeys([*before, *after]))
+    names, policies = list(dict.fromkeys([*before, *after])), policy_names(summary)
     rows = [
         IntervalRow(label=name, values=[one.triple if one else None for one in (before.get(name), after.get(name))])
         for name in names
     ]
-    chart = interval_chart("F1 by disease, greedy answer", [BEFORE, AFTER], rows, "Dots: F1; bars: 95 % intervals.")
-    numbers = table(["", BEFORE, AFTER], [[cell(n), _cell(before.get(n)), _cell(after.get(n))] for n in names])
+    chart = interval_chart("F1 by disease, greedy answer", policies, rows, "Dots: F1; bars: 95 % intervals.")
+    numbers = table(["", *policies], [[cell(n), _cell(before.get(n)), _cell(after.get(n))] for n in names])
     tables = "".join(
         details(f"every metric by disease, {words}", found, unfolded=policy == "grpo")
-        for policy, words in POLICIES.items()
+        for policy, words in zip(POLICIES, policies)
         if (found := _disease_table(block(summary, "evaluation", policy, "by_disease")))
     )
     shown = f'<div class="charts">{chart}</div>{details("F1 as numbers", numbers)}' if names else ""
@@ -164,7 +176,7 @@ def _disease_table(diseases: Mapping[str, Any]) -> str:
 def calibration(summary: Mapping[str, Any]) -> str:
     """The reliability chart and its numbers. Empty without sampled answers."""
     series, tables = [], []
-    for policy, words in POLICIES.items():
+    for policy, words in zip(POLICIES, policy_names(summary)):
         given = block(summary, "evaluation", policy).get("reliability")
         bins = [one for one in given if isinstance(one, Mapping)] if isinstance(given, list) else []
         points, rows = [], []

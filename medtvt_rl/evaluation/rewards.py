@@ -20,7 +20,8 @@ from medtvt_rl.evaluation.bootstrap import (
     bootstrap_paired_difference,
     mean_measure,
 )
-from medtvt_rl.evaluation.diagnosis import StudyAnswers
+from medtvt_rl.evaluation.records import StudyAnswers
+from medtvt_rl.privacy import hashed
 from medtvt_rl.rewards.scorer import Scorer
 from medtvt_rl.types import Prompt
 
@@ -70,7 +71,7 @@ class RewardEvaluator:
         """
         unknown = sorted(set(answers).difference(self._prompts))
         if unknown or not answers:
-            what = f"{len(unknown)} are of unknown prompts, e.g. {unknown[0]!r}" if unknown else "none"
+            what = f"{len(unknown)} are of unknown prompts, e.g. {hashed(unknown[0])}" if unknown else "none"
             raise ValueError(f"answers: {what}; expected one for each prompt of the split")
         prompt_ids = tuple(prompt_id for prompt_id in self._prompts if prompt_id in answers)
         measures = {"reward_greedy": self._mean({i: (answers[i].greedy,) for i in prompt_ids})}

@@ -34,6 +34,7 @@ METRICS = {
     "reward": "Reward, sampled answers",
     "reward_greedy": "Reward, greedy answer",
 }
+REWARDS = {"reward", "reward_greedy"}
 LOWER_IS_BETTER = {"brier", "calibration_error"}
 PAPER = {
     "precision": "precision, mean over answers",
@@ -92,10 +93,11 @@ def block(summary: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
 
 
 def policy_metrics(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:
-    """Metric -> estimate of `policy` ("sft" or "grpo"), in the order of METRICS."""
+    """Metric -> estimate of `policy` ("sft" or "grpo"), in the order of METRICS; then a task's own."""
     evaluated = block(summary, "evaluation", policy)
     values = block(evaluated, "metrics") or evaluated
-    found = {name: estimate(values.get(name)) for name in METRICS}
+    own = [name for name in values if "value" in block(values, name) and not name.startswith(PER_DISEASE)]
+    found = {name: estimate(values.get(name)) for name in dict.fromkeys([*METRICS, *own])}
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -123,6 +125,35 @@ def missing_metrics(summary: Mapping[str, Any]) -> dict[str, str]:
     for name, reason in block(summary, "evaluation", "notes").items():
         names.setdefault(str(reason), []).append(PAPER.get(name, name))
     return {reason: "; ".join(missing) for reason, missing in names.items()}
+
+
+def is_medical(summary: Mapping[str, Any]) -> bool:
+    """Whether the task is the packages' own, about patients."""
+    return summary.get("medical") is not False
+
+
+def policy_names(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """What the two evaluated policies are called."""
+    stages = block(summary, "stages")
+    return "before GRPO" if stages and "sft" not in stages else "after SFT", "after GRPO"
+
+
+def metric_names(*policies: Mapping[str, Estimate]) -> list[str]:
+    """Metrics that one of the policies has: those of METRICS first, in their order."""
+    found = dict.fromkeys(name for policy in policies for name in policy)
+    return [name for name in METRICS if name in found] + [name for name in found if name not in METRICS]
+
+
+def metric_label(summary: Mapping[str, Any], name: str) -> str:
+    """A metric in words: those of METRICS, but for a task that gives such a name a meaning of its own."""
+    return METRICS.get(name, name) if is_medical(summary) or name in REWARDS else name
+
+
+def gained_metric(summary: Mapping[str, Any], metrics: Mapping[str, Estimate]) -> str:
+    """What the gain of GRPO is measured in."""
+    if is_medical(summary) and "jaccard" in metrics:
+        return "sampled Jaccard"
+    return "sampled reward" if "reward" in metrics else "the main metric"
 
 
 def per_disease(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:

@@ -8,10 +8,12 @@ from typing import Literal
 
 @dataclass
 class LearnerConfig:
-    """The DeepSpeed learner gang.
+    """The learner gang.
 
     Attributes:
         num_workers: ranks; each is one Ray actor.
+        make_engine: dotted path of f(policy, settings, device) -> TrainingEngine (learner/engine.py), here and in the
+            supervised stages.
         zero_stage: DeepSpeed ZeRO stage (arXiv 1910.02054).
         token_budget: padded tokens of one micro-batch of one rank, a prompt counted once for all its completions in it;
             memory follows it, whatever the group size.
@@ -22,6 +24,7 @@ class LearnerConfig:
     """
 
     num_workers: int = 1
+    make_engine: str = "medtvt_rl.learner.deepspeed_engine:DeepSpeedEngine"
     zero_stage: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     token_budget: int = 8192

@@ -1,6 +1,7 @@
 """What the learner needs of a training engine, whatever drives the ranks.
 
-Owns: the Protocol and the outcome of a step. Does not own: any implementation (deepspeed_engine.py), or the loss.
+Owns: the Protocol, what an engine is told, and the outcome of a step. Does not own: any implementation
+(deepspeed_engine.py), or the loss.
 """
 
 from __future__ import annotations
@@ -16,6 +17,32 @@ from torch import Tensor, nn
 
 from medtvt_rl.learner.scoring import TokenBatch
 from medtvt_rl.learner.training_state import TrainingState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How the engine trains.
+
+    Attributes:
+        zero_stage: 0 to 3; bfloat16 runs stages 0 and 1 as 2, which accumulates gradients in float32.
+        weight_decay: on matrices only.
+        gradient_clipping: largest norm of the summed gradient; 0 leaves it alone.
+    """
+
+    zero_stage: int
+    dtype: torch.dtype = torch.float32
+    gradient_clipping: float = 1.0
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage: got {self.zero_stage}, expected 0, 1, 2 or 3")
+
+    @property
+    def effective_stage(self) -> int:
+        """The ZeRO stage that runs."""
+        return max(self.zero_stage, 2) if self.dtype == torch.bfloat16 else self.zero_stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""Supervised examples of an epoch: questions and answers as token ids, with modalities withheld at random.
+"""Supervised examples of an epoch: questions and answers as token ids.
 
-Owns: which modalities an example goes without, and what its answer then says. Does not own: the questions and answers
-(the study store), the wording of prompts (data/task.py), batching (supervised.py).
+Owns: where a stage's examples come from (the task, or the study store), which modalities one of a study goes without,
+and what its answer then says. Does not own: the questions and answers, the wording of prompts (data/task.py), batching
+(supervised.py).
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from medtvt_rl.config import Config
 from medtvt_rl.data.labels import NOT_AVAILABLE, SECTIONS
-from medtvt_rl.data.medtvt_qa import QAExample
-from medtvt_rl.data.task import without
+from medtvt_rl.data.medtvt_qa import QAExample, QAKind
+from medtvt_rl.data.study_build import store_folder
+from medtvt_rl.data.study_store import StudyStore
+from medtvt_rl.data.task import prompt_token_ids, without
+from medtvt_rl.dotted import resolve
 from medtvt_rl.learner.scoring import ScoredSequence
-from medtvt_rl.types import MODALITIES
+from medtvt_rl.types import MODALITIES, Example
+from medtvt_rl.user_code import guarded
 
+QUESTIONS: dict[str, tuple[QAKind, ...]] = {"pretrain": ("ecg", "cxr", "lab"), "sft": ("diagnosis",)}
+"""Stage -> the kinds of questions that it learns from a study store."""
 OTHERS_WITHHELD = 0.5
 """Share of single-modality questions that are asked with the other modalities withheld."""
 
@@ -31,6 +39,63 @@ class ExampleSource(Protocol):
 
     def epoch(self, epoch: int) -> list[ScoredSequence]:
         """The examples of an epoch: a function of the seed and the epoch, equal on all ranks."""
+
+    def complete(self) -> list[ScoredSequence]:
+        """The examples for validation: with nothing left out, and the same each time."""
+
+
+def stage_examples(config: Config, tokenizer: Any, stage: str, split: str) -> ExampleSource:
+    """What a stage learns from: SFT from `task.examples` where it is set, else from the questions of the study store.
+
+    Raises:
+        ValueError: there are none, or `task.examples` gave something else.
+    """
+    if stage == "sft" and config.task.examples is not None:
+        name = f"task.examples {config.task.examples}"
+        given = guarded(resolve(config.task.examples, "task.examples"), name)(config, tokenizer, split)
+        return TaskExamples(given, tokenizer, f"task.examples {config.task.examples}, split {split!r}")
+    store = StudyStore.open(store_folder(config.data))
+    examples = [example for kind in QUESTIONS[stage] for example in store.qa(split, kind)]
+    dropout = (config.pretrain if stage == "pretrain" else config.sft).modality_dropout
+    withholding = Withholding(probability=dropout, seed=config.run.seed)
+    tokens = config.model.perception.tokens_per_modality
+    return QaExamples(examples, lambda question: prompt_token_ids(tokenizer, question, tokens), tokenizer, withholding)
+
+
+class TaskExamples:
+    """The examples that a task gives, the same in every epoch.
+
+    Args:
+        source: who gave them, for the error.
+    """
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Any, source: str) -> None:
+        if not examples:
+            raise ValueError(f"{source}: it gave no example, expected at least one")
+        if wrong := [example for example in examples if not isinstance(example, Example)]:
+            raise ValueError(f"{source}: it gave a {type(wrong[0]).__name__}, expected medtvt_rl.types.Example")
+        self._sequences = [
+            ScoredSequence(
+                prompt_ids=example.prompt.token_ids,
+                completion_ids=answer_token_ids(tokenizer, example.answer),
+                item_id=example.prompt.item_id,
+            )
+            for example in examples
+        ]
+
+    def epoch(self, epoch: int) -> list[ScoredSequence]:
+        """All of them."""
+        return self._sequences
+
+    def complete(self) -> list[ScoredSequence]:
+        """All of them."""
+        return self._sequences
+
+
+def answer_token_ids(tokenizer: Any, answer: str) -> NDArray[np.int32]:
+    """[T] int32: the answer's tokens and the end token."""
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +156,7 @@ class QaExamples:
     def _encode_answer(self, answer: str) -> NDArray[np.int32]:
         """The answer's tokens and the end token; answers repeat from epoch to epoch."""
         if answer not in self._answers:
-            ids = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
-            self._answers[answer] = np.array([*ids, self._tokenizer.eos_token_id], dtype=np.int32)
+            self._answers[answer] = answer_token_ids(self._tokenizer, answer)
         return self._answers[answer]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-LOOPBACK = ("127.0.0.1", "localhost")
+from medtvt_rl.network import interface_towards, listening_socket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,8 @@ def prepare_environment(num_threads: int) -> None:
 def join(rendezvous: Rendezvous) -> torch.device:
     """Joins the gang: gloo on a CPU, NCCL on a GPU. Returns this rank's device.
 
+    Its ports are open on the interface between the ranks alone: loopback where all are on one machine.
+
     Raises:
         torch.distributed.DistError: not all ranks arrived within the deadline.
     """
@@ -63,16 +65,37 @@ def join(rendezvous: Rendezvous) -> torch.device:
         MASTER_ADDR=rendezvous.address,
         MASTER_PORT=str(rendezvous.port),
     )
-    if rendezvous.address in LOOPBACK:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    interface = interface_towards(rendezvous.address)
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
     device = training_device(rendezvous.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     bound_every_group(rendezvous.timeout_s)
+    timeout = datetime.timedelta(seconds=rendezvous.timeout_s)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=rendezvous.timeout_s)
+        "nccl" if device.type == "cuda" else "gloo",
+        store=_store(rendezvous, timeout),
+        rank=rendezvous.rank,
+        world_size=rendezvous.world_size,
+        timeout=timeout,
     )
     return device
+
+
+def _store(rendezvous: Rendezvous, timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks find each other. Left alone, torch would listen on every address of the machine."""
+    first = rendezvous.rank == 0
+    listener = listening_socket(rendezvous.address, rendezvous.port) if first else None
+    return dist.TCPStore(
+        rendezvous.address,
+        rendezvous.port,
+        world_size=rendezvous.world_size,
+        is_master=first,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
 
 
 def leave() -> None:

@@ -18,23 +18,21 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from medtvt_rl.config import Config
-from medtvt_rl.data.medtvt_qa import QAExample, QAKind
 from medtvt_rl.data.study_build import store_folder
 from medtvt_rl.data.study_store import StudyStore
-from medtvt_rl.data.task import StudyItems, prompt_token_ids
 from medtvt_rl.dotted import resolve
 from medtvt_rl.learner.config import SupervisedConfig
-from medtvt_rl.learner.deepspeed_engine import DeepSpeedEngine, EngineSettings
 from medtvt_rl.learner.encoder_warmup import EncoderWarmup
-from medtvt_rl.learner.engine import TrainingEngine
-from medtvt_rl.learner.examples import QaExamples, Withholding
+from medtvt_rl.learner.engine import EngineSettings, TrainingEngine
+from medtvt_rl.learner.examples import QUESTIONS, ExampleSource, stage_examples
 from medtvt_rl.learner.supervised import Observer, SupervisedTrainer, Validation, save_policy
 from medtvt_rl.learner.validation import HeldOutLoss, SampledRewards
 from medtvt_rl.model.policy import load_policy
+from medtvt_rl.model.seal import seal
 from medtvt_rl.model.tower import set_encoders_trainable
+from medtvt_rl.user_code import task_prompts
 
 ADAM_BETAS = (0.9, 0.98)
-QUESTIONS: dict[str, tuple[QAKind, ...]] = {"pretrain": ("ecg", "cxr", "lab"), "sft": ("diagnosis",)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +73,8 @@ class StageRank:
     def __init__(self, task: StageTask, device: torch.device, observer: StageObserver) -> None:
         self._task, self._config, self._device, self._observer = task, task.config, device, observer
         self._tokenizer: Any = AutoTokenizer.from_pretrained(task.start_folder)
-        self._store = StudyStore.open(store_folder(self._config.data))
-        self._items = StudyItems(self._config)
+        items = self._config.task.items
+        self._items: Any = resolve(items, "task.items")(self._config) if items else None
 
     def run(self) -> dict[str, Any]:
         """Trains and saves; returns what the run's summary says of it, equal on all ranks."""
@@ -85,7 +83,8 @@ class StageRank:
         policy: Any = load_policy(self._task.start_folder, dtype=dtype, lora=self._config.model.lora)
         aucs = self._warm_up(policy.study_tower) if self._task.warm_encoders else {}
         set_encoders_trainable(policy, self._task.settings.train_encoders)
-        engine = DeepSpeedEngine(policy, self._engine_settings(dtype), self._device)
+        make_engine = resolve(self._config.learner.make_engine, "learner.make_engine")
+        engine: TrainingEngine = make_engine(policy, self._engine_settings(dtype), self._device)
         writing = self._task.output.with_name(self._task.output.name + ".writing")
         trainer = SupervisedTrainer(
             engine,
@@ -118,7 +117,7 @@ class StageRank:
         warmup = EncoderWarmup(
             tower,
             self._items,
-            self._store,
+            StudyStore.open(store_folder(self._config.data)),
             self._config.encoders,
             self._config.run.seed,
             self._device,
@@ -129,26 +128,17 @@ class StageRank:
             self._observer.encoders(aucs)
         return aucs
 
-    def _examples(self, split: str) -> QaExamples:
-        examples: list[QAExample] = [
-            example for kind in QUESTIONS[self._task.stage] for example in self._store.qa(split, kind)
-        ]
-        withholding = Withholding(probability=self._task.settings.modality_dropout, seed=self._config.run.seed)
-        tokens = self._config.model.perception.tokens_per_modality
-        return QaExamples(
-            examples, lambda question: prompt_token_ids(self._tokenizer, question, tokens), self._tokenizer, withholding
-        )
+    def _examples(self, split: str) -> ExampleSource:
+        return stage_examples(self._config, self._tokenizer, self._task.stage, split)
 
     def _validation(self, engine: TrainingEngine) -> Callable[[], Validation]:
         """PT is judged by its loss on held-out answers, SFT by the rewards of answers that it samples."""
         limit = self._task.settings.validation_studies
-        held_out = self._examples("validation").complete()
-        loss = HeldOutLoss(
-            engine, self._items, held_out[: limit * len(QUESTIONS[self._task.stage])], self._config.learner.token_budget
-        )
+        held_out = self._examples("validation").complete()[: limit * len(QUESTIONS[self._task.stage])]
+        loss = HeldOutLoss(engine, self._items, held_out, self._config.learner.token_budget)
         if self._task.stage == "pretrain":
             return lambda: Validation(score=-(value := loss()), metrics={"validation_loss": value})
-        prompts = resolve(self._config.task.prompts, "task.prompts")(self._config, self._tokenizer, "validation")
+        prompts = task_prompts(self._config, self._tokenizer, "validation")
         rewards = SampledRewards(
             engine,
             self._items,
@@ -173,3 +163,4 @@ class StageRank:
         save_policy(engine, folder)
         if engine.rank == 0:
             self._tokenizer.save_pretrained(folder)
+            seal(folder)

@@ -32,6 +32,8 @@ from torch import Tensor
 from medtvt_rl.learner.fragments import WEIGHT, Fragment
 
 FORMAT = 1
+DAMAGE = (SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+"""What reading a damaged file raises."""
 TORCH_RANDOM, CUDA_RANDOM = "random|torch", "random|cuda"
 
 
@@ -95,11 +97,15 @@ def rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.safetensors"
 
 
+class StateError(ValueError):
+    """A state that cannot be read; the message says what is wrong with it."""
+
+
 class StateReader:
     """The state that a gang wrote, by parameter and element; context manager.
 
     Raises:
-        ValueError: a file is missing, is not one of these, or an element of a parameter is in none of them.
+        StateError: a file is missing, is not one of these, or an element of a parameter is in none of them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -107,35 +113,44 @@ class StateReader:
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = defaultdict(list)
         self._files: list[Any] = []
         self._headers: list[dict[str, Any]] = []
+        self.num_ranks, self.steps = 1, 0
+        self.moments: tuple[str, ...] = ()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        path = folder
         try:
             for path in sorted(folder.glob("rank_*.safetensors")):
                 self._add(path)
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            if len(self._files) != self.num_ranks:
+                found = f"{len(self._files)} of the files of {self.num_ranks} ranks are there"
+                raise StateError(f"checkpoint {folder}: {found}")
+        except StateError:
             self._open.close()
-            raise ValueError(f"checkpoint {folder}: {path.name}: {error}; it is damaged") from error
-        written = self._headers[0]["world_size"] if self._headers else 1
-        if len(self._files) != written:
+            raise
+        except (*DAMAGE, OSError) as error:
             self._open.close()
-            raise ValueError(f"checkpoint {folder}: {len(self._files)} of the files of {written} ranks are there")
-        self.num_ranks: int = written
-        self.steps: int = max(header["steps"] for header in self._headers)
-        self.moments: tuple[str, ...] = tuple(sorted({kind for h in self._headers for kind in h["moments"]}))
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(shape) for name, shape in self._headers[0]["parameters"].items()
-        }
+            raise StateError(f"checkpoint {folder}: {path.name}: {_in_short(error)}; it is damaged") from error
 
     def _add(self, path: Path) -> None:
         file = self._open.enter_context(safe_open(path, framework="pt"))
         header = json.loads(file.metadata()["state"])
         if header["format"] != FORMAT:
-            raise ValueError(f"checkpoint {self._folder}: format {header['format']}, this version reads {FORMAT}")
+            given = str(header["format"])[:20]
+            raise StateError(f"checkpoint {self._folder}: format {given}, this version reads {FORMAT}")
+        self.num_ranks = int(header["world_size"])
+        self.steps = max(self.steps, int(header["steps"]))
+        self.moments = tuple(sorted({*self.moments, *map(str, header["moments"])}))
+        if not self._files:
+            self.shapes = {name: tuple(map(int, shape)) for name, shape in header["parameters"].items()}
         self._files.append(file)
         self._headers.append(header)
         for key in file.keys():  # noqa: SIM118 - not a dict
             kind, start, *name = key.split("|", 2)
             if name:
                 piece = file.get_slice(key)
-                self._pieces[kind, name[0]].append((int(start), piece.get_shape()[0], piece))
+                (size,) = piece.get_shape()
+                if piece.get_dtype() != "F32":
+                    raise TypeError(f"{kind} is of the type {piece.get_dtype()}, expected F32")
+                self._pieces[kind, name[0]].append((int(start), size, piece))
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +161,7 @@ class StateReader:
         self._open.close()
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
-        """[count] float32 elements of a parameter, or of one of its moments, from `start`."""
+        """[count] float32 elements of a parameter, or of one of its moments, from `start`. Raises StateError."""
         found = torch.empty(count, dtype=torch.float32)
         filled = 0
         for first, size, piece in self._pieces.get((kind, name), []):
@@ -155,17 +170,17 @@ class StateReader:
                 found[low - start : high - start] = piece[low - first : high - first]
                 filled += high - low
         if filled != count:
-            raise ValueError(
+            raise StateError(
                 f"checkpoint {self._folder}: {kind} of {name} has {filled} of the elements {start} to {start + count}"
             )
         return found
 
     def check_parameters(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raises ValueError if other parameters train here than there, or with other shapes."""
+        """Raises StateError if other parameters train here than there, or with other shapes."""
         absent, unknown = sorted(shapes.keys() - self.shapes.keys()), sorted(self.shapes.keys() - shapes.keys())
         other = sorted(name for name in shapes.keys() & self.shapes.keys() if shapes[name] != self.shapes[name])
         if absent or unknown or other:
-            raise ValueError(
+            raise StateError(
                 f"checkpoint {self._folder}: lacks {absent[:5]}, holds unknown {unknown[:5]}, and of another shape "
                 f"{other[:5]}; it is of another model"
             )
@@ -175,13 +190,22 @@ class StateReader:
         if rank >= self.num_ranks:
             return
         file, header = self._files[rank], self._headers[rank]
-        torch.set_rng_state(file.get_tensor(TORCH_RANDOM))
-        if torch.cuda.is_available() and CUDA_RANDOM in file.keys():  # noqa: SIM118 - not a dict
-            torch.cuda.set_rng_state(file.get_tensor(CUDA_RANDOM))
-        version, words, gauss = header["python_random"]
-        random.setstate((version, tuple(words), gauss))
-        name, keys, *rest = header["numpy_random"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        try:
+            torch.set_rng_state(file.get_tensor(TORCH_RANDOM))
+            if torch.cuda.is_available() and CUDA_RANDOM in file.keys():  # noqa: SIM118 - not a dict
+                torch.cuda.set_rng_state(file.get_tensor(CUDA_RANDOM))
+            version, words, gauss = header["python_random"]
+            random.setstate((version, tuple(words), gauss))
+            name, keys, *rest = header["numpy_random"]
+            np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        except DAMAGE as error:
+            raise StateError(
+                f"checkpoint {self._folder}: random state of rank {rank}: {_in_short(error)}; it is damaged"
+            ) from error
+
+
+def _in_short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _copy_on_host(values: Tensor) -> Tensor:

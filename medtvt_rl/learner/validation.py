@@ -65,7 +65,10 @@ class SampledRewards:
         seed: int,
     ) -> None:
         if not prompts:
-            raise ValueError("prompts: the validation split has none; check data.qa and the problems.csv of the store")
+            raise ValueError(
+                "prompts: the validation split has none; check task.prompts, and for studies data.qa and the "
+                "problems.csv of the store"
+            )
         self._engine, self._items, self._tokenizer = engine, items, tokenizer
         self._own = list(prompts[engine.rank :: engine.world_size])
         self._scorer, self._components = Scorer(rewards), tuple(rewards)

@@ -1,4 +1,5 @@
-"""Builds the model that a run starts from: fresh, on a plain Llama, or a MedTVT model to go on from.
+"""Builds the model that a run starts from: fresh, on a plain Llama, or a MedTVT model to go on from; a plain text model
+only fresh.
 
 Owns: sizes, initialisation, new tokens in an existing vocabulary. Does not own: the tokenizer, or any training.
 """
@@ -14,9 +15,10 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from medtvt_rl.data.tokenizer import modality_token_ids
-from medtvt_rl.model.config import ModelConfig
+from medtvt_rl.model.config import BackboneConfig, ModelConfig
 from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
+from medtvt_rl.model.seal import check_model_folder
 from medtvt_rl.types import MODALITIES
 
 EMBEDDING_STD = 0.05
@@ -40,7 +42,8 @@ def build_model(config: ModelConfig, tokenizer: Any) -> MedTVTForCausalLM:
         return _fresh_model(config, tokenizer, placeholders)
     if not (Path(config.init) / "config.json").is_file():
         raise ValueError(f"model.init: {config.init!r} holds no config.json; expected a Hugging Face model folder")
-    found = AutoConfig.from_pretrained(config.init)
+    check_model_folder(config.init)
+    found = AutoConfig.from_pretrained(config.init, trust_remote_code=False)
     if isinstance(found, MedTVTConfig):
         model = load_exactly(MedTVTForCausalLM, config.init, torch.float32)
         kept = read_adapter(config.init)
@@ -62,24 +65,36 @@ def _tower_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _fresh_model(config: ModelConfig, tokenizer: Any, placeholders: list[int]) -> MedTVTForCausalLM:
-    sizes = config.backbone
     model = MedTVTForCausalLM(
         MedTVTConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=sizes.hidden_size,
-            num_hidden_layers=sizes.num_layers,
-            num_attention_heads=sizes.num_heads,
-            num_key_value_heads=sizes.num_kv_heads,
-            intermediate_size=sizes.intermediate_size,
-            max_position_embeddings=sizes.max_positions,
-            tie_word_embeddings=sizes.tie_embeddings,
             placeholder_token_ids=placeholders,
-            **_special_ids(tokenizer),
+            **_backbone_fields(config.backbone, tokenizer),
             **_tower_fields(config),
         )
     )
     initialise_backbone(model.language_model)
     return model
+
+
+def build_text_model(sizes: BackboneConfig, tokenizer: Any) -> LlamaForCausalLM:
+    """A plain Llama of these sizes with fresh weights, float32; its vocabulary is the tokenizer's."""
+    model = LlamaForCausalLM(LlamaConfig(**_backbone_fields(sizes, tokenizer)))
+    initialise_backbone(model)
+    return model
+
+
+def _backbone_fields(sizes: BackboneConfig, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": sizes.hidden_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads,
+        "intermediate_size": sizes.intermediate_size,
+        "max_position_embeddings": sizes.max_positions,
+        "tie_word_embeddings": sizes.tie_embeddings,
+        **_special_ids(tokenizer),
+    }
 
 
 def _special_ids(tokenizer: Any) -> dict[str, Any]:

@@ -100,7 +100,8 @@ class ModelConfig:
 
     Attributes:
         init: a Hugging Face folder: a MedTVT model to go on from, whose ecg, cxr, lab and perception the run then has,
-            or any plain Llama, with its tokenizer and chat template, to build upon; None starts fresh.
+            or any plain Llama, with its tokenizer and chat template, to build upon; for a text task any causal language
+            model with its tokenizer. None starts fresh; a text task then gets a Llama over bytes.
         init_from: a dotted path to an LlmSource (llm_source.py), which writes `init` where it isn't there yet.
     """
 

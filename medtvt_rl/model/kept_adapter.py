@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,6 +109,7 @@ def read_adapter(folder: str | Path) -> KeptAdapter | None:
         config = json.loads((source / CONFIG).read_text())
         tensors = load_file(source / WEIGHTS)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        scale = alpha / max(rank, 1)
         layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
         pairs = {
             f"{layer.removeprefix(PREFIX)}.weight": (
@@ -116,6 +118,6 @@ def read_adapter(folder: str | Path) -> KeptAdapter | None:
             )
             for layer in layers
         }
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"{source}: not a whole peft adapter ({error!r}); import the checkpoint again") from error
-    return KeptAdapter(folder=source, rank=rank, scale=alpha / rank, pairs=pairs)
+    return KeptAdapter(folder=source, rank=rank, scale=scale, pairs=pairs)

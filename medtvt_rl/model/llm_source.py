@@ -1,12 +1,11 @@
 """A language model that is written once into a folder, because it does not come as a Hugging Face folder.
 
-Owns: when the folder is written, that it appears complete or not at all, and that it is still what was written. Does
-not own: what is written (smollm2.py, or a user's own source), or what is built upon it (build.py).
+Owns: when the folder is written, and that it appears complete or not at all. Does not own: what is written (smollm2.py,
+or a user's own source), that it is still what was written (seal.py), or what is built upon it (build.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,8 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from medtvt_rl.model.seal import check_model_folder, seal
 
 MANIFEST = "written.json"
 
@@ -44,8 +45,10 @@ def is_ready(source: LlmSource, folder: Path) -> bool:
         return (folder / "config.json").is_file()
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        wanted = (source.name, source.version)
-        return (manifest["name"], manifest["version"]) == wanted and manifest["files"] == _digests(folder)
+        if (manifest["name"], manifest["version"]) != (source.name, source.version):
+            return False
+        check_model_folder(folder, sealed=True)
+        return True
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -65,8 +68,8 @@ def write_folder(source: LlmSource, folder: Path, progress: Progress) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         source.write(temporary, progress)
-        manifest = {"name": source.name, "version": source.version, "files": _digests(temporary)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps({"name": source.name, "version": source.version}, indent=1))
+        seal(temporary)
         temporary.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -76,13 +79,3 @@ def write_folder(source: LlmSource, folder: Path, progress: Progress) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the manifest."""
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != MANIFEST:
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests

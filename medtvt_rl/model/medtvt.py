@@ -253,7 +253,14 @@ def load_exactly(kind: Any, folder: str | Path, dtype: torch.dtype | str) -> Any
     Raises:
         ValueError: weights and configuration of the folder do not fit each other exactly.
     """
-    model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    model, report = kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
     faults = {key: sorted(map(str, value)) for key, value in report.items() if value}
     if faults:
         raise ValueError(f"model folder: {folder} does not fit its config.json: {faults}; save the model again, whole")

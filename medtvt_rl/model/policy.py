@@ -17,6 +17,7 @@ from medtvt_rl.model.config import LoraSettings
 from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.model.medtvt import MedTVTConfig, MedTVTForCausalLM, load_exactly
 from medtvt_rl.model.named_weights import ADAPTER, named_weights
+from medtvt_rl.model.seal import check_model_folder
 from medtvt_rl.model.token_tree import TokenTree, tree_states
 from medtvt_rl.model.tower import set_encoders_trainable
 
@@ -85,7 +86,8 @@ def load_policy(
     """The policy in a Hugging Face folder, encoders frozen, in evaluation mode.
 
     Args:
-        folder: a MedTVT folder, or that of any causal language model of `transformers`.
+        folder: a MedTVT folder, or that of any causal language model of `transformers`; one whose class is a
+            PolicyModel itself is taken as it is.
         lora: adds adapters where its rank is not 0: the one that the folder keeps, else fresh ones. With rank 0 what
             the folder keeps is merged.
 
@@ -93,12 +95,11 @@ def load_policy(
         ValueError: the folder is not one, or its weights and its configuration do not fit each other exactly, or it
             keeps an adapter of another rank.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"model folder: {folder} holds no config.json; expected a Hugging Face model folder")
-    config = AutoConfig.from_pretrained(folder)
+    check_model_folder(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind: Any = MedTVTForCausalLM if isinstance(config, MedTVTConfig) else AutoModelForCausalLM
     model = load_exactly(kind, folder, dtype)
-    policy = model if isinstance(model, MedTVTForCausalLM) else TextPolicy(model)
+    policy: Any = model if isinstance(model, PolicyModel) else TextPolicy(model)
     set_encoders_trainable(policy, False)
     kept = read_adapter(folder)
     if lora is not None and lora.rank > 0:

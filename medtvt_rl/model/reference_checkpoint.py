@@ -7,12 +7,12 @@ written (reference_folder.py), or the checkpoint files, which are no part of thi
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -38,13 +38,13 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+    except UnpicklingError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
             f"{path}: not a file of plain tensors ({reason}); load it where it was made, and save its state_dict alone"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a damaged file fails in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
             f"{path}: not a readable torch checkpoint ({reason}); check the path, or copy it again"
         ) from error

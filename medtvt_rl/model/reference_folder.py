@@ -22,6 +22,7 @@ from medtvt_rl.model.published_layout import LAB_WIDTHS
 from medtvt_rl.model.published_sizes import PublishedSizes
 from medtvt_rl.model.reference_checkpoint import PublishedCheckpoint, Weight, read_published
 from medtvt_rl.model.safetensors_stream import write_safetensors
+from medtvt_rl.model.seal import seal
 
 RESIDUAL_SCALE = 0.01
 # The published loss leaves out labels of this id, which is that of its padding.
@@ -104,6 +105,7 @@ def import_reference(
             from medtvt_rl.model.kept_adapter import write_adapter
 
             write_adapter(partial, source.pairs(), source.rank, base=out)
+        seal(partial)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import Literal
 
 from medtvt_rl.rewards.synonyms import standing_for
 
@@ -92,12 +93,17 @@ def normalised_names(names: tuple[str, ...]) -> frozenset[str]:
 
     A semicolon of another script (full-width, Greek) separates, too.
     """
-    parts = (part for name in names for part in unicodedata.normalize("NFKC", name).split(";"))
+    parts = (part for name in names for part in _by_character("NFKC", name).split(";"))
     return frozenset(normal for part in parts if (normal := normalise(part)) and normal not in NOTHING)
 
 
 def _words(text: str) -> str:
     """Lower-case letters and digits, one space between words."""
-    decomposed = unicodedata.normalize("NFKD", text.translate(_LIGATURES))
+    decomposed = _by_character("NFKD", text.translate(_LIGATURES))
     seen = "".join(c for c in decomposed if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
     return _NO_LETTER.sub(" ", seen.casefold()).strip()
+
+
+def _by_character(form: Literal["NFKC", "NFKD"], text: str) -> str:
+    """Each character normalised alone: putting a long run of accents in order takes the square of its length."""
+    return "".join(unicodedata.normalize(form, character) for character in text)

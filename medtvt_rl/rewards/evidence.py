@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from medtvt_rl.data.labels import ALL_FINDINGS, named_findings
+from medtvt_rl.privacy import hashed
 from medtvt_rl.rewards.answer import ParsedAnswer, parse_answer
 from medtvt_rl.rewards.overlap import confusion_counts, micro_f1
 
@@ -49,7 +50,7 @@ def evidence_reward(completion: str, ground_truth: str, *, evidence: Mapping[str
         )
     if evidence["findings"] is None:
         raise ValueError(
-            f"study {evidence.get('study_id')!r}: its findings are unknown; add it to data.findings_csv, "
+            f"{hashed(str(evidence.get('study_id')))}: its findings are unknown; add it to data.findings_csv, "
             "or leave this reward out"
         )
     answer = parse_answer(completion)

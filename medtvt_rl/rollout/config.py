@@ -58,6 +58,7 @@ class RolloutConfig:
         tensor_parallel: GPUs of one node that one engine is spread over.
         balance: `speed`: work in proportion to each generator's measured tokens a second. `even`: to each alike, so
             that two runs of one seed hand out the same. `auto`: `even` with grpo.max_staleness 0, else `speed`.
+        make_engine: dotted path of f(model_folder, config, version) -> RolloutEngine (rollout/engine.py).
         on_update: what happens to requests in flight when new weights arrive.
         spares: 1 keeps, beside each generator, a process that has vLLM imported and takes its place when it is lost; 0
             none; None one where the node has memory to spare.
@@ -73,6 +74,7 @@ class RolloutConfig:
     scaling_interval_s: float = 10.0
     tensor_parallel: int = 1
     balance: Literal["auto", "speed", "even"] = "auto"
+    make_engine: str = "medtvt_rl.rollout.engine:vllm_engine"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     on_update: Literal["continue", "finish", "restart"] = "continue"

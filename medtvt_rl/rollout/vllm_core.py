@@ -7,6 +7,7 @@ Does not own: groups, versions, threads (vllm_engine.py). Importing this module 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 
 from medtvt_rl.model import vllm_plugin
 from medtvt_rl.model.kept_adapter import read_adapter
+from medtvt_rl.model.seal import check_model_folder
 from medtvt_rl.rollout.base_weights import merged_weights
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
 from medtvt_rl.rollout.counters import Totals
@@ -39,6 +41,8 @@ def prepare_environment(threads: int, cpu: bool) -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    # When a step fails, vLLM would log the items of the requests at hand: values of patients.
+    logging.getLogger("vllm.logging_utils.dump_input").addFilter(lambda record: False)
     if cpu:
         # Several engines on one machine must not all be bound to its first cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -127,6 +131,7 @@ class VllmCore:
                 raise ValueError(
                     f"model folder: {model_folder} holds no {name}; save model and tokenizer into it (save_pretrained)"
                 )
+        check_model_folder(model_folder)
         self.item_modality = item_modality
         self._folder = str(model_folder)
         self.max_model_len = config.max_model_len
@@ -263,6 +268,8 @@ def _start_engine(model_folder: str | Path, config: EngineConfig, by_broadcast: 
     arguments = EngineArgs(
         model=str(model_folder),
         dtype=config.dtype,
+        load_format="safetensors",
+        trust_remote_code=False,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         block_size=config.block_size,

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medtvt_rl.privacy import hashed
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
 from medtvt_rl.rollout.counters import EngineCounters, Totals
 from medtvt_rl.rollout.pending import (
@@ -123,7 +124,7 @@ class VllmEngine:
         room = self.config.max_model_len - len(prompt.token_ids)
         if room < 1:
             raise ValueError(
-                f"prompt {prompt.prompt_id}: {len(prompt.token_ids)} tokens leave no room in "
+                f"prompt {hashed(prompt.prompt_id)}: {len(prompt.token_ids)} tokens leave no room in "
                 f"rollout.engine.max_model_len = {self.config.max_model_len}; raise it or shorten the prompt"
             )
         if num_completions < 1 or first_index < 0:
@@ -162,8 +163,8 @@ class VllmEngine:
         """
         if not 0 < num_scored < len(prompt.token_ids) < self.config.max_model_len:
             raise ValueError(
-                f"prompt {prompt.prompt_id}: cannot score the last {num_scored} of {len(prompt.token_ids)} tokens; "
-                f"expected fewer than there are, and room for one more in max_model_len {self.config.max_model_len}"
+                f"prompt {hashed(prompt.prompt_id)}: cannot score the last {num_scored} of {len(prompt.token_ids)} "
+                f"tokens; expected fewer than there are, and room for one more in {self.config.max_model_len}"
             )
         group = PendingGroup(
             prompt=prompt,

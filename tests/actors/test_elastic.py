@@ -59,6 +59,7 @@ class Pool:
         return [Share(index=i, tokens=1, groups=1, share=0.1, tokens_per_s=10.0 * (i != 1)) for i in self.serving]
 
 
+STEP = {"seconds/step": 4.0, "seconds/wait_groups": 1.0, "seconds/conclude": 0.5, "seconds/rollout_idle": 0.25}
 WISHES: list[int] = []
 SEEN: list[Signals] = []
 
@@ -140,25 +141,27 @@ def test_a_policy_is_obeyed_within_the_limits_and_the_slowest_goes() -> None:
     SEEN.clear()
 
     async def play(keeper: Elastic, told: list[str]) -> None:
-        keeper.observe({"seconds/step": 4.0, "seconds/wait_groups": 1.0, "seconds/rollout_busy": 3.0})
-        WISHES[:] = [1]
+        async def step(wish: int) -> None:
+            WISHES[:] = [wish]
+            keeper.observe(STEP)
+            await asyncio.sleep(0.05)
+
+        await step(1)
         await until(lambda: pool.serving == [0, 1, 2, 3])
-        WISHES[:] = [1, 1]
-        await until(lambda: not WISHES)
+        await step(1)
         assert pool.serving == [0, 1, 2, 3], "not beyond rollout.max"
-        WISHES[:] = [-1]
+        await step(-1)
         await until(lambda: pool.serving == [0, 2, 3] and nodes.taken == [0, 2, 3], "the slowest goes")
-        WISHES[:] = [1]
+        await step(0)
+        assert pool.serving == [0, 2, 3]
+        await step(1)
         await until(lambda: pool.serving == [0, 2, 3, 1], "its number is free again")
         for _ in range(5):
-            WISHES.append(-1)
-            await until(lambda: not WISHES)
-            await asyncio.sleep(0.02)
+            await step(-1)
         assert len(pool.serving) == 2 == len(nodes.taken), "not below rollout.min"
 
     played(config, pool, nodes, play)
-    assert (SEEN[-1].learner_waits, SEEN[-1].generators_idle, SEEN[-1].steps) == (0.25, 0.0, 1)
-    assert (SEEN[-1].least, SEEN[-1].most) == (2, 4)
+    assert SEEN[0] == Signals(seconds=4.0, learner_waited_s=1.5, generator_idle_s=0.25, generators=3, starting=0)
 
 
 def test_a_node_that_does_not_come_and_a_generator_that_does_not_serve_cost_nothing_but_a_line() -> None:
@@ -168,15 +171,19 @@ def test_a_node_that_does_not_come_and_a_generator_that_does_not_serve_cost_noth
 
     async def play(keeper: Elastic, told: list[str]) -> None:
         WISHES[:] = [1]
+        keeper.observe(STEP)
         await until(lambda: bool(told))
         assert "no node took one more generator within 0.05 s (placement.timeout_s): rollout 1: 1 CPU" in told[0]
         await until(lambda: nodes.taken == [0], "its bundle is given back")
-        nodes.room, WISHES[:] = 9, [1]
-        await until(lambda: not WISHES)
+        nodes.room, WISHES[:] = 9, [1, 1, 1]
+        keeper.observe(STEP)
+        await asyncio.sleep(0.05)
         assert pool.serving == [0], "it is not tried again at once"
-        keeper._not_before, pool.broken, WISHES[:] = 0.0, True, [1]
-        await until(lambda: not WISHES and nodes.taken == [0])
-        keeper._not_before, pool.broken, WISHES[:] = 0.0, False, [1]
+        keeper._not_before, pool.broken = 0.0, True
+        keeper.observe(STEP)
+        await until(lambda: keeper._not_before > 0 and nodes.taken == [0])
+        keeper._not_before, pool.broken = 0.0, False
+        keeper.observe(STEP)
         await until(lambda: pool.serving == [0, 1])
 
     played(config, pool, nodes, play)

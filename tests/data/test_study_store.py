@@ -111,7 +111,7 @@ def test_reading_is_fast(store: StudyStore) -> None:
 
 
 def test_unknown_names_are_errors(store: StudyStore, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"study 'x' is not in the store .*problems\.csv"):
+    with pytest.raises(DataError, match=r"study-[0-9a-f]{12} is not in the store .*problems\.csv"):
         store.study("x")
     with pytest.raises(DataError, match="split 'dev' is not in the store"):
         store.study_ids("dev")

@@ -13,6 +13,7 @@ from medtvt_rl.data.labels import ALL_FINDINGS, FINDINGS, PHRASES, SECTIONS
 from medtvt_rl.data.study_store import StudyStore
 from medtvt_rl.data.task import diagnosis_prompts, qa_prompts
 from medtvt_rl.data.tokenizer import build_tokenizer
+from medtvt_rl.privacy import hashed
 from medtvt_rl.rewards.scorer import Scorer
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -87,4 +88,4 @@ def test_a_study_without_labels_fails_by_name(
     assert prompt.evidence == {"study_id": prompt.item_id, "findings": None}
     rewards = scorer.score([answers[str(prompt.item_id)], "broken"], prompt.ground_truth, prompt.evidence)
     assert rewards.failed.all() and rewards.total.tolist() == [0.0, 0.0]
-    assert f"study {prompt.item_id!r}: its findings are unknown" in str(rewards.reasons[0])
+    assert f"{hashed(str(prompt.item_id))}: its findings are unknown" in str(rewards.reasons[0])

@@ -203,12 +203,12 @@ def test_paired_gain_needs_the_same_studies_and_the_metric():
 def test_answers_are_checked():
     with pytest.raises(ValueError, match="none"):
         evaluator().evaluate({})
-    with pytest.raises(ValueError, match=r"1 studies are not in split 'test', e\.g\. 's9'"):
+    with pytest.raises(ValueError, match=r"1 studies are not in split 'test', e\.g\. study-[0-9a-f]{12}"):
         evaluator().evaluate({"s9": ANSWERS["s0"]})
 
 
 def test_result_is_json_ready():
     written = json.loads(json.dumps(evaluator().evaluate(ANSWERS).to_dict(), allow_nan=False))
     assert written["num_studies"] == written["num_patients"] == 4
-    assert written["metrics"]["f1/Diabetes Mellitus"]["value"] is None
+    assert written["per_disease"]["Diabetes Mellitus"]["value"] is None
     assert written["metrics"]["jaccard"]["low"] <= 0.5 <= written["metrics"]["jaccard"]["high"]

@@ -245,6 +245,32 @@ def test_a_task_without_diagnoses_shows_its_reward() -> None:
     assert "Paired gain of GRPO, sampled reward" in parsed(render_report(summary=found)).text
 
 
+def test_a_task_of_one_s_own_shows_its_own_metrics_and_no_medicine(summary: dict[str, Any]) -> None:
+    values = {"share_right": interval(0.5), "exact_match": interval(0.4), "num_prompts": 40}
+    found = {
+        "run": "sums",
+        "medical": False,
+        "simulated": False,
+        "stages": {"grpo": {"seconds": 1.0}},
+        "evaluation": {"sft": values, "grpo": values, "gain": interval(0.1), "ablations": {"hint": interval(-0.1)}},
+    }
+    shown = io.StringIO()
+    print_table(found, shown)
+    text = shown.getvalue() + parsed(render_report(summary=found, samples=SAMPLES, config_yaml="cohort: null")).text
+    for words in (
+        "share_right",
+        "exact_match",
+        "before GRPO",
+        "gain of GRPO in the main metric, paired over prompts",
+        "without hint",
+    ):
+        assert words in text, words
+    for words in ("Means on 40 held-out prompts", "intervals over prompts", "Ground truth:"):
+        assert words in text, words
+    for word in ("patient", "clinical", "disease", "modality", "Jaccard", "after SFT", "diagnoses"):
+        assert word not in text, word
+
+
 def test_the_names_that_the_stages_give_their_curves_have_charts() -> None:
     rows: list[dict[str, Any]] = [
         {"stage": "sft", "step": step, "epoch/total": 0.5, "epoch/reward/jaccard": 0.4, "epoch/train_loss": 1.0}

@@ -73,5 +73,5 @@ def test_the_gain_is_paired() -> None:
 def test_answers_are_checked() -> None:
     with pytest.raises(ValueError, match="answers: none"):
         evaluator().evaluate({})
-    with pytest.raises(ValueError, match=r"unknown prompts, e\.g\. 'p9'"):
+    with pytest.raises(ValueError, match=r"unknown prompts, e\.g\. study-[0-9a-f]{12}"):
         evaluator().evaluate({"p9": ANSWERS["p0"]})

@@ -30,8 +30,15 @@ SMALL = [
 
 
 def medtvt_rl(root: Path, *arguments: str, timeout_s: float = 420) -> subprocess.CompletedProcess[str]:
-    """Runs a stage in a process of its own, as a user does."""
-    command = [sys.executable, "-m", f"pipelines.{arguments[0]}", "-c", "configs/quickstart.yaml", f"run.root={root}"]
+    """Runs a stage of the quickstart in a process of its own, as a user does."""
+    return run_stage_as_a_user("configs/quickstart.yaml", root, *arguments, timeout_s=timeout_s)
+
+
+def run_stage_as_a_user(
+    config: str, root: Path, *arguments: str, timeout_s: float = 420
+) -> subprocess.CompletedProcess[str]:
+    """Runs a stage, the first of the arguments, in a process of its own."""
+    command = [sys.executable, "-m", f"pipelines.{arguments[0]}", "-c", config, f"run.root={root}"]
     return subprocess.run(
         [*command, *arguments[1:]],
         cwd=PROJECT,

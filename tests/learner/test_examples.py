@@ -7,7 +7,8 @@ import pytest
 
 from medtvt_rl.data.labels import named_findings
 from medtvt_rl.data.medtvt_qa import QAExample
-from medtvt_rl.learner.examples import QaExamples, Withholding, without_sections
+from medtvt_rl.learner.examples import QaExamples, TaskExamples, Withholding, without_sections
+from medtvt_rl.types import Example, Prompt
 
 COT = (
     "<think> ECG: regular sinus rhythm, peaked T waves. CXR: normal heart size, pleural effusion. "
@@ -79,3 +80,17 @@ def test_choices_follow_seed_and_epoch_alone() -> None:
 def test_no_examples_are_refused() -> None:
     with pytest.raises(ValueError, match="examples: there are none"):
         QaExamples([], lambda q: np.zeros(1, dtype=np.int32), Letters(), Withholding(probability=0.0, seed=0))
+
+
+def test_the_examples_of_a_task_are_the_same_each_time() -> None:
+    prompt = Prompt(prompt_id="p", token_ids=np.array([5, 6], np.int32), item_id="i", ground_truth="no")
+    examples = TaskExamples([Example(prompt=prompt, answer="yes")], Letters(), "task.examples m:f")
+    for (sequence,) in (examples.epoch(0), examples.epoch(1), examples.complete()):
+        assert sequence.prompt_ids.tolist() == [5, 6] and sequence.item_id == "i"
+        assert sequence.completion_ids.tolist() == [*map(ord, "yes"), 0]
+
+
+@pytest.mark.parametrize(("given", "said"), [([], "gave no example"), (["a", "b"], "gave a str, expected .*Example")])
+def test_what_is_no_example_is_refused_with_who_gave_it(given: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=f"task.examples m:f: it {said}"):
+        TaskExamples(given, Letters(), "task.examples m:f")  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from medtvt_rl.model import smollm2
 from medtvt_rl.model.llm_source import MANIFEST, LlmSource, Progress, is_ready, write_folder
+from medtvt_rl.model.seal import SEAL
 
 
 class Writer:
@@ -43,7 +44,7 @@ def test_a_folder_is_written_whole_and_known_again(tmp_path: Path) -> None:
     write_folder(writer.source(), folder, lambda done, total: parts.append((done, total)))
     assert parts == [(1, 1)] and is_ready(writer.source(), folder)
     LlamaForCausalLM.from_pretrained(folder)
-    assert set(json.loads((folder / MANIFEST).read_text())["files"]) >= {"config.json", "model.safetensors"}
+    assert set(json.loads((folder / SEAL).read_text())["files"]) >= {"config.json", "model.safetensors", MANIFEST}
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
 
 

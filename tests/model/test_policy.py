@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_model import collate, random_item, small_config, small_model, study_prompt
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from medtvt_rl.model.config import LoraSettings
 from medtvt_rl.model.medtvt import MedTVTForCausalLM
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import PolicyModel, TextPolicy, add_lora, load_policy
-from medtvt_rl.model.token_tree import TokenTree
+from medtvt_rl.model.token_tree import TokenTree, tree_states
 from medtvt_rl.model.tower import set_encoders_trainable
 
 TREE = TokenTree.of([study_prompt(0).token_ids])
@@ -134,3 +135,36 @@ def test_text_policy_has_the_names_of_its_folder(tmp_path: Path) -> None:
         torch.testing.assert_close(
             load_policy(tmp_path / "merged").hidden_states(tree) @ policy.output_weight.T, logits
         )
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_test_model"
+
+
+class OwnModel(LlamaForCausalLM):
+    """A model of one's own that is a policy itself."""
+
+    config_class = OwnConfig
+
+    def hidden_states(self, tree: TokenTree, items: Any = None, item_index: Any = None) -> torch.Tensor:
+        return tree_states(self.base_model, tree) + 1.0
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        return self.get_output_embeddings().weight
+
+    def save(self, folder: str | Path) -> None:
+        self.save_pretrained(folder)
+
+
+def test_a_model_that_is_a_policy_itself_is_taken_as_it_is(tmp_path: Path) -> None:
+    AutoConfig.register("own_test_model", OwnConfig)
+    AutoModelForCausalLM.register(OwnConfig, OwnModel)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
+    own = OwnModel(OwnConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+    own.save(tmp_path)
+    loaded = load_policy(tmp_path)
+    assert isinstance(loaded, OwnModel)
+    tree = TokenTree.of([np.array([3, 4, 5], np.int32)])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.hidden_states(tree), own.eval().hidden_states(tree))

@@ -101,7 +101,7 @@ def test_groups_that_wait_come_back_as_they_were(root: str, with_reference: bool
     for before, after in zip((groups[0], groups[2]), found):
         assert after.header == before.header
         assert _plain(after) == _plain(before)
-    with pytest.raises(ValueError, match=r"group 3: its prompt was p3, and is p7 now; resume with the data"):
+    with pytest.raises(ValueError, match=r"group 3: its prompt was study-\w{12}, and is study-\w{12} now"):
         store.read(5).groups({**prompts, 3: prompt_of(7)}, lambda value: value)
 
 

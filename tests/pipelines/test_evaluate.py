@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from medtvt_rl.config import Config, load_config
-from medtvt_rl.evaluation.diagnosis import StudyAnswers
+from medtvt_rl.evaluation.diagnosis import DiagnosisEvaluator
+from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.evaluation.rewards import RewardEvaluator
 from medtvt_rl.types import Prompt
-from pipelines.answers import Asker, make_evaluator, prompts_at_once
-from pipelines.evaluate import _ablated_answers, _evaluate, held_out_prompts
+from pipelines.answers import Ablating, Asker, make_evaluator, prompts_at_once
+from pipelines.evaluate import _ablated_answers, _ablations, _evaluate, held_out_prompts, publish_model
 from pipelines.reporter import Reporter
 from pipelines.stages import StageError, write_json
 
@@ -38,7 +42,7 @@ def test_each_study_is_asked_about_once(config: Config, tmp_path: Path) -> None:
     prompts = [prompt("a", "a"), prompt("a#1", "a"), prompt("b", "b"), prompt("a#2", "a"), prompt("c", "c")]
     with Reporter(tmp_path, stream=said) as reporter:
         assert [p.prompt_id for p in held_out_prompts(config, prompts, reporter)] == ["a", "b", "c"]
-        assert "2 further questions about the same studies are left out" in said.getvalue()
+        assert "2 further questions about the same items are left out" in said.getvalue()
         config.evaluation.max_studies = 2
         assert [p.prompt_id for p in held_out_prompts(config, prompts, reporter)] == ["a", "b"]
         text = [prompt("x", None), prompt("y", None)]
@@ -96,4 +100,71 @@ def test_plain_text_has_no_ablations_and_a_task_may_leave_its_evaluator_out(conf
     evaluator = make_evaluator(config, [prompt("x", None)], "test")
     assert isinstance(evaluator, RewardEvaluator)
     nobody: Any = None
-    assert asyncio.run(_ablated_answers(config, nobody, [])) == {}
+    assert asyncio.run(_ablated_answers(config, nobody, evaluator, [])) == {}
+    assert _ablations(evaluator, {}, None) == {}
+
+
+class Lengths:
+    """An evaluator of one's own: the mean length of the greedy answers."""
+
+    ablation_metric = "length"
+
+    def ablations(self, prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+        return {"tail": [replace(prompt, item_id=f"{prompt.item_id} without tail") for prompt in prompts]}
+
+    def evaluate(self, answers: dict[str, StudyAnswers]) -> float:
+        return float(np.mean([len(answer.greedy) for answer in answers.values()]))
+
+    def paired_gain(self, before: float, after: float, metric: str = "length") -> Any:
+        return SimpleNamespace(to_dict=lambda: {"metric": metric, "value": after - before})
+
+
+def test_what_the_parts_of_an_item_are_worth_is_the_evaluator_s_to_say(config: Config) -> None:
+    async def ask(label: str, prompts: Sequence[Prompt], sample: bool = True) -> dict[str, StudyAnswers]:
+        assert label == "without tail" and not sample
+        return {each.prompt_id: StudyAnswers(sampled=(), greedy=str(each.item_id)) for each in prompts}
+
+    prompts = [prompt("x", "one"), prompt("y", "two")]
+    answers = asyncio.run(_ablated_answers(config, ask, Lengths(), prompts))
+    found = _ablations(Lengths(), answers, 3.0)
+    assert found == {"tail": {"metric": "length", "value": float(len(" without tail"))}}
+    config.evaluation.ablations = False
+    assert asyncio.run(_ablated_answers(config, ask, Lengths(), prompts)) == {}
+
+
+def test_of_studies_each_modality_is_withheld_once(config: Config) -> None:
+    store: Any = SimpleNamespace(study_ids=lambda split: ["s"])
+    evaluator = DiagnosisEvaluator(config, "test", store)
+    assert isinstance(evaluator, Ablating)
+    withheld = evaluator.ablations([prompt("s", "s")])
+    assert {name: [each.item_id for each in some] for name, some in withheld.items()} == {
+        name: [f"s|without={name}"] for name in ("ecg", "cxr", "lab")
+    }
+    assert withheld["ecg"][0].prompt_id == "s"
+
+
+class Source:
+    """An item source that adds a file to the model folder."""
+
+    def __init__(self, config: Config) -> None:
+        self._name = config.run.name
+
+    def publish(self, folder: Path) -> None:
+        (folder / "table.json").write_text(self._name)
+
+
+def test_the_items_add_to_the_final_model_what_it_needs_besides(config: Config, tmp_path: Path) -> None:
+    source = tmp_path / "trained"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    config.task.items = f"{__name__}:Source"
+    publish_model(config, source)
+    assert (config.folder / "model" / "table.json").read_text() == "quickstart"
+    for items in (None, f"{__name__}:plain_source"):
+        config.task.items = items
+        publish_model(config, source)
+        assert sorted(path.name for path in (config.folder / "model").iterdir()) == ["checksums.json", "config.json"]
+
+
+def plain_source(config: Config) -> SimpleNamespace:
+    return SimpleNamespace(get=lambda item_id: {})

@@ -29,7 +29,7 @@ def test_a_prompt_needs_room_for_its_completion_and_the_token_that_scoring_sampl
     tokenizer: Any = None
     assert len(load_prompts(config, tokenizer, "train")) == 1
     config.rollout.engine = replace(rollout.engine, max_model_len=30)
-    with pytest.raises(ValueError, match=r"prompt p has 10 tokens, .* leaves 9"):
+    with pytest.raises(ValueError, match=r"prompt study-[0-9a-f]{12} has 10 tokens, .* leaves 9"):
         load_prompts(config, tokenizer, "train")
 
 

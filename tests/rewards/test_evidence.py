@@ -51,7 +51,7 @@ def test_a_broken_format_earns_nothing(text):
 
 
 def test_a_study_whose_findings_are_unknown_is_named():
-    with pytest.raises(ValueError, match=r"study 's7': its findings are unknown.*data\.findings_csv"):
+    with pytest.raises(ValueError, match=r"study-[0-9a-f]{12}: its findings are unknown.*data\.findings_csv"):
         evidence_reward(completion(THREE), "", evidence={"study_id": "s7", "findings": None})
 
 

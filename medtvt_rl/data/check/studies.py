@@ -16,12 +16,13 @@ from PIL import Image
 from medtvt_rl.data.check import ecg_signal
 from medtvt_rl.data.check.report import Report
 from medtvt_rl.data.config import DataConfig
-from medtvt_rl.data.cxr import is_dicom
+from medtvt_rl.data.cxr import FORMATS, is_dicom
 from medtvt_rl.data.ecg import standard_ecg
 from medtvt_rl.data.errors import DataError, Problem
 from medtvt_rl.data.parallel import ordered_map
 from medtvt_rl.data.paths import inside_root
 from medtvt_rl.data.raw_ecg import read_raw_ecg
+from medtvt_rl.data.silence import silent_readers
 from medtvt_rl.data.study_read import ReadTask, read_study_files, relative
 from medtvt_rl.data.study_rows import StudyRow
 
@@ -85,9 +86,9 @@ def _film_note(read: ReadTask) -> str:
     if is_dicom(path):
         return ""
     try:
-        with Image.open(path) as image:
+        with silent_readers(), Image.open(path, formats=FORMATS) as image:
             width, height = image.size
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file fails in many ways
         raise DataError(f"{read.row.cxr_path}: not a readable film ({type(error).__name__}); copy it again") from error
     if min(width, height) < read.film.size:
         return f"the film has {width} x {height} pixels, fewer than data.film.size={read.film.size}"

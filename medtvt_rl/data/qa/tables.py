@@ -32,7 +32,7 @@ def rows_of(
         names = _names(path)
         missing = [name for name in needed if name not in names]
         if missing:
-            raise DataError(f"{path}: column {', '.join(missing)} missing; it has {_listed(names)}")
+            raise DataError(f"{path}: column {', '.join(missing)} missing among the {len(names)} of its first line")
         more = [name for name in names if pattern and re.fullmatch(pattern, name) and name not in needed]
         taken = [*needed, *more]
         options = csv.ConvertOptions(include_columns=taken, column_types=dict.fromkeys(taken, pa.string()))
@@ -44,9 +44,10 @@ def rows_of(
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path of the table") from None
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a CSV file ({' '.join(str(error).split())[:160]}); fetch it again") from error
+        raise DataError(f"{path}: not a CSV file ({_reason(error)}); fetch it again") from error
 
 
+_NUMBERS = re.compile(r"(?:Row #\d+: )?Expected \d+ columns, got \d+")
 _PARSE = csv.ParseOptions(newlines_in_values=True)
 
 
@@ -55,5 +56,7 @@ def _names(path: Path) -> list[str]:
         return [str(name) for name in reader.schema.names]
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def _reason(error: Exception) -> str:
+    """What is wrong, without the row that Arrow quotes: it is a patient's."""
+    found = _NUMBERS.search(str(error))
+    return found[0] if found else type(error).__name__

@@ -143,7 +143,9 @@ def test_a_missing_column_is_named(data_root: Path, table: str, column: str) -> 
     path = data_root / LABELS / table
     header, rest = path.read_text().split("\n", 1)
     path.write_text(",".join(name if name != column else "renamed" for name in header.split(",")) + "\n" + rest)
-    with pytest.raises(DataError, match=rf"{path.name}: column {column} missing; it has ") as caught:
+    with pytest.raises(
+        DataError, match=rf"{path.name}: column {column} missing among the \\d+ of its first line"
+    ) as caught:
         labels_of(data_root)
     assert "\n" not in str(caught.value)
 
@@ -160,6 +162,19 @@ def test_tables_may_be_compressed_and_a_broken_one_is_an_error(data_root: Path) 
         labels_of(data_root, icd=compressed)
     with pytest.raises(DataError, match="no such file"):
         labels_of(data_root, icd=folder / "absent.csv")
+
+
+def test_a_broken_table_is_refused_without_the_words_of_its_rows(data_root: Path) -> None:
+    path = data_root / LABELS / ICD_TABLE
+    header, rest = path.read_text().split("\n", 1)
+    path.write_text(f"{header}\nveiled,cell\n{rest}")
+    with pytest.raises(DataError, match=r"not a CSV file \(.*Expected \d+ columns, got 2\)") as caught:
+        labels_of(data_root)
+    assert "veiled" not in str(caught.value)
+    path.write_text(f"veiled,{','.join('1' for _ in header.split(',')[1:])}\n{rest}")
+    with pytest.raises(DataError, match="missing among") as caught:
+        labels_of(data_root)
+    assert "veiled" not in str(caught.value)
 
 
 def test_paths_of_the_published_layout_lead_to_their_rows(data_root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints and finished groups for the tests of this folder."""
+"""Checkpoints and finished groups for the tests of this suite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medtvt_rl.types import Completion, GroupHeader, Prompt, ReferenceHeader, Ro
 from pipelines.checkpoints import LEARNER, CheckpointStore
 from pipelines.grpo_roles import FinishedGroup
 
-QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 IDENTITY = {"model": "abc"}
 
 
