@@ -36,11 +36,11 @@ HEAD_ID = "f" * 51 + "00000"
 CLUSTER: dict[str, Any] = {
     "cluster_name": "made-up",
     "max_workers": 2,
-    "head_node_type": "head",
+    "head_node_type": "ray.head.default",
     "idle_timeout_minutes": 0.05,
     "upscaling_speed": 1.0,
     "available_node_types": {
-        "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
         "rollout": {
             "resources": {"CPU": 1, "GPU": 1, "object_store_memory": 100 << 20},
             "labels": {ACCELERATOR: "L4"},
@@ -86,7 +86,10 @@ def address(tmp_path: Path) -> Iterator[str]:
     """Of a head with an autoscaler; nothing else on the machine is touched."""
     session = Path(tempfile.mkdtemp(prefix="ra"))
     host, port = ray.util.get_node_ip_address(), free_port()
-    provider = {"type": "fake_multinode", "gcs_address": f"{host}:{port}", "head_node_id": HEAD_ID}
+    # By its type, Ray would look for defaults that its wheel does not hold.
+    module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    provider: dict[str, Any] = {"type": "external", "module": module}
+    provider |= {"gcs_address": f"{host}:{port}", "head_node_id": HEAD_ID}
     provider |= dict.fromkeys(("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check"), True)
     file = tmp_path / "cluster.json"
     file.write_text(json.dumps({**CLUSTER, "provider": {**provider, "launch_multiple": True}}))
@@ -94,6 +97,7 @@ def address(tmp_path: Path) -> Iterator[str]:
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_AUTH_MODE": "disabled",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
