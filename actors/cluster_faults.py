@@ -6,13 +6,13 @@ Owns: one line per fault, with the place in the file and the mend. Does not own:
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
 
+from actors.accelerators import known_accelerators, nearest
 from actors.cluster_file import MACHINE_KEY, MachineTable, NodeType, node_types, provider_of
 
 # What a provider's call for new machines takes, as far as Ray hands it on.
@@ -76,7 +76,7 @@ def _labels(labels: Mapping[str, Any], node_type: NodeType) -> Iterator[str]:
             f"labels.ray.io/market-type: it says {market!r}, but node_config asks for {node_type.market} machines; "
             "make the two alike"
         )
-    known = _accelerators()
+    known = known_accelerators()
     kind = labels.get("ray.io/accelerator-type")
     if kind is not None and kind not in known:
         yield f"labels.ray.io/accelerator-type: Ray knows no {kind!r}{nearest(str(kind), known)}"
@@ -84,13 +84,6 @@ def _labels(labels: Mapping[str, Any], node_type: NodeType) -> Iterator[str]:
         yield f"labels.ray.io/accelerator-type: it says {kind}, but resources has no GPU"
     if kind is None and node_type.gpus:
         yield "labels: a node type with GPUs needs ray.io/accelerator-type, or the autoscaler cannot tell which it has"
-
-
-def _accelerators() -> set[str]:
-    """The values that Ray gives to ray.io/accelerator-type."""
-    from ray.util.accelerators import accelerators
-
-    return {value for name, value in vars(accelerators).items() if name[0].isupper() and isinstance(value, str)}
 
 
 def _counts(node_type: NodeType, cluster: Mapping[str, Any]) -> Iterator[str]:
@@ -136,7 +129,7 @@ def _machine(node_type: NodeType, provider: str, table: MachineTable) -> Iterato
         if declared > real:
             yield f"resources.{name}: {declared:g}, but a {node_type.machine} has {real:g}"
     kind = node_type.labels.get("ray.io/accelerator-type")
-    if machine.accelerator is not None and kind in _accelerators() - {machine.accelerator}:
+    if machine.accelerator not in (None, kind) and kind in known_accelerators():
         yield f"labels.ray.io/accelerator-type: it says {kind}, but a {node_type.machine} has {machine.accelerator}"
 
 
@@ -199,9 +192,3 @@ def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             yield from _texts(inner, f"{place}[{index}]")
-
-
-def nearest(name: str, known: Any) -> str:
-    """The nearest known name, as the end of a message."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from actors.bundles import Bundle, evaluation_generators, grpo_roles, plan
 from actors.cluster_file import MachineTable, NodeType, matches
-from actors.placement import Bundle, evaluation_generators, grpo_roles, plan
 from medtvt_rl.config import Config
+from medtvt_rl.roles import ACCELERATOR, GANG, MARKET
+
+WORDS = {ACCELERATOR: "accelerator is", MARKET: "market is"}
 
 
 @dataclass(slots=True)
@@ -65,22 +68,40 @@ def stage_roles(config: Config) -> dict[str, dict[str, int]]:
 
 
 def lay_out(bundles: Sequence[Bundle], types: Sequence[NodeType], max_workers: int | None) -> Layout:
-    """Puts every actor somewhere; the largest first, as they are the hardest to place."""
+    """Puts every actor somewhere, on the first of its kinds of node that has room; the largest actors first, as they
+    are the hardest to place. The learners all get the same kind."""
     nodes = [Node(node_type) for node_type in types for _ in range(node_type.min_nodes)]
     homeless = []
-    for bundle in sorted(bundles, key=lambda one: (-one.gpus, -one.cpus)):
+    learners = [bundle for bundle in bundles if bundle.role == GANG]
+    parties = [learners] if learners else []
+    parties += [[bundle] for bundle in bundles if bundle.role != GANG]
+    for party in sorted(parties, key=lambda members: (-members[0].gpus, -members[0].cpus)):
+        kinds = list(zip(*(bundle.choices for bundle in party)))
+        tried = [_seat(chosen, nodes, types, max_workers) for chosen in kinds]
+        nodes, left = next((one for one in tried if not one[1]), tried[0])
+        homeless += left
+    return Layout(nodes, homeless)
+
+
+def _seat(
+    bundles: Sequence[Bundle], nodes: Sequence[Node], types: Sequence[NodeType], max_workers: int | None
+) -> tuple[list[Node], list[Bundle]]:
+    """The nodes with these actors on them, and the actors that found no place; what was given stays as it was."""
+    nodes = [Node(node.node_type, list(node.bundles)) for node in nodes]
+    left = []
+    for bundle in bundles:
         node = next((node for node in sorted(nodes, key=_preference(bundle)) if node.has_room(bundle)), None)
         if node is None:
             node = _start(bundle, nodes, types, max_workers)
         if node is None:
-            homeless.append(bundle)
+            left.append(bundle)
         else:
             node.bundles.append(bundle)
-    return Layout(nodes, homeless)
+    return nodes, left
 
 
 def placement_faults(config: Config, types: Sequence[NodeType], max_workers: int | None) -> list[str]:
-    """One line for each role that the cluster cannot take, with what it lacks."""
+    """One line for each role that the cluster cannot take, with what it lacks of the role's first kind of node."""
     faults: dict[str, str] = {}
     for stage, roles in stage_roles(config).items():
         layout = lay_out(plan(config, roles), types, max_workers)
@@ -130,7 +151,7 @@ def _why(left: Sequence[Bundle], count: int, stage: str, types: Sequence[NodeTyp
         carried = sorted({node_type.labels[key] for node_type in types if key in node_type.labels})
         if not any(matches({key: condition}, node_type.labels) for node_type in types):
             there = f"they carry {', '.join(carried)}" if carried else "none carries that label"
-            return f"labels ask for {key} {condition}, which no node type has ({there})"
+            return f"{WORDS.get(key, f'labels ask for {key}')} {condition}, which no node type has ({there})"
     labelled = [node_type for node_type in types if matches(bundle.labels, node_type.labels)]
     if not labelled:
         labels = ", ".join(f"{key} {value}" for key, value in bundle.labels.items())

@@ -1,11 +1,13 @@
-"""Which rollout generators serve: a successor loads the newest weights before it does.
+"""Which rollout generators serve: a successor, or one that joins later, loads the newest weights before it does.
 
-Owns: the weights published last, and what a generator has to hold before it serves. Does not own: losses and successors
-(roster.py), groups and what is asked of a generator (rollout_pool.py).
+Owns: the weights published last, what a generator has to hold before it serves, coming and going. Does not own: losses
+and successors (roster.py), when one comes or goes (elastic.py), what is asked of a generator (rollout_pool.py).
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +16,15 @@ import ray
 from ray.exceptions import RayError
 
 from actors.deadline import DeadlineError, within
-from actors.roster import Bundles, Member, Roster
-from actors.supervision import Incidents
+from actors.failure import cause_of
+from actors.roster import Bundles, Member, MemberLostError, Roster
+from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.weights import WeightBufferError
+
+RETIRE_POLL_S = 0.1
 
 
 class WeightSyncError(RuntimeError):
@@ -87,3 +92,33 @@ class GeneratorRoster(Roster):
         member = self.serving[index] = Member(index=index, handle=handle, where=where)
         self._served(member)
         return f", from version {0 if held is None else held.version} on"
+
+    # Coming and going while the run lasts.
+
+    async def join(self, index: int) -> bool:
+        """Starts one more actor, in a bundle that has its place; whether it serves."""
+        assert self._renew is not None and index not in self.serving
+        self._restarts[index] = Restarts(self._supervision)
+        handle = self._starting[index] = self._renew(index)
+        try:
+            words = await self._bring_up(index, handle)
+        except self.start_faults as error:
+            self._kill(handle)
+            self._incidents.report(f"{self.role} {index} does not join: {cause_of(error)}")
+            return False
+        finally:
+            self._starting.pop(index, None)
+        self._incidents.report(f"{self.role} {index} joins{words}; {len(self.serving)} serve")
+        self.changed()
+        return True
+
+    async def retire(self, index: int, timeout_s: float) -> None:
+        """Takes an actor out: it is asked nothing new, and ends when it has done what it has, or after so long."""
+        member = self.serving.pop(index)
+        self._lost[index] = MemberLostError(f"{self.role} {index} has left")
+        self._incidents.report(f"{self.role} {index} leaves; {len(self.serving)} serve")
+        self.changed()
+        until = time.monotonic() + timeout_s
+        while member.groups > 0 and time.monotonic() < until:
+            await asyncio.sleep(RETIRE_POLL_S)
+        self._kill(member.handle)

@@ -1,8 +1,9 @@
 """The rollout generators as the driver sees them: one object that generates groups and takes new weights.
 
-Owns: which generator gets the next group, and the parts of a group that is too large for one. Does not own: admission
-(medtvt_rl/rollout/buffer.py), the engines (actors/rollout_generator.py), how weights reach them
-(actors/weight_transfer.py), or who serves and what becomes of a lost one (actors/generator_roster.py).
+Owns: asking the generator whose turn it is, and the parts of a group that is too large for one. Does not own: whose
+turn it is (medtvt_rl/rollout/balance.py), admission (medtvt_rl/rollout/buffer.py), the engines
+(actors/rollout_generator.py), how weights reach them (actors/weight_transfer.py), or who serves and what becomes of a
+lost one (actors/generator_roster.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from actors.supervision import Incidents
 from actors.timeline import Timeline
 from actors.weight_transfer import BroadcastWeights, WeightTransfer
 from medtvt_rl.config import Config
+from medtvt_rl.rollout.balance import Balance, Share
 from medtvt_rl.rollout.parts import split_group
 from medtvt_rl.rollout.pending import Wave
 from medtvt_rl.types import GroupHeader, Prompt
@@ -80,7 +82,10 @@ class RolloutPool:
         keep: Keep = as_it_is,
     ) -> None:
         self._config, self._spares, self._keep = config.rollout, spares, keep
-        served = self._order_spare
+        on_policy = config.grpo.max_staleness == 0
+        by_speed = config.rollout.balance == "speed" or (config.rollout.balance == "auto" and not on_policy)
+        self._balance = Balance(by_speed)
+        served = self._successor_serves
         self._roster = GeneratorRoster(config, members, incidents, renew, kill, timeline, bundles, served)
         self._transfer = WeightTransfer(self._roster, config.rollout, incidents.report)
         self._seats: dict[int, list[Seat]] = {}
@@ -103,7 +108,7 @@ class RolloutPool:
 
         def make(index: int, spare: bool = False) -> Any:
             options = placement.options("rollout", index, spare)
-            return actor.options(**options).remote(str(model_folder), config, index)
+            return actor.options(**options).remote(str(model_folder), _seen_from(config, placement, index), index)
 
         spares = Spares(
             "rollout",
@@ -112,8 +117,8 @@ class RolloutPool:
             settings.start_timeout_s,
             "rollout.start_timeout_s",
         )
-        generators = [make(index) for index in range(placement.count("rollout"))]
-        members = await asyncio.gather(*(_started(config, index, each) for index, each in enumerate(generators)))
+        generators = {index: make(index) for index in placement.indices("rollout")}
+        members = await asyncio.gather(*(_started(config, index, each) for index, each in generators.items()))
         told = incidents or Incidents(logger.warning)
         pool = cls(
             config,
@@ -130,9 +135,29 @@ class RolloutPool:
             pool._order_spare(member)
         return pool
 
+    def _successor_serves(self, member: Member) -> None:
+        self._balance.started_anew(member.index)
+        self._order_spare(member)
+
     def _order_spare(self, member: Member) -> None:
         if self._spares is not None and member.where is not None:
             self._spares.order(member.index, member.where)
+
+    @property
+    def serving(self) -> list[int]:
+        """Numbers of the generators that serve."""
+        return sorted(self._roster.serving)
+
+    async def add(self, index: int) -> bool:
+        """Starts one more generator in its bundle, which has its place; whether it serves. It holds the newest weights
+        then."""
+        return await self._roster.join(index)
+
+    async def remove(self, index: int) -> None:
+        """Takes a generator out; returns when it has done what it had begun, and has ended."""
+        if self._spares is not None:
+            self._spares.drop(index)
+        await self._roster.retire(index, self._config.generate_timeout_s)
 
     @property
     def num_left(self) -> int:
@@ -142,13 +167,13 @@ class RolloutPool:
     def together(self, group_ids: Sequence[int], num_completions: int) -> None:
         """These groups are asked for next: who makes which is settled now, and each engine begins with its share when
         all of it has arrived, in id order. What reaches an engine is then the same in every run."""
-        load = {member.index: member.load for member in self._roster.by_load()}
+        load = self._loads()
         planned: list[tuple[int, range, Member]] = []
         for group_id in group_ids:
-            serving = sorted(self._roster.by_load(), key=lambda member: (load[member.index], member.index))
-            for part, member in zip(self._parts(num_completions), serving):
-                load[member.index] += len(part)
-                planned.append((group_id, part, member))
+            parts = self._parts(num_completions)
+            for part, index in zip(parts, self._balance.order(load, len(parts[0]))):
+                load[index] += len(part)
+                planned.append((group_id, part, self._roster.serving[index]))
         sizes = Counter(member.index for _, _, member in planned)
         waves = {index: Wave(number=next(self._waves), size=size) for index, size in sizes.items()}
         for group_id, part, member in planned:
@@ -178,7 +203,15 @@ class RolloutPool:
         parts = self._parts(num_completions)
         if len(parts) == 1:
             return [Seat(part=parts[0], member=None, wave=None)]
-        return [Seat(part=part, member=member, wave=None) for part, member in zip(parts, self._roster.by_load())]
+        members = self._by_turn(len(parts[0]))
+        return [Seat(part=part, member=member, wave=None) for part, member in zip(parts, members)]
+
+    def _loads(self) -> dict[int, int]:
+        return {index: member.load for index, member in self._roster.serving.items()}
+
+    def _by_turn(self, size: int) -> list[Member]:
+        """The generators that serve, the one whose turn it is to make so many completions first."""
+        return [self._roster.serving[index] for index in self._balance.order(self._loads(), size)]
 
     async def _part(self, prompt: Prompt, group_id: int, seat: Seat, greedy: bool) -> Answer:
         """The completions of one seat; a second generator, where the first is lost, begins at once."""
@@ -205,15 +238,25 @@ class RolloutPool:
             return await header, await self._keep(payload)
 
         async def pick(doubted: Sequence[Member]) -> Member:
-            return next(firsts, None) or await self._roster.least_loaded(what, doubted)
+            if (settled := next(firsts, None)) is not None:
+                return settled
+            await self._roster.wait_for_one(what)
+            members = self._by_turn(load)
+            return next((member for member in members if member not in doubted), members[0])
 
         async def ask(member: Member) -> Answer:
             member.load, member.groups = member.load + load, member.groups + 1
+            tokens = 0
+            if load:
+                self._balance.begin(member.index)
             try:
                 answer: Answer = await self._roster.ask(member, kept(*call(member.handle)), what, timeout_s, setting)
+                tokens = sum(answer[0].lengths)
                 return answer
             finally:
                 member.load, member.groups = member.load - load, member.groups - 1
+                if load:
+                    self._balance.end(member.index, tokens)
 
         return await self._roster.ask_in_turn(what, pick, ask, lambda answer: answer[0].finite)
 
@@ -236,7 +279,17 @@ class RolloutPool:
     async def stats(self) -> list[dict[str, float]]:
         """Each engine's counters (tokens, busy and idle seconds)."""
         timeout_s, setting = self._config.update_timeout_s, "rollout.update_timeout_s"
-        return await self._all_left(lambda handle: handle.stats.remote(), "give its statistics", timeout_s, setting)
+        return await self._all_left(
+            lambda handle: handle.stats.remote(),
+            "give its statistics",
+            timeout_s,
+            setting,
+            lambda member, answer: {**answer, "generator": float(member.index)},
+        )
+
+    def shares(self) -> list[Share]:
+        """What each generator did of the whole, those that have left included."""
+        return self._balance.shares()
 
     def stop(self) -> None:
         """Ends every generator."""
@@ -245,20 +298,35 @@ class RolloutPool:
             self._spares.stop()
 
     async def _all_left(
-        self, call: Callable[[Any], Awaitable[Any]], what: str, timeout_s: float, setting: str
+        self,
+        call: Callable[[Any], Awaitable[Any]],
+        what: str,
+        timeout_s: float,
+        setting: str,
+        mark: Callable[[Member, Any], Any] = lambda member, answer: answer,
     ) -> list[Any]:
         """Answers of the generators that serve, one at least; asked again, once, where all are lost at it."""
+
+        async def ask(member: Member) -> Any:
+            return mark(member, await self._roster.ask(member, call(member.handle), what, timeout_s, setting))
+
         lost: list[Exception] = []
         for _ in range(2):
             await self._roster.wait_for_one(what)
-            answers = await self._roster.everywhere(
-                lambda member: self._roster.ask(member, call(member.handle), what, timeout_s, setting)
-            )
+            answers = await self._roster.everywhere(ask)
             found = [answer for answer in answers if not isinstance(answer, MemberLostError)]
             if found:
                 return found
             lost = answers
         raise lost[-1]
+
+
+def _seen_from(config: Config, placement: Placement, index: int) -> Config:
+    """The configuration with what the bundle of a generator really has: a fallback may be without a GPU."""
+    chosen = placement.bundle("rollout", index)
+    workers = config.rollout.tensor_parallel
+    role = replace(config.placement.rollout, cpus=chosen.cpus / workers, gpus=chosen.gpus / workers)
+    return replace(config, placement=replace(config.placement, rollout=role))
 
 
 async def _started(config: Config, index: int, generator: Any) -> Member:

@@ -141,14 +141,6 @@ class Roster:
         """The members, those with the least to do first."""
         return sorted(self.serving.values(), key=_by_load)
 
-    async def least_loaded(self, purpose: str, but: Iterable[Member] = ()) -> Member:
-        """The member with the least to do, one of `but` only where there is no other. Waits and raises as
-        `wait_for_one` does."""
-        await self.wait_for_one(purpose)
-        avoided = list(but)
-        others = [member for member in self.serving.values() if member not in avoided] if avoided else None
-        return min(others or self.serving.values(), key=_by_load)
-
     async def wait_for_one(self, purpose: str) -> None:
         """Returns when an actor serves: at once, or when a successor does.
 
@@ -185,7 +177,7 @@ class Roster:
 
     def require_one(self) -> None:
         """Raises RoleLostError where no actor serves and none is on its way, with the cause of each."""
-        if not self.serving and not self._successors:
+        if not self.serving and not self._successors and not self._starting:
             raise RoleLostError(self._none_left(), self._incidents.of(self.role))
 
     def _none_left(self, *words: str) -> str:

@@ -56,6 +56,13 @@ class Spares:
         """A spare whose imports are done, which is the caller's from now on."""
         return self._waiting.pop(index, None)
 
+    def drop(self, index: int) -> None:
+        """Ends the spare of an index, also one that is on its way."""
+        if (task := self._ordered.pop(index, None)) is not None:
+            task.cancel()
+        if (handle := self.take(index)) is not None:
+            self._kill(handle)
+
     def stop(self) -> None:
         """Ends every spare."""
         for task in self._ordered.values():

@@ -167,7 +167,7 @@ class WeightTransfer:
 
     async def _build(self, sender: Sender, members: tuple[Member, ...]) -> list[str]:
         """A group of the learner and these members; what went wrong, of each that failed."""
-        sizes = [self._config.engine.tensor_parallel_size] * len(members)
+        sizes = [self._config.tensor_parallel] * len(members)
         try:
             address, port = await sender.address()
         except SenderError as error:

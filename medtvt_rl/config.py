@@ -25,6 +25,7 @@ from medtvt_rl.learner.config import EncoderWarmupConfig, LearnerConfig, Supervi
 from medtvt_rl.model.config import ModelConfig
 from medtvt_rl.privacy import PrivacyConfig
 from medtvt_rl.rewards.config import RewardConfig
+from medtvt_rl.roles import PlacementConfig
 from medtvt_rl.rollout.config import RolloutConfig, WeightsConfig
 
 LONGEST_KEY, LONGEST_LINE = 100, 500
@@ -69,31 +70,6 @@ class TaskConfig:
     def medical(self) -> bool:
         """Whether any of it is the packages' own, about patients; what a user names may be about anything."""
         return any(getattr(self, name) == getattr(TaskConfig, name) for name in ("prompts", "items", "evaluate"))
-
-
-@dataclass
-class RoleResources:
-    """What one actor of a role asks of the cluster.
-
-    Attributes:
-        cpus, gpus: per actor.
-        labels: Ray node labels that the node must carry, e.g. {"ray.io/accelerator-type": "in(L4, A10G)"}.
-    """
-
-    cpus: float = 1.0
-    gpus: float = 0.0
-    labels: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class PlacementConfig:
-    """Where each role runs; a bundle that cannot be placed within `timeout_s` ends the run with its name."""
-
-    rollout: RoleResources = field(default_factory=RoleResources)
-    learner: RoleResources = field(default_factory=RoleResources)
-    reference: RoleResources = field(default_factory=RoleResources)
-    reward: RoleResources = field(default_factory=RoleResources)
-    timeout_s: float = 60.0
 
 
 @dataclass

@@ -15,14 +15,15 @@ ANY = {"rollout.sampling.top_k", "weight", "low", "high", "seed"}
 MAY_BE_ZERO = {"evaluation.num_generators", "data.num_workers", "num_references", "encoders.batch_size"}
 AT_LEAST_ONE = {
     *("steps", "epochs", "batch_size", "groups_per_step", "updates_per_batch", "keep_checkpoints", "max_attempts"),
-    *("num_generators", "num_scorers", "num_workers", "num_threads", "tensor_parallel_size"),
+    *("num_generators", "num_scorers", "num_workers", "num_threads"),
+    *("rollout.min", "rollout.max", "tensor_parallel"),
     *("token_budget", "max_new_tokens", "max_model_len", "max_num_seqs", "block_size", "kv_cache_bytes"),
     *("max_prompts", "num_samples", "validation_samples", "validation_studies", "bootstrap_resamples"),
     *("first_steps", "equal_steps", "num_train", "num_validation", "num_test", "film_size", "object_store_bytes"),
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "max_positions", "vocab_size"),
     *("size", "image_size", "num_channels", "patch_size", "tokens_per_modality"),
 }
-ABOVE_ZERO = {"learning_rate", "cap", "gradient_clipping", "restart_window_s"}
+ABOVE_ZERO = {"learning_rate", "cap", "gradient_clipping", "restart_window_s", "fallback_after_s", "scaling_interval_s"}
 """And every deadline: what ends in timeout_s."""
 SHARES = {"modality_dropout", "gpu_memory_utilization"}
 """And whatever ends in _share: at most 1."""
@@ -49,7 +50,7 @@ def fault(key: str, value: float) -> str | None:
     if key in ANY or name in ANY:
         return None
     if key not in MAY_BE_ZERO:
-        if name in AT_LEAST_ONE and value < 1:
+        if (name in AT_LEAST_ONE or key in AT_LEAST_ONE) and value < 1:
             return "set at least 1"
         if (name in ABOVE_ZERO or name.endswith("timeout_s")) and not value > 0:
             return "set more than 0"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from medtvt_rl.algorithm.config import ADVANTAGES, LOSSES
 from medtvt_rl.config_bounds import fault, numbers
+from medtvt_rl.roles import check_placement, node_kinds
 
 if TYPE_CHECKING:
     from medtvt_rl.config import Config
@@ -25,8 +26,8 @@ def check_config(config: Config) -> None:
         expected = fault(key, value)
         _require(expected is None, key, value, str(expected))
     checks = (_check_task, _check_algorithm, _check_counts, _check_batches, _check_sampling, _check_model, _check_sync)
-    others = (_check_supervision, _check_elastic, _check_rewards, _check_stages, _check_checkpoints, _check_data)
-    for check in (*checks, *others):
+    others = (_check_placement, _check_elastic, _check_supervision, _check_rewards, _check_stages, _check_checkpoints)
+    for check in (*checks, *others, _check_data):
         check(config)
 
 
@@ -98,14 +99,16 @@ def _check_counts(config: Config) -> None:
 
 
 def _check_elastic(config: Config) -> None:
-    rollout, (low, high) = config.rollout, config.rollout.bounds
+    rollout, (low, high) = config.rollout, (config.rollout.least, config.rollout.most)
     count, elastic = rollout.num_generators, rollout.elastic
     _require(low >= 1, "rollout.min", low, "set at least 1; a run without a generator ends")
+    _require(low <= count, "rollout.min", low, f"it exceeds rollout.num_generators = {count}; lower it")
+    _require(high >= count, "rollout.max", high, f"it is below rollout.num_generators = {count}; raise it")
     _require(
-        low <= count <= high,
-        "rollout.num_generators",
-        count,
-        f"the run starts with so many; set it from rollout.min = {low} to rollout.max = {high}",
+        rollout.scaling in ("room", "need") or ":" in rollout.scaling,
+        "rollout.scaling",
+        rollout.scaling,
+        "write room, need, or the dotted path of a policy, 'package.module:function'",
     )
     _require(
         0 <= elastic.remove_below <= elastic.add_above < 1,
@@ -231,7 +234,7 @@ def _check_sync(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for role in ("rollout", "learner"):
-        gpus = getattr(config.placement, role).gpus
+        gpus = min(kind.gpus for kind in node_kinds(role, getattr(config.placement, role)))
         _require(
             config.weights.transport != "nccl" or gpus >= 1,
             f"placement.{role}.gpus",
@@ -239,6 +242,13 @@ def _check_sync(config: Config) -> None:
             "weights.transport=nccl needs a whole GPU in each of its processes; set 1 or more, or "
             "weights.transport=object_store",
         )
+
+
+def _check_placement(config: Config) -> None:
+    try:
+        check_placement(config.placement, config.rollout.tensor_parallel)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_supervision(config: Config) -> None:

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """0: a cluster that takes this run; 1: faults, one line each; 2: a file that cannot be read."""
+    from actors.accelerators import check_accelerators
     from actors.cluster_faults import overlooked_faults, ray_faults
     from actors.cluster_file import node_types, read_cluster, read_machines
     from actors.cluster_layout import placement_faults
@@ -44,6 +45,7 @@ def command(args: argparse.Namespace) -> int:
     try:
         path, *overrides = args.config
         config = load(path, overrides)
+        check_accelerators(config.placement)
         cluster = read_cluster(args.cluster)
         table = read_machines(args.machines)
     except ConfigError as error:

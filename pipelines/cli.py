@@ -38,6 +38,7 @@ COMMANDS = {
     "replay": "repeat recorded GRPO steps of a run and compare the weights bit for bit",
     "simulate": "what more generators or learners would bring: the real loop on a simulated clock",
     "study": "say which study a hashed id of a run's logs stands for",
+    "submit": "send a run to a cluster as a job, show its log, and end with its exit code",
 }
 
 

@@ -52,6 +52,7 @@ def check_named(config: Config) -> None:
     from medtvt_rl.rewards.scorer import Scorer
 
     quiet_environment()
+    check_placeable(config)
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))
     key = "rewards"
@@ -75,12 +76,22 @@ def check_named(config: Config) -> None:
         raise ConfigError(f"{key}: a module that it names cannot be imported: {_one_line(error)}") from error
 
 
+def check_placeable(config: Config) -> None:
+    """Raises ConfigError for an accelerator that Ray does not know."""
+    roles = (getattr(config.placement, name) for name in ("rollout", "learner", "reference", "reward"))
+    if any(role.accelerator or role.fallbacks for role in roles):  # else Ray is not imported for nothing
+        from actors.accelerators import check_accelerators
+
+        check_accelerators(config.placement)
+
+
 def _own_paths(config: Config) -> dict[str, str]:
     """Key -> dotted path of what the user brings in the place of the packages' own."""
     grpo, usual = config.grpo, Config()
     named = {
         "rollout.make_engine": (config.rollout.make_engine, (usual.rollout.make_engine,)),
         "learner.make_engine": (config.learner.make_engine, (usual.learner.make_engine,)),
+        "rollout.scaling": (config.rollout.scaling, (usual.rollout.scaling,)),
         "grpo.layout": (grpo.layout, (usual.grpo.layout,)),
         "grpo.advantage": (grpo.advantage, ADVANTAGES),
         "grpo.loss.kind": (grpo.loss.kind, LOSSES),

@@ -71,7 +71,12 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     prompts = held_out_prompts(config, load_prompts(config, tokenizer, config.evaluation.split), reporter)
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
     reporter.line("evaluate: starting the engines")
-    placement = place(plan(config, {"rollout": evaluation_generators(config)}), config.placement.timeout_s)
+    placement = place(
+        plan(config, {"rollout": evaluation_generators(config)}),
+        config.placement.timeout_s,
+        config.placement.fallback_after_s,
+        reporter.line,
+    )
     try:
         pool = await RolloutPool.start(config, placement, before_folder)
         asker = Asker(config, pool, tokenizer, config.evaluation.num_samples)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import ray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.learner_supervisor import LearnerSupervisor
-from actors.placement import Bundle, Placement, grpo_roles, place, plan
+from actors.placement import Bundle, Placement, grpo_roles, placed, plan
 from actors.rollout_pool import RolloutPool
 from actors.scoring_pools import ReferencePool, ScorerPool
 from actors.supervision import Incidents
@@ -29,11 +29,13 @@ from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.privacy import hashed, shows_samples
+from medtvt_rl.rollout.balance import Share
 from medtvt_rl.types import Prompt
 from medtvt_rl.user_code import task_prompts
 from pipelines.checkpoint_keeper import CheckpointKeeper
 from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.failure import forget_failure, write_failure
+from pipelines.generators import elastic, generators_lines, generators_summary
 from pipelines.group_ledger import EQUAL_REWARDS, GroupLedger
 from pipelines.grpo_loop import GrpoLoop
 from pipelines.grpo_roles import FinishedGroup, LoopResult, Scoring, TrainedStep, TrainingGroup
@@ -45,6 +47,7 @@ from pipelines.memory import rare_collections
 from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
 from pipelines.resume import find_resume
 from pipelines.stages import start_model
+from pipelines.step_metrics import generator_metrics
 from pipelines.stopping import Stop, Stopped, stop_on_signals
 
 GOES_ON = "The same command goes on from there"
@@ -96,11 +99,15 @@ class Layout:
         config = self._config
         identity = await asyncio.to_thread(identity_of, config, self._folder, self._prompts)
         found = await asyncio.to_thread(find_resume, config, self._store, identity, self._tell)
-        bundles = self.bundles(config)
+        # Generators that are asked for beyond rollout.min join when they have their nodes.
+        bundles = [b for b in self.bundles(config) if b.role != "rollout" or b.index < config.rollout.least]
         self._tell(f"starting {len(bundles)} actors")
         self._reporter.forget("grpo", _first(found))
         forget_failure(config)
-        placement = place(bundles, config.placement.timeout_s)
+        placement = await self._stop.unless(placed(bundles, config.placement, self._tell), None)
+        if placement is None:
+            raise Stopped(self._stop.number, f"no step was taken. {GOES_ON}")
+        self._show(placement)
         try:
             roles = await self._stop.unless(self._start(placement, found), None)
             if roles is None:
@@ -112,7 +119,7 @@ class Layout:
                 weights, checksum = await learner.export(found.version)
                 await rollouts.update_weights(weights, found.version, checksum)
             keeper = CheckpointKeeper(config, self._store, learner, identity, self._tell, fetch)
-            summary = await self._loop(found, rollouts, scoring, reference, learner, keeper)
+            summary = await self._loop(found, placement, rollouts, scoring, reference, learner, keeper)
             await learner.save_model(config.stage_folder("grpo") / "model")
             for role in (rollouts, scoring, reference, learner):
                 if role is not None:
@@ -155,6 +162,7 @@ class Layout:
     async def _loop(
         self,
         found: Checkpoint | None,
+        placement: Placement,
         rollouts: RolloutPool,
         scoring: RunningScoring,
         reference: ReferencePool | None,
@@ -168,7 +176,7 @@ class Layout:
         folder, limit = config.folder / "journal", config.rollout.sampling.max_new_tokens
         with Journal(folder, self._tokenizer, fetch, _first(found), is_known, shows_samples()) as journal:
             self._incidents.record = journal.incident
-            report = StepReport(reporter, journal, Alarms(config.alarms), self._incidents)
+            report = StepReport(reporter, journal, Alarms(config.alarms), self._incidents, rollouts.shares)
             report.show_again(read_metrics(config.folder / METRICS_FILE))
             held_out = _held_out(config, rollouts, self._tokenizer)
             collaborators = sampler, rollouts, scoring, reference, learner, report, held_out, keeper, self._stop
@@ -177,11 +185,22 @@ class Layout:
                 groups = await asyncio.to_thread(found.groups, GroupLedger.prompts(found.loop, sampler), ray.put)
                 loop.load_state_dict(found.loop, groups)
                 keeper.newest = found.version
-            result = await loop.run()
+            async with elastic(config, rollouts, placement, report, self._tell):
+                result = await loop.run()
             if self._stop.requested:
                 raise Stopped(self._stop.number, _where(keeper, result))
             await keeper.close()
-        return {**summarise(result), "alarms": report.sounded, **self._incidents.metrics()}
+        generators = generators_summary(rollouts.shares(), placement.kinds("rollout"))
+        for line in generators_lines(generators):
+            self._tell(line)
+        found_out = {"alarms": report.sounded, "generators": generators}
+        return {**summarise(result), **found_out, **self._incidents.metrics()}
+
+    def _show(self, placement: Placement) -> None:
+        """Who sits where, for the reader and in the run folder."""
+        drawing = placement.drawing()
+        (self._config.folder / "placement.txt").write_text(f"{drawing}\n", encoding="utf-8")
+        self._tell(f"placement\n{drawing}")
 
     def _best(self) -> dict[str, Any]:
         """The best checkpoint on held-out answers, with a line for the reader."""
@@ -262,10 +281,18 @@ def load_prompts(
 class StepReport:
     """Tells reporter and journal what the loop does, and sounds the alarms."""
 
-    def __init__(self, reporter: Reporter, journal: Journal, alarms: Alarms, incidents: Incidents) -> None:
+    def __init__(
+        self,
+        reporter: Reporter,
+        journal: Journal,
+        alarms: Alarms,
+        incidents: Incidents,
+        shares: Callable[[], Sequence[Share]] = list,
+    ) -> None:
         self._reporter, self._journal, self._alarms = reporter, journal, alarms
-        self._incidents = incidents
+        self._incidents, self._shares = incidents, shares
         self.sounded: list[str] = []
+        self.listener: Callable[[Mapping[str, float]], None] = lambda metrics: None
 
     def show_again(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The steps before a resume: the alarms go on from there."""
@@ -277,7 +304,9 @@ class StepReport:
     def step(self, trained: TrainedStep) -> None:
         """The step's metrics, its groups, and what was wrong with it."""
         metrics, step = trained.metrics, trained.step
-        self._reporter.scalars("grpo", step, {**metrics, **self._incidents.metrics()})
+        of_generators = generator_metrics(self._shares())
+        self._reporter.scalars("grpo", step, {**metrics, **of_generators, **self._incidents.metrics()})
+        self.listener(metrics)
         failed = {name: reason for group in trained.groups for name, reason in failures(group).items()}
         if failed:
             name, reason = next(iter(failed.items()))

@@ -93,7 +93,7 @@ class Rollouts(Protocol):
         """Log-probs [T] of one completion at temperature 1, of every engine."""
 
     async def stats(self) -> list[dict[str, float]]:
-        """Of each engine, since its start: tokens_generated, busy_s, idle_s."""
+        """Of each engine, since its start: tokens_generated, busy_s, idle_s; `generator` is its number."""
 
 
 class Scoring(Protocol):

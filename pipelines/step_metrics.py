@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from medtvt_rl.algorithm.advantages import has_signal
+from medtvt_rl.rollout.balance import Share
 from pipelines.grpo_roles import FinishedGroup, TrainingGroup
 
+GENERATORS_SHOWN = 16
 COUNTERS = (
     *("tokens_generated", "prompt_tokens", "prompt_tokens_shared"),
     *("busy_s", "idle_s", "num_updates", "update_s", "load_s"),
@@ -130,5 +132,20 @@ def _tokens(groups: Sequence[FinishedGroup]) -> float:
 
 
 def _gain(before: Sequence[dict[str, float]], after: Sequence[dict[str, float]], name: str) -> float:
-    total = sum(engine[name] for engine in after) - sum(engine[name] for engine in before)
-    return max(total, 0.0)
+    """Over all engines that are there now; those that were there before are known by their number."""
+    earlier = {engine.get("generator", place): engine[name] for place, engine in enumerate(before)}
+    total = 0.0
+    for place, engine in enumerate(after):
+        gained = engine[name] - earlier.get(engine.get("generator", place), 0.0)
+        total += gained if gained >= 0 else engine[name]
+    return total
+
+
+def generator_metrics(shares: Sequence[Share]) -> dict[str, float]:
+    """`generator_share/INDEX` of the tokens of the run so far, and `generator_tokens_per_s/INDEX`, a moving average;
+    for the first GENERATORS_SHOWN, where there are several."""
+    if len(shares) < 2:
+        return {}
+    shown = shares[:GENERATORS_SHOWN]
+    metrics = {f"generator_share/{one.index}": one.share for one in shown}
+    return metrics | {f"generator_tokens_per_s/{one.index}": one.tokens_per_s or 0.0 for one in shown}

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import ray
 
-from actors.placement import place, plan
+from actors.placement import Bundle, place, plan
 from medtvt_rl.config import Config
 from medtvt_rl.learner.config import SupervisedConfig
 from medtvt_rl.logs import last_lines, redirect_output
@@ -200,6 +200,7 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
         output=(config.stage_folder(stage) / "model").resolve(),
         warm_encoders=warm_encoders,
     )
+    chosen = _placeable(config, task.settings.num_workers, reporter)
     encoders = config.encoders
     encoder_steps = encoders.ecg_steps + encoders.cxr_steps + encoders.lab_steps if warm_encoders else 0
     board: Any = ProgressBoard
@@ -208,12 +209,10 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
         _worker,
         train_loop_config={"task": task, "board": board, "folder": os.getcwd()},
         torch_config=MeetingConfig(),
-        scaling_config=_scaling(config, task.settings),
+        scaling_config=_scaling(chosen, task.settings),
         run_config=RunConfig(name=stage, storage_path=str((config.folder / "ray_train").resolve())),
     )
     try:
-        # Ray Train waits for resources without end, so whether the workers fit is found out first.
-        place(plan(config, {"learner": task.settings.num_workers}), config.placement.timeout_s).release()
         with Relay(board, reporter, stage, encoder_steps) as relay:
             try:
                 trainer.fit()
@@ -224,16 +223,30 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
         ray.kill(board)
 
 
-def _scaling(config: Config, settings: SupervisedConfig) -> Any:
+def _placeable(config: Config, num_workers: int, reporter: Reporter) -> Bundle:
+    """What a worker is given: of the first kind of node that has room for all. Ray Train itself would wait for
+    resources without end.
+
+    Raises:
+        PlacementError: no kind of node has room.
+    """
+    settings = config.placement
+    bundles = plan(config, {"learner": num_workers})
+    placement = place(bundles, settings.timeout_s, settings.fallback_after_s, reporter.line)
+    try:
+        return placement.bundle("learner", 0)
+    finally:
+        placement.release()
+
+
+def _scaling(chosen: Bundle, settings: SupervisedConfig) -> Any:
     from ray.train import ScalingConfig
 
-    role = config.placement.learner
-    resources = {"CPU": role.cpus} | ({"GPU": role.gpus} if role.gpus else {})
     return ScalingConfig(
         num_workers=settings.num_workers,
-        use_gpu=role.gpus > 0,
-        resources_per_worker=resources,
-        label_selector=dict(role.labels) or None,  # type: ignore[call-arg]
+        use_gpu=chosen.gpus > 0,
+        resources_per_worker=chosen.resources,
+        label_selector=chosen.labels or None,  # type: ignore[call-arg]
     )
 
 

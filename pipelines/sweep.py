@@ -200,7 +200,7 @@ class Sweep:
 
     def _elastic(self) -> Outcome:
         """From `rollout.num_generators` on, until the number has had time to settle."""
-        low, high = self._config.rollout.bounds
+        low, high = self._config.rollout.least, self._config.rollout.most
         settings = self._config.rollout.elastic
         first = self._run(setting_of(self._config), FEW_STEPS)
         per_change_s = settings.window_s + settings.cooldown_s + self._timings.start_s

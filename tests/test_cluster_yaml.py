@@ -10,11 +10,16 @@ import yaml
 
 from actors.cluster_faults import overlooked_faults, ray_faults
 from actors.cluster_file import matches, read_machines
-from medtvt_rl.config import Config, PlacementConfig, RoleResources, load_config
+from medtvt_rl.config import Config, load_config
+from medtvt_rl.roles import PlacementConfig, RoleResources, node_kinds
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = read_machines(ROOT / "configs/cluster/machines.yaml")
-ROLES = [field.name for field in dataclasses.fields(PlacementConfig) if field.name != "timeout_s"]
+ROLES = [
+    field.name
+    for field in dataclasses.fields(PlacementConfig)
+    if isinstance(getattr(PlacementConfig(), field.name), RoleResources)
+]
 # Where each role of a run is meant to live; a reference policy takes a GPU of the learner or one of its own.
 NODE_TYPES_OF = {
     "learner": {"learner"},
@@ -29,14 +34,15 @@ def cluster() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "cluster.yaml").read_text())
 
 
-def hosts(cluster: dict[str, Any], wanted: RoleResources) -> set[str]:
+def hosts(cluster: dict[str, Any], role: str, wanted: RoleResources) -> set[str]:
     """The node types on which one actor of such resources can be placed."""
     return {
         name
         for name, node_type in cluster["available_node_types"].items()
-        if matches(wanted.labels, node_type["labels"])
-        and wanted.cpus <= node_type["resources"].get("CPU", 0)
-        and wanted.gpus <= node_type["resources"].get("GPU", 0)
+        for kind in node_kinds(role, wanted)
+        if matches(kind.labels, node_type["labels"])
+        and kind.cpus <= node_type["resources"].get("CPU", 0)
+        and kind.gpus <= node_type["resources"].get("GPU", 0)
     }
 
 
@@ -89,7 +95,7 @@ def test_every_role_has_a_node_type(cluster: dict[str, Any]) -> None:
     assert set(ROLES) == set(NODE_TYPES_OF)
     for role, names in NODE_TYPES_OF.items():
         wanted = RoleResources(cpus=1, gpus=0 if role == "reward" else 1, labels={"role": f"in({', '.join(names)})"})
-        assert hosts(cluster, wanted) == names
+        assert hosts(cluster, role, wanted) == names
 
 
 def cluster_configs() -> list[Path]:
@@ -102,4 +108,4 @@ def test_configurations_for_clusters_can_be_placed(cluster: dict[str, Any], path
     config: Config = load_config(path)
     for role in ROLES:
         wanted: RoleResources = getattr(config.placement, role)
-        assert hosts(cluster, wanted), f"{path.name}: no node type can take {role} with {wanted}"
+        assert hosts(cluster, role, wanted), f"{path.name}: no node type can take {role} with {wanted}"

@@ -87,8 +87,16 @@ CHARTS = (
     (("grpo",), "Completion length", ("length/mean", "length/max"), "Tokens."),
     (("grpo",), "Gradient norm", ("gradient_norm", "grad_norm"), "Before clipping."),
     (("grpo",), "Shares", ("*_share",), "Of groups without a gradient, completions cut, and tokens clipped."),
+    (
+        ("grpo",),
+        "Tokens a second by generator",
+        ("generator_tokens_per_s/*",),
+        "While it had work, a moving average; unlike generators get groups in proportion to it.",
+    ),
+    (("grpo",), "Share of the tokens by generator", ("generator_share/*",), "Of all tokens of the run so far."),
     (("grpo",), "Seconds of a step", ("seconds/*",), "Waiting long for groups: add rollout generators."),
 )
+GENERATOR_CELLS = {"groups": "{:,.0f}", "tokens": "{:,.0f}", "share": "{:.1%}", "tokens_per_s": "{:,.0f}"}
 APART = ("reward/deviation", "reward/failed")
 NO_SAMPLES = "No samples are shown: none were journalled, or privacy.show_samples is false."
 MAX_SAMPLES, MAX_COMPLETIONS = 6, 3
@@ -137,7 +145,11 @@ def render_report(
         section(f"What each {part} is worth", worth, "No ablations (evaluation.ablations).")
         if medical or worth
         else "",
-        section("GRPO", _grpo_facts(summary) + _charts(lines, "grpo"), "No curves of GRPO were found."),
+        section(
+            "GRPO",
+            _grpo_facts(summary) + _generators(summary) + _charts(lines, "grpo"),
+            "No curves of GRPO were found.",
+        ),
         section(
             "Supervised stages",
             _charts(lines, "pretrain", "Pre-training: ") + _charts(lines, "sft", "SFT: "),
@@ -250,6 +262,26 @@ def _grpo_facts(summary: Mapping[str, Any]) -> str:
     alarms = [f"<li>{escape(str(alarm))}</li>" for alarm in grpo.get("alarms") or []]
     sounded = f"<p>Alarms that sounded:</p><ul>{''.join(alarms)}</ul>" if alarms else ""
     return (f'<div class="cards">{"".join(cards)}</div><p></p>' if cards else "") + sounded
+
+
+def _generators(summary: Mapping[str, Any]) -> str:
+    """What each rollout generator did of the whole, where there were several."""
+    found = [one for one in block(summary, "grpo").get("generators") or [] if isinstance(one, Mapping)]
+    if len(found) < 2:
+        return ""
+    header = ["rollout generator", "node", "groups", "tokens", "share of tokens", "tokens/s while it worked"]
+    rows = [
+        [
+            cell(str(one.get("index", "?"))),
+            cell(str(one.get("node", "?"))),
+            *(
+                cell("-" if (value := estimate(one.get(key))) is None else form.format(value.value))
+                for key, form in GENERATOR_CELLS.items()
+            ),
+        ]
+        for one in found
+    ]
+    return table(header, rows)
 
 
 def _charts(lines: Curves, stage: str, prefix: str = "") -> str:

@@ -42,7 +42,6 @@ class EngineConfig:
     block_size: int = 32
     kv_cache_bytes: int = 268435456
     gpu_memory_utilization: float = 0.85
-    tensor_parallel_size: int = 1
     enforce_eager: bool = True
     num_threads: int = 1
 
@@ -72,7 +71,14 @@ class RolloutConfig:
     """The rollout generators.
 
     Attributes:
-        min, max: bounds of their number where it follows the learner's need; None keeps to num_generators.
+        num_generators: that a run asks for when it starts.
+        min, max: with how many it begins, and keeps, and up to how many join while it lasts; None: num_generators.
+        scaling: `room`: a generator is added wherever a node has room for one, up to `max`. `need`: one more while the
+            learner waits for groups, one less while generators are idle, as `elastic` says. Or the dotted path of a
+            policy, see actors/elastic.py. What was decided is carried out every `scaling_interval_s`.
+        tensor_parallel: GPUs of one node that one engine is spread over.
+        balance: `speed`: work in proportion to each generator's measured tokens a second. `even`: to each alike, so
+            that two runs of one seed hand out the same. `auto`: `even` with grpo.max_staleness 0, else `speed`.
         make_engine: dotted path of f(model_folder, config, version) -> RolloutEngine (rollout/engine.py).
         on_update: what happens to requests in flight when new weights arrive.
         spares: 1 keeps, beside each generator, a process that has vLLM imported and takes its place when it is lost; 0
@@ -85,7 +91,11 @@ class RolloutConfig:
     num_generators: int = 1
     min: int | None = None
     max: int | None = None
+    scaling: str = "room"
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    scaling_interval_s: float = 10.0
+    tensor_parallel: int = 1
+    balance: Literal["auto", "speed", "even"] = "auto"
     make_engine: str = "medtvt_rl.rollout.engine:vllm_engine"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -97,10 +107,14 @@ class RolloutConfig:
     update_timeout_s: float = 60.0
 
     @property
-    def bounds(self) -> tuple[int, int]:
-        """Fewest and most generators; the one that is not set is `num_generators`."""
-        low = self.num_generators if self.min is None else self.min
-        return low, self.num_generators if self.max is None else self.max
+    def least(self) -> int:
+        """Generators that a run begins with, and keeps."""
+        return self.num_generators if self.min is None else self.min
+
+    @property
+    def most(self) -> int:
+        """Generators that a run has at most."""
+        return self.num_generators if self.max is None else self.max
 
     @property
     def engine_share(self) -> int | None:

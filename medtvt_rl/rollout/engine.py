@@ -124,6 +124,7 @@ class VllmMaker:
             version=version,
             item_modality=config.task.item_modality,
             by_broadcast=config.weights.transport == "nccl",
+            tensor_parallel=config.rollout.tensor_parallel,
         )
 
     def _set_environment(self, config: Config) -> None:

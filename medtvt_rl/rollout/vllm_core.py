@@ -111,6 +111,7 @@ class VllmCore:
 
     Args:
         by_broadcast: weights may come over NCCL, see `join_weight_group`.
+        tensor_parallel: processes that the model is spread over, each with a GPU of this node.
 
     Raises:
         ValueError: the folder is not a model folder with its tokenizer.
@@ -118,7 +119,12 @@ class VllmCore:
     """
 
     def __init__(
-        self, model_folder: str | Path, config: EngineConfig, item_modality: str, by_broadcast: bool = False
+        self,
+        model_folder: str | Path,
+        config: EngineConfig,
+        item_modality: str,
+        by_broadcast: bool = False,
+        tensor_parallel: int = 1,
     ) -> None:
         for name in ("config.json", "tokenizer_config.json"):
             if not (Path(model_folder) / name).is_file():
@@ -129,7 +135,7 @@ class VllmCore:
         self.item_modality = item_modality
         self._folder = str(model_folder)
         self.max_model_len = config.max_model_len
-        self._engine = _start_engine(model_folder, config, by_broadcast)
+        self._engine = _start_engine(model_folder, config, by_broadcast, tensor_parallel)
         packed = self._engine.collective_rpc(count_packed)[0]
         if packed:
             raise RuntimeError(
@@ -243,7 +249,7 @@ class VllmCore:
         return self._engine.engine_core.engine_core
 
 
-def _start_engine(model_folder: str | Path, config: EngineConfig, by_broadcast: bool) -> Any:
+def _start_engine(model_folder: str | Path, config: EngineConfig, by_broadcast: bool, tensor_parallel: int) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -256,6 +262,9 @@ def _start_engine(model_folder: str | Path, config: EngineConfig, by_broadcast: 
         special = {"kv_cache_memory_bytes": config.kv_cache_bytes}
     if by_broadcast:
         special["weight_transfer_config"] = {"backend": vllm_plugin.RECEIVER}
+    if tensor_parallel > 1:
+        # Inside a placement group vLLM would start Ray workers in bundles of their own; the actor holds all the GPUs.
+        special["distributed_executor_backend"] = "mp"
     arguments = EngineArgs(
         model=str(model_folder),
         dtype=config.dtype,
@@ -264,7 +273,7 @@ def _start_engine(model_folder: str | Path, config: EngineConfig, by_broadcast: 
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         block_size=config.block_size,
-        tensor_parallel_size=config.tensor_parallel_size,
+        tensor_parallel_size=tensor_parallel,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",

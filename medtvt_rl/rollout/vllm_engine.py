@@ -72,6 +72,7 @@ class VllmEngine:
         version: int = 0,
         item_modality: str = "study",
         by_broadcast: bool = False,
+        tensor_parallel: int = 1,
     ) -> None:
         self.config = config
         self.version = version
@@ -86,7 +87,7 @@ class VllmEngine:
         self._lock = threading.Lock()
         self._counters = EngineCounters()
         started: Future[None] = Future()
-        core = functools.partial(VllmCore, model_folder, config, item_modality, by_broadcast)
+        core = functools.partial(VllmCore, model_folder, config, item_modality, by_broadcast, tensor_parallel)
         self._thread = threading.Thread(target=self._run, args=(core, started), name="vllm-engine", daemon=True)
         self._thread.start()
         started.result()

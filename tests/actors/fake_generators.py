@@ -117,6 +117,7 @@ class Cast:
 
     def __init__(self, tmp_path: Path, count: int, replace: bool = True, **settings: Any) -> None:
         config = Config(run=RunConfig(name="r", root=str(tmp_path)))
+        config.rollout.balance = "even"
         for name, value in settings.items():
             setattr(config.rollout if hasattr(config.rollout, name) else config.supervision, name, value)
         self.first = [FakeGenerator(f"g{i}") for i in range(count)]

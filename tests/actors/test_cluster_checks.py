@@ -98,17 +98,17 @@ def test_what_ray_refuses_is_one_line(cluster: dict[str, Any], change: Any, expe
         (["placement.rollout.labels.role=rolout"], "they carry head, learner, rollout, scoring"),
         (["placement.reward.gpus=1"], "placement.reward: an actor asks for 1 CPU, 1 GPU, more than a node with its"),
         (["rollout.num_generators=8"], "placement.reference: 1 of 1 actors of grpo find no place beside the others"),
-        (["placement.learner.labels.ray.io/market-type=spot"], "no single node type carries all of its labels"),
+        (["placement.learner.market=spot"], "no single node type carries all of its labels"),
+        (
+            ["placement.rollout.accelerator=[B200]"],
+            "placement.rollout: accelerator is B200, which no node type has (they carry L4, L40S)",
+        ),
     ],
 )
 def test_a_role_without_a_place_is_named(cluster: dict[str, Any], overrides: list[str], expected: str) -> None:
     config = load_config(CONFIG)
     for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "placement.learner.labels.ray.io/market-type":  # OmegaConf would split such a key at its dot
-            config.placement.learner.labels["ray.io/market-type"] = value
-        else:
-            config = load_config(CONFIG, [override])
+        config = load_config(CONFIG, [override])
     faults = placement_faults(config, node_types(cluster), cluster["max_workers"])
     assert len(faults) == 1 and expected in faults[0], faults
 
@@ -118,6 +118,41 @@ def test_each_role_lands_where_it_is_declared(cluster: dict[str, Any], config: C
     where = {(node.node_type.name, bundle.role) for node in layout.nodes for bundle in node.bundles}
     assert where == {("learner", "learner"), ("rollout", "rollout"), ("rollout", "reference"), ("scoring", "reward")}
     assert layout.homeless == [] and layout.idle_gpus == 0 and layout.gpus == 4 + 4 + 1
+
+
+def test_what_has_no_room_on_its_first_kind_of_node_is_forecast_on_the_next(cluster: dict[str, Any]) -> None:
+    types_of(cluster, "rollout")["max_workers"] = 2
+    fallbacks = "[{labels: {role: learner}, accelerator: [L40S], market: on-demand}]"
+    overrides = [
+        "placement.rollout={gpus: 1, accelerator: [L4, A10G], market: spot, fallbacks: " + fallbacks + "}",
+        "placement.learner={gpus: 1, accelerator: [L4, L40S]}",
+        "learner.num_workers=2",
+    ]
+    config = load_config(CONFIG, overrides)
+    config.grpo.loss.kl.coefficient = 0.0
+    layout = lay_out(plan(config, grpo_roles(config)), node_types(cluster), cluster["max_workers"])
+    where = [(node.node_type.name, bundle.role) for node in layout.nodes for bundle in node.bundles]
+    assert where.count(("learner", "learner")) + where.count(("rollout", "learner")) == 2
+    assert len({name for name, role in where if role == "learner"}) == 1, "the learners are alike"
+    assert layout.homeless == [] and where.count(("learner", "rollout")) >= 2
+
+
+def test_an_accelerator_that_ray_does_not_know_is_refused_with_the_nearest(
+    cluster: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(cluster))
+    wrong = ["placement.rollout={accelerator: [a10g], gpus: 1}", "placement.learner={accelerator: [H10O], gpus: 1}"]
+    for override, expected in zip(wrong, ("'a10g'; did you mean 'A10G'?", "'H10O'; did you mean 'H100'?")):
+        arguments = ["check-cluster", str(path), "-c", str(CONFIG), override, "--machines", str(MACHINES)]
+        assert main(arguments) == 2
+        assert main(["grpo", "-c", str(CONFIG), "--dry-run", override]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 2 and all(expected in line for line in said), said
+    assert main(["grpo", "-c", str(CONFIG), "--dry-run", "placement.rollout={accelerator: [A10G], gpus: 1}"]) == 0
+    assert (
+        "rollout 0: 1 CPU, 1 GPU on a node with role rollout, ray.io/accelerator-type A10G" in capsys.readouterr().out
+    )
 
 
 def test_gpus_that_idle_are_counted(cluster: dict[str, Any], config: Config) -> None:

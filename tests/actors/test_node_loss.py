@@ -16,7 +16,8 @@ from actors.process import Whereabouts, whereabouts
 from actors.roster import Member
 from actors.scoring_pools import ScorerPool, ScorerRoster
 from actors.supervision import Incidents
-from medtvt_rl.config import Config, RoleResources, RunConfig
+from medtvt_rl.config import Config, RunConfig
+from medtvt_rl.roles import RoleResources
 
 pytestmark = pytest.mark.cluster
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 << 20, "labels": {"role": "reward"}}

@@ -1,28 +1,38 @@
-"""Placement: the plan, and what is said when a bundle fits nowhere, on a real cluster of made-up nodes."""
+"""Placement: the plan, where roles land, fallbacks, and what is said when a bundle fits nowhere, on a real cluster of
+made-up nodes."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.placement import PlacementError, grpo_roles, place, plan
-from medtvt_rl.config import Config, RoleResources, load_config
+from actors.bundles import grpo_roles, logical_cpus, plan
+from actors.placement import Placement, PlacementError, place, placed
+from medtvt_rl.config import Config, load_config
+from medtvt_rl.roles import ACCELERATOR, MARKET, Fallback, PlacementConfig, RoleResources
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-L4, H100 = "ray.io/accelerator-type", "ray.io/accelerator-type"
+NODES: dict[str, dict[str, Any]] = {
+    "l4": {"num_gpus": 1, "labels": {ACCELERATOR: "L4", MARKET: "spot", "role": "rollout"}},
+    "a10g": {"num_gpus": 1, "labels": {ACCELERATOR: "A10G", MARKET: "on-demand", "role": "rollout"}},
+    "h100": {"num_gpus": 2, "labels": {ACCELERATOR: "H100", MARKET: "on-demand", "role": "learner"}},
+}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    head = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+    plain = {"num_cpus": 4, "object_store_memory": 100 << 20}
+    head = {**plain, "include_dashboard": False, "labels": {"role": "scoring", "name": "cpu"}}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    node = {"num_cpus": 2, "object_store_memory": 100 << 20}
-    cluster.add_node(**node, num_gpus=1, labels={L4: "L4", "role": "rollout"})
-    cluster.add_node(**node, num_gpus=2, labels={H100: "H100", "role": "learner"})
+    for name, node in NODES.items():
+        labels = {**node["labels"], "name": name}
+        cluster.add_node(**{**plain, **node, "labels": labels})
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
@@ -36,16 +46,34 @@ def declared(**roles: RoleResources) -> Config:
     return config
 
 
+@ray.remote
+class Where:
+    """Says on which node it is, and how many GPUs it has."""
+
+    def found(self) -> tuple[str, int]:
+        context = ray.get_runtime_context()
+        return str(context.get_node_labels()["name"]), len(context.get_accelerator_ids()["GPU"])
+
+
+def landed(placement: Placement, seats: list[tuple[str, int]]) -> dict[tuple[str, int], tuple[str, int]]:
+    """(role, index) -> node and GPUs of an actor in its bundle."""
+    actors = [Where.options(**placement.options(*seat)).remote() for seat in seats]  # type: ignore[attr-defined]
+    found = ray.get([actor.found.remote() for actor in actors], timeout=60)
+    return dict(zip(seats, found))
+
+
 def test_the_plan_names_every_actor_and_what_it_asks_for() -> None:
-    config = declared(rollout=RoleResources(cpus=1, gpus=1, labels={L4: "in(L4, A10G)"}))
-    config.rollout.num_generators = 2
-    lines = [str(bundle) for bundle in plan(config, grpo_roles(config))]
-    assert lines == [
+    fallbacks = [Fallback(market="on-demand"), Fallback(gpus=0, cpus=8, market="any")]
+    config = declared(
+        rollout=RoleResources(gpus=1, accelerator=["L4", "A10G"], market="spot", fallbacks=fallbacks),
+        reward=RoleResources(labels={"role": "scoring"}),
+    )
+    assert [str(bundle) for bundle in plan(config, grpo_roles(config))] == [
         "learner 0: 1 CPU",
-        "rollout 0: 1 CPU, 1 GPU on a node with ray.io/accelerator-type in(L4, A10G)",
-        "rollout 1: 1 CPU, 1 GPU on a node with ray.io/accelerator-type in(L4, A10G)",
+        f"rollout 0: 1 CPU, 1 GPU on a node with {ACCELERATOR} in(L4,A10G), {MARKET} spot, "
+        f"or else 1 CPU, 1 GPU on a node with {ACCELERATOR} in(L4,A10G), {MARKET} on-demand, or else 8 CPU",
         "reference 0: 1 CPU",
-        "reward 0: 1 CPU",
+        "reward 0: 1 CPU on a node with role scoring",
     ]
 
 
@@ -55,32 +83,83 @@ def test_no_reference_is_placed_without_a_kl_term() -> None:
     assert grpo_roles(config)["reference"] == 0
 
 
-@pytest.mark.cluster
-def test_every_role_lands_where_it_is_declared(cluster: Cluster) -> None:
-    config = declared(
-        rollout=RoleResources(cpus=1, gpus=1, labels={L4: "in(A10G, L4)"}),
-        learner=RoleResources(cpus=1, gpus=2, labels={H100: "H100"}),
+def test_a_tensor_parallel_generator_asks_for_all_its_workers_at_once() -> None:
+    config = load_config(
+        QUICKSTART, ["rollout.tensor_parallel=4", "placement.rollout.gpus=1", "placement.rollout.cpus=2"]
     )
-    placement = place(plan(config, {"learner": 1, "rollout": 1}), timeout_s=20)
+    assert [bundle.needs for bundle in plan(config, {"rollout": 2})] == ["8 CPU, 4 GPU"] * 2
 
-    @ray.remote
-    class Where:
-        def label(self) -> str:
-            return str(ray.get_runtime_context().get_node_labels()["role"])
 
-    found = {
-        role: ray.get(Where.options(**placement.options(role, 0)).remote().label.remote(), timeout=30)  # type: ignore[attr-defined]
-        for role in ("rollout", "learner")
-    }
-    assert found == {"rollout": "rollout", "learner": "learner"}
+def test_a_local_run_has_room_for_every_generator_that_may_join() -> None:
+    assert logical_cpus(load_config(QUICKSTART, ["rollout.max=7"])) - logical_cpus(load_config(QUICKSTART)) == 6
+
+
+@pytest.mark.cluster
+def test_every_role_lands_where_it_is_declared_and_the_plan_is_drawn(cluster: Cluster) -> None:
+    config = declared(
+        rollout=RoleResources(gpus=1, accelerator=["L4", "A10G"]),
+        learner=RoleResources(gpus=1, accelerator=["A10G", "H100"]),
+        reward=RoleResources(labels={"role": "in(other, scoring)"}),
+    )
+    placement = place(plan(config, {"learner": 2, "rollout": 2, "reward": 1}), 60, fallback_after_s=1.0)
+    seats = [("learner", 0), ("learner", 1), ("rollout", 0), ("rollout", 1), ("reward", 0)]
+    found = landed(placement, seats)
+    assert [found[seat] for seat in seats if seat[0] == "learner"] == [("h100", 1)] * 2, "all learners on one kind"
+    assert {found["rollout", 0], found["rollout", 1]} == {("l4", 1), ("a10g", 1)} and found["reward", 0] == ("cpu", 0)
+    drawing = placement.drawing()
+    assert "H100, on-demand, 4 CPU, 2 GPU\n  GPU [learner 0] [learner 1]" in drawing
+    assert "CPU, 4 CPU, 0 GPU\n  CPU [reward 0]" in drawing
+    assert sorted(kind.partition(" at ")[0] for kind in placement.kinds("rollout").values()) == [
+        "A10G, on-demand",
+        "L4, spot",
+    ]
     placement.release()
 
 
 @pytest.mark.cluster
-def test_a_bundle_that_fits_nowhere_is_named_with_what_the_cluster_offers(cluster: Cluster) -> None:
-    config = declared(rollout=RoleResources(cpus=1, gpus=1, labels={L4: "B200"}))
+def test_what_has_no_room_falls_back_and_a_broad_engine_gets_its_gpus_on_one_node(cluster: Cluster) -> None:
+    fallbacks = [Fallback(market="on-demand", accelerator=["A10G"]), Fallback(gpus=0, cpus=3, market="any", labels={})]
+    config = declared(
+        rollout=RoleResources(gpus=1, market="spot", labels={"role": "rollout"}, fallbacks=fallbacks),
+    )
+    placement = place(plan(config, {"rollout": 3}), 30, fallback_after_s=0.5)
+    found = landed(placement, [("rollout", index) for index in range(3)])
+    gpus = dict(found.values())
+    assert len(gpus) == 3 and gpus.pop("l4") == 1 and gpus.pop("a10g") == 1 and list(gpus.values()) == [0]
+    placement.release()
+    config = declared(rollout=RoleResources(gpus=1))
+    config.rollout.tensor_parallel = 2
+    placement = place(plan(config, {"rollout": 1}), 30)
+    assert landed(placement, [("rollout", 0)]) == {("rollout", 0): ("h100", 2)}
+    placement.release()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (RoleResources(gpus=1, accelerator=["B200"]), f"no node has {ACCELERATOR} B200 (they have A10G, H100, L4)"),
+        (RoleResources(gpus=1, labels={"role": "scoring"}), "the nodes with its labels have 0 GPU at most"),
+        (RoleResources(gpus=1, accelerator=["H100"], market="spot"), "no single node carries all of its labels"),
+        (RoleResources(cpus=64), "the nodes have 4 CPU at most"),
+        (RoleResources(labels={"zone": "a"}), "no node has zone a (none carries that label)"),
+    ],
+)
+def test_what_fits_nowhere_is_named_with_what_the_cluster_offers(
+    cluster: Cluster, wanted: RoleResources, expected: str
+) -> None:
+    config = declared(rollout=wanted)
+    told: list[str] = []
     with pytest.raises(PlacementError) as caught:
-        place(plan(config, {"reward": 1, "rollout": 1}), timeout_s=2)
-    assert "rollout 0: 1 CPU, 1 GPU on a node with ray.io/accelerator-type B200 fits on no node" in str(caught.value)
-    assert "2 GPU" in str(caught.value)
-    assert "H100" in str(caught.value)
+        asyncio.run(placed(plan(config, {"reward": 1, "rollout": 1}), PlacementConfig(timeout_s=0.5), told.append))
+    said = str(caught.value)
+    assert said.startswith("placement waited 0.5 s (placement.timeout_s): rollout 0: ") and "\n" not in said
+    assert f"fits on no node: {expected}. The cluster has " in said
+    assert f"{ACCELERATOR} H100" in said and "4 CPU, 2 GPU" in said
+
+
+@pytest.mark.cluster
+def test_what_fits_alone_but_not_beside_the_others_is_named(cluster: Cluster) -> None:
+    config = declared(rollout=RoleResources(gpus=1, accelerator=["L4"]))
+    with pytest.raises(PlacementError, match=r"all together do not; without a place: rollout \d\. "):
+        place(plan(config, {"rollout": 2}), 1.0)

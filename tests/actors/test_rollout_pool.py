@@ -38,6 +38,38 @@ def test_the_generator_with_the_fewest_completions_gets_the_next_group(tmp_path:
     asyncio.run(run())
 
 
+def test_unlike_generators_get_groups_by_speed_and_their_shares_are_told(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, balance="speed")
+        slow, fast = cast.first
+
+        async def work(generator: Any, seconds: float) -> None:
+            while True:
+                generator.gates["generate"].clear()
+                await asyncio.sleep(seconds)
+                generator.gates["generate"].set()
+                await asyncio.sleep(0)
+
+        workers = [asyncio.create_task(work(slow, 0.04)), asyncio.create_task(work(fast, 0.01))]
+        turns = asyncio.Semaphore(1)
+
+        async def one(group_id: int) -> None:
+            async with turns:
+                await cast.pool.generate(PROMPT, group_id, 4)
+
+        await asyncio.gather(*(one(group_id) for group_id in range(100)))
+        for worker in workers:
+            worker.cancel()
+        shares = cast.pool.shares()
+        assert shares[1].groups > 2 * shares[0].groups > 0, shares
+        assert shares[0].tokens == 4 * shares[0].groups == 4 * len(slow.groups)
+        assert sum(share.share for share in shares) == pytest.approx(1)
+        first, second = (share.tokens_per_s or 0 for share in shares)
+        assert second > 1.5 * first > 0
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("fault", [ActorDiedError(), EngineBrokenError("a step of the engine failed")])
 def test_without_successors_a_lost_generator_is_left_out(tmp_path: Path, fault: Exception) -> None:
     async def run() -> None:

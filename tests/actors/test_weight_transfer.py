@@ -16,7 +16,7 @@ from actors.learner_worker import WeightHeader
 from actors.weight_transfer import BroadcastWeights, LearnerSender, SenderError
 from medtvt_rl.config import Config
 from medtvt_rl.faults import RoleLostError
-from medtvt_rl.rollout.config import EngineConfig, RolloutConfig
+from medtvt_rl.rollout.config import RolloutConfig
 from medtvt_rl.weights import pack_weights
 
 HEADER = pack_weights(1, [("w", torch.ones(4))]).header()
@@ -88,7 +88,7 @@ def test_engines_receive_beside_the_learner_and_the_group_is_kept(tmp_path: Path
 
 def test_with_two_workers_an_engine_the_next_one_begins_behind_both(tmp_path: Path) -> None:
     async def run() -> None:
-        cast = Cast(tmp_path, 3, engine=EngineConfig(tensor_parallel_size=2))
+        cast = Cast(tmp_path, 3, tensor_parallel=2)
         sender = FakeSender(cast)
         await publish(cast, sender, 1)
         assert [g.joined[0][1] for g in cast.first] == [1, 3, 5] and sender.groups[0].world_size == 7

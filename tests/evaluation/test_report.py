@@ -319,3 +319,19 @@ def test_alarms_that_sounded_are_told() -> None:
     page = render_report(summary={"grpo": {"steps": 3, "alarms": ["step 2: entropy <collapses>"]}})
     assert "Alarms that sounded" in page and "entropy &lt;collapses&gt;" in page
     assert "Alarms" not in render_report(summary={"grpo": {"steps": 3, "alarms": []}})
+
+
+def test_what_each_generator_did_is_told_where_there_are_several() -> None:
+    one = {
+        "index": 0,
+        "node": "L4, spot at 10.0.0.4",
+        "groups": 30,
+        "tokens": 9000,
+        "share": 0.25,
+        "tokens_per_s": 120.4,
+    }
+    other = {**one, "index": 1, "node": "<H100>", "share": 0.75, "tokens_per_s": None}
+    html = render_report(summary={"grpo": {"generators": [one, other]}})
+    parsed(html)
+    assert "L4, spot at 10.0.0.4" in html and "25.0%" in html and "<td>120</td>" in html and "&lt;H100&gt;" in html
+    assert "tokens/s while it worked" not in render_report(summary={"grpo": {"generators": [one]}})

@@ -1,11 +1,14 @@
-"""A run as a submitted job: a local head with token authentication, and the same run folder as `make quickstart`."""
+"""A run as a submitted job, by `ray job submit` and by `medtvt-rl submit`: a local head with token authentication, the
+same run folder as `make quickstart`, a stop that leaves a checkpoint, and a job that goes on from it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,7 +46,6 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TMPDIR": str(session),
         "OMP_NUM_THREADS": "1",
-        "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }
     port, dashboard = free_port(), free_port()
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=5", "--object-store-memory=500000000"]
@@ -69,7 +71,7 @@ def _wait_for_head(environment: dict[str, str], process: subprocess.Popen[bytes]
     """The server that lists jobs is there before the agent that starts them is, so a job is asked for."""
     command = [BIN / "ray", "job", "submit", "--no-wait", "--", "true"]
     for _ in range(60):
-        asked = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        asked = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
         if asked.returncode == 0:
             return
         assert process.poll() is None, log.read_text()
@@ -97,25 +99,55 @@ def test_a_submitted_job_leaves_the_same_run_folder(head: dict[str, str], tmp_pa
     assert summary["grpo"]["steps"] == 3
     assert (run / "report.html").is_file()
     assert (run / "model" / "config.json").is_file()
-    _stop_a_job(head, tmp_path / "runs")
+    _refused_at_once(head, tmp_path)
+    _stopped_and_submitted_again(head, tmp_path / "runs")
 
 
-def _stop_a_job(head: dict[str, str], root: Path) -> None:
-    """`ray job stop` in the middle of GRPO leaves the checkpoint of its last step."""
-    entry = ["python", "-m", "pipelines.grpo", "-c", "configs/quickstart.yaml", f"run.root={root}", *SMALL]
-    entry += ["run.name=stopped", "run.stages=[grpo]", f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"]
-    entry += ["grpo.steps=500", "grpo.checkpoint_every=1000", "grpo.held_out.every_steps=0"]
-    submit = ("submit", "--no-wait", "--submission-id", "stopped", "--working-dir", ".")
-    _ray_job(head, *submit, "--", *entry)
-    run, deadline = root / "stopped", time.monotonic() + 200
+def _refused_at_once(head: dict[str, str], folder: Path) -> None:
+    """A token that is not the cluster's, and a job that cannot run: one line each, and the exit code says it."""
+    wrong = folder / "wrong_token"
+    wrong.write_text(secrets.token_hex(32))
+    done = _submit(head, ["--token-file", str(wrong), "run.name=never"]).communicate(timeout=120)[0]
+    assert "the token is not the cluster's" in done, done
+    no_model = ["run.name=none", f"run.root={folder / 'elsewhere'}", "run.stages=[grpo]", "model.init=no/such/model"]
+    process = _submit(head, no_model)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode in (1, 2) and f"ended with exit code {process.returncode}" in said, said
+
+
+def _stopped_and_submitted_again(head: dict[str, str], root: Path) -> None:
+    """Ctrl-C leaves the job alone and says how to stop it; `ray job stop` in the middle of GRPO leaves a checkpoint of
+    its last step, and the same job, submitted again, goes on from it and ends well."""
+    settings = ["run.name=stopped", f"run.root={root}", *SMALL[1:], "run.stages=[grpo]", "grpo.steps=500"]
+    settings += [f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"]
+    settings += ["grpo.checkpoint_every=1000", "grpo.held_out.every_steps=0"]
+    follower = _submit(head, settings)
+    run, deadline = root / "stopped", time.monotonic() + 400
     while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count('"grpo"') < 2:
-        assert time.monotonic() < deadline, _ray_job(head, "logs", "stopped")[-3000:]
+        assert time.monotonic() < deadline and follower.poll() is None, follower.communicate(timeout=60)[0][-3000:]
         time.sleep(0.1)
-    _ray_job(head, "stop", "stopped")
+    follower.send_signal(signal.SIGINT)
+    said = follower.communicate(timeout=60)[0]
+    job = re.search(r"goes on; to stop it: ray job stop --address \S+ (\S+)", said)
+    assert job is not None and follower.returncode == 130, said
+    _ray_job(head, "stop", job[1])
     steps = len((run / "journal" / "steps.jsonl").read_text().splitlines())
-    assert f"SIGTERM: the newest checkpoint is that of step {steps}." in _ray_job(head, "logs", "stopped")
+    assert f"SIGTERM: the newest checkpoint is that of step {steps}." in _ray_job(head, "logs", job[1])
     found = CheckpointStore(str(run / "checkpoints")).newest(print)
     assert found is not None and found.version == steps
+    again = _submit(head, [*settings, f"grpo.steps={steps + 2}"])
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0 and " succeeded" in said, said[-3000:]
+    assert json.loads((run / "summary.json").read_text())["grpo"]["steps"] == steps + 2
+
+
+def _submit(head: dict[str, str], arguments: list[str]) -> subprocess.Popen[str]:
+    """`medtvt-rl submit`, following."""
+    command = [sys.executable, "-m", "pipelines.cli", "submit", "-c", "configs/quickstart.yaml", *arguments]
+    environment = {**head, "RAY_API_SERVER_ADDRESS": head["RAY_ADDRESS"]}
+    return subprocess.Popen(
+        command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def _ray_job(head: dict[str, str], *arguments: str) -> str:

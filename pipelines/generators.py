@@ -1,0 +1,77 @@
+"""What a run's generators did of the whole, and those that come and go beside the loop.
+
+Owns: the words and the summary of shares, the task that adds and removes generators. Does not own: when that is
+(actors/elastic.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+from actors.elastic import Elastic
+from actors.placement import Placement
+from actors.rollout_pool import RolloutPool
+from medtvt_rl.config import Config
+from medtvt_rl.rollout.balance import Share
+from pipelines.stopping import cancelled
+
+LINES = 16
+
+
+class Listening(Protocol):
+    """Who can tell a step's metrics."""
+
+    listener: Callable[[Mapping[str, float]], None]
+
+
+@asynccontextmanager
+async def elastic(
+    config: Config, rollouts: RolloutPool, placement: Placement, steps: Listening, tell: Callable[[str], None]
+) -> AsyncIterator[None]:
+    """Within it generators come and go, where `rollout.min` and `rollout.max` leave room for it."""
+    if not Elastic.is_wanted(config):
+        yield
+        return
+    keeper = Elastic(config, rollouts, placement, tell)
+    steps.listener = keeper.observe
+    task = asyncio.create_task(keeper.run(), name="elastic")
+    task.add_done_callback(lambda done: _tell_end(done, tell))
+    try:
+        yield
+    finally:
+        await cancelled([task])
+
+
+def _tell_end(task: asyncio.Task[None], tell: Callable[[str], None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        tell(f"no more generators come or go: {type(error).__name__}: {error}")
+
+
+def generators_summary(shares: Sequence[Share], kinds: Mapping[int, str]) -> list[dict[str, Any]]:
+    """For the summary: of each generator its number, node, groups, tokens, share of all tokens and tokens a second."""
+    return [
+        {
+            "index": one.index,
+            "node": kinds.get(one.index, "has left"),
+            "groups": one.groups,
+            "tokens": one.tokens,
+            "share": one.share,
+            "tokens_per_s": one.tokens_per_s,
+        }
+        for one in shares
+    ]
+
+
+def generators_lines(generators: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line each for the reader, where there are several."""
+    if len(generators) < 2:
+        return []
+    lines = [
+        f"rollout {one['index']} ({one['node']}): {one['share']:.0%} of the tokens, "
+        + ("not measured" if one["tokens_per_s"] is None else f"{one['tokens_per_s']:.0f} tokens/s while it worked")
+        for one in generators[:LINES]
+    ]
+    return lines + ([f"and {len(generators) - LINES} more, see summary.json"] if len(generators) > LINES else [])

@@ -1,0 +1,232 @@
+"""Generators that come and go: limits, who goes, what a node that does not come costs; and the pool's side of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_generators import CHECKSUM, PROMPT, Cast
+
+from actors import elastic
+from actors.bundles import Bundle
+from actors.elastic import Elastic, Signals
+from medtvt_rl.config import Config
+from medtvt_rl.rollout.balance import Share
+from medtvt_rl.rollout.pending import EngineBrokenError
+
+
+class Nodes:
+    """Seats on so many nodes that have room for one generator each; those beyond it wait for a node."""
+
+    def __init__(self, taken: int, room: int) -> None:
+        self.taken, self.room = list(range(taken)), room
+
+    def add(self, bundle: Bundle) -> None:
+        self.taken.append(bundle.index)
+
+    def remove(self, role: str, index: int) -> None:
+        self.taken.remove(index)
+
+    def has_node(self, role: str, index: int) -> bool:
+        return self.taken.index(index) < self.room
+
+    def has_room(self, bundle: Bundle) -> bool:
+        return len(self.taken) < self.room
+
+    def indices(self, role: str) -> list[int]:
+        return list(self.taken)
+
+
+class Pool:
+    """Generators that serve at once, unless they are `broken`."""
+
+    def __init__(self, serving: int) -> None:
+        self.serving = list(range(serving))
+        self.broken = False
+
+    async def add(self, index: int) -> bool:
+        if not self.broken:
+            self.serving.append(index)
+        return not self.broken
+
+    async def remove(self, index: int) -> None:
+        self.serving.remove(index)
+
+    def shares(self) -> list[Share]:
+        return [Share(index=i, tokens=1, groups=1, share=0.1, tokens_per_s=10.0 * (i != 1)) for i in self.serving]
+
+
+STEP = {"seconds/step": 4.0, "seconds/wait_groups": 1.0, "seconds/conclude": 0.5, "seconds/rollout_idle": 0.25}
+WISHES: list[int] = []
+SEEN: list[Signals] = []
+
+
+class Wishes:
+    """A policy that says what the test wrote down."""
+
+    def __init__(self, config: Config) -> None: ...
+
+    def decide(self, now: float, signals: Signals) -> int:
+        SEEN.append(signals)
+        return WISHES.pop(0) if WISHES else 0
+
+
+def configured(**rollout: Any) -> Config:
+    config = Config()
+    config.rollout.scaling_interval_s = 0.002
+    for name, value in rollout.items():
+        setattr(config.rollout, name, value)
+    return config
+
+
+async def until(condition: Callable[[], bool], what: Any = "") -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError(what)
+
+
+def played(
+    config: Config, pool: Pool, nodes: Nodes, play: Callable[[Elastic, list[str]], Any], poll_s: float = 0.002
+) -> list[str]:
+    """Runs `play` beside an Elastic; what that reported."""
+    told: list[str] = []
+
+    async def run() -> None:
+        keeper = Elastic(config, pool, nodes, told.append)
+        task = asyncio.create_task(keeper.run())
+        await play(keeper, told)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elastic, "NODE_POLL_S", poll_s)
+        asyncio.run(run())
+    return told
+
+
+def test_a_generator_is_added_wherever_a_node_has_room_up_to_the_limit() -> None:
+    pool, nodes = Pool(1), Nodes(taken=1, room=1)
+
+    async def play(keeper: Elastic, told: list[str]) -> None:
+        await asyncio.sleep(0.05)
+        assert pool.serving == [0], "no node has room"
+        nodes.room = 9
+        await until(lambda: pool.serving == [0, 1, 2], pool.serving)
+        await asyncio.sleep(0.05)
+        assert pool.serving == [0, 1, 2] == nodes.taken
+
+    played(configured(max=3), pool, nodes, play)
+
+
+def test_those_asked_for_at_the_start_come_when_they_have_nodes() -> None:
+    pool, nodes = Pool(1), Nodes(taken=1, room=1)
+    config = configured(min=1, num_generators=3, max=3, scaling=f"{__name__}:Wishes")
+
+    async def play(keeper: Elastic, told: list[str]) -> None:
+        await until(lambda: nodes.taken == [0, 1, 2], "the bundles are what an autoscaler sees")
+        nodes.room = 3
+        await until(lambda: sorted(pool.serving) == [0, 1, 2])
+
+    played(config, pool, nodes, play)
+
+
+def test_a_policy_is_obeyed_within_the_limits_and_the_slowest_goes() -> None:
+    pool, nodes = Pool(3), Nodes(taken=3, room=9)
+    config = configured(min=2, num_generators=3, max=4, scaling=f"{__name__}:Wishes")
+    SEEN.clear()
+
+    async def play(keeper: Elastic, told: list[str]) -> None:
+        async def step(wish: int) -> None:
+            WISHES[:] = [wish]
+            keeper.observe(STEP)
+            await asyncio.sleep(0.05)
+
+        await step(1)
+        await until(lambda: pool.serving == [0, 1, 2, 3])
+        await step(1)
+        assert pool.serving == [0, 1, 2, 3], "not beyond rollout.max"
+        await step(-1)
+        await until(lambda: pool.serving == [0, 2, 3] and nodes.taken == [0, 2, 3], "the slowest goes")
+        await step(0)
+        assert pool.serving == [0, 2, 3]
+        await step(1)
+        await until(lambda: pool.serving == [0, 2, 3, 1], "its number is free again")
+        for _ in range(5):
+            await step(-1)
+        assert len(pool.serving) == 2 == len(nodes.taken), "not below rollout.min"
+
+    played(config, pool, nodes, play)
+    assert SEEN[0] == Signals(seconds=4.0, learner_waited_s=1.5, generator_idle_s=0.25, generators=3, starting=0)
+
+
+def test_a_node_that_does_not_come_and_a_generator_that_does_not_serve_cost_nothing_but_a_line() -> None:
+    pool, nodes = Pool(1), Nodes(taken=1, room=1)
+    config = configured(max=2, scaling=f"{__name__}:Wishes")
+    config.placement.timeout_s = 0.05
+
+    async def play(keeper: Elastic, told: list[str]) -> None:
+        WISHES[:] = [1]
+        keeper.observe(STEP)
+        await until(lambda: bool(told))
+        assert "no node took one more generator within 0.05 s (placement.timeout_s): rollout 1: 1 CPU" in told[0]
+        await until(lambda: nodes.taken == [0], "its bundle is given back")
+        nodes.room, WISHES[:] = 9, [1, 1, 1]
+        keeper.observe(STEP)
+        await asyncio.sleep(0.05)
+        assert pool.serving == [0], "it is not tried again at once"
+        keeper._not_before, pool.broken = 0.0, True
+        keeper.observe(STEP)
+        await until(lambda: keeper._not_before > 0 and nodes.taken == [0])
+        keeper._not_before, pool.broken = 0.0, False
+        keeper.observe(STEP)
+        await until(lambda: pool.serving == [0, 1])
+
+    played(config, pool, nodes, play)
+
+
+def test_what_is_no_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rollout\.scaling: .* makes no policy"):
+        Elastic(configured(scaling="builtins:str"), Pool(1), Nodes(1, 1), print)
+    with pytest.raises(ValueError, match=r"rollout\.scaling: no module"):
+        Elastic(configured(scaling="no.such:Policy"), Pool(1), Nodes(1, 1), print)
+
+
+def test_one_that_joins_holds_the_newest_weights_and_one_that_leaves_ends_what_it_had(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        cast.successors[2] = []
+        await cast.pool.update_weights("weights", 3, CHECKSUM)  # type: ignore[arg-type]
+        assert await cast.pool.add(2) and cast.pool.serving == [0, 1, 2]
+        (new,) = cast.successors[2]
+        assert new.versions == [3] and "rollout 2 joins, from version 3 on; 3 serve" in cast.told
+        new.gates["generate"].clear()
+        groups = [asyncio.create_task(cast.pool.generate(PROMPT, group_id, 4)) for group_id in range(3)]
+        await cast.settle()
+        leaving = asyncio.create_task(cast.pool.remove(2))
+        await cast.settle()
+        assert cast.pool.serving == [0, 1] and not new.dead.is_set(), "it has a group left to make"
+        new.gates["generate"].set()
+        payloads = {payload for _, payload in await asyncio.gather(*groups)}
+        await leaving
+        assert payloads == {"0..4 of g0", "0..4 of g1", "0..4 of g2.1"} and new.dead.is_set()
+        await cast.pool.generate(PROMPT, 9, 4)
+        assert 9 not in new.groups
+
+    asyncio.run(run())
+
+
+def test_one_that_does_not_start_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1)
+        cast.successors[1] = []
+        cast.prepare = lambda generator: generator.faults.update(start=EngineBrokenError("no GPU"))
+        assert not await cast.pool.add(1) and cast.pool.serving == [0]
+        assert "rollout 1 does not join: EngineBrokenError: no GPU" in cast.told[-1]
+        assert cast.successors[1][0].dead.is_set()
+
+    asyncio.run(run())
