@@ -186,8 +186,7 @@ def print_table(summary: Mapping[str, Any], stream: IO[str] | None = None) -> No
         left_out = [answers_dropped(summary, policy) for policy in policies]
         if any(number is not None for number in left_out):
             shown.add_row("as published: answers left out", *("-" if n is None else str(n) for n in left_out))
-    names = metric_names(*metrics)
-    _add_rows(shown, metrics, {name: metric_label(summary, name) for name in names})
+    _add_rows(shown, metrics, {name: metric_label(summary, name) for name in metric_names(*metrics)})
     diseases = [per_disease(summary, policy) for policy in policies]
     _add_rows(shown, diseases, {name: f"F1, {name}" for found in diseases for name in found})
     console.print(shown)

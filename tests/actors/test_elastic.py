@@ -15,6 +15,7 @@ from actors.bundles import Bundle
 from actors.elastic import Elastic, Signals
 from medtvt_rl.config import Config
 from medtvt_rl.rollout.balance import Share
+from medtvt_rl.rollout.config import ElasticConfig
 from medtvt_rl.rollout.pending import EngineBrokenError
 
 
@@ -162,6 +163,24 @@ def test_a_policy_is_obeyed_within_the_limits_and_the_slowest_goes() -> None:
 
     played(config, pool, nodes, play)
     assert SEEN[0] == Signals(seconds=4.0, learner_waited_s=1.5, generator_idle_s=0.25, generators=3, starting=0)
+
+
+def test_by_need_one_comes_while_the_learner_waits_and_goes_while_generators_are_idle() -> None:
+    pool, nodes = Pool(2), Nodes(taken=2, room=9)
+    config = configured(min=1, num_generators=2, max=3, scaling="need")
+    config.rollout.elastic = ElasticConfig(window_s=1.0, min_steps=1, cooldown_s=0.0)
+    idle = {"seconds/step": 4.0, "seconds/wait_groups": 0.0, "seconds/rollout_idle": 3.0}
+
+    async def play(keeper: Elastic, told: list[str]) -> None:
+        for step, expected in ((STEP, [0, 1, 2]), (idle, [0, 2]), (idle, [0])):
+            while sorted(pool.serving) != expected:
+                keeper.observe(step)
+                await asyncio.sleep(0.02)
+        keeper.observe(idle)
+        await asyncio.sleep(0.05)
+        assert pool.serving == [0], "not below rollout.min"
+
+    played(config, pool, nodes, play)
 
 
 def test_a_node_that_does_not_come_and_a_generator_that_does_not_serve_cost_nothing_but_a_line() -> None:
