@@ -4,7 +4,7 @@
     update ------+--> command queue --+---- load, drop caches, version v+1
     close  ------+                    (one thread owns vLLM and does nothing but this loop)
 
-Owns: the loop, groups in flight, versions of tokens, faults. Does not own: vllm_core.py, the transport of weights. No Ray.
+Owns: the loop, groups in flight, versions of tokens, faults. Not: vLLM's objects (vllm_core.py), transport of weights.
 """
 
 from __future__ import annotations
