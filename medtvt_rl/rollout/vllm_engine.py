@@ -4,8 +4,7 @@
     update ------+--> command queue --+---- load, drop caches, version v+1
     close  ------+                    (one thread owns vLLM and does nothing but this loop)
 
-Owns: the loop, groups in flight, which version made which token, the state after a fault. Does not own: vLLM's objects
-(vllm_core.py), the transport of weights, rewards. There is no Ray here.
+Owns: the loop, groups in flight, versions of tokens, faults. Not: vLLM's objects (vllm_core.py), transport of weights.
 """
 
 from __future__ import annotations
