@@ -25,6 +25,7 @@ from medtvt_rl.network import loopback_environment
 
 logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 10.0
+START_ATTEMPTS = 3
 AUTH_MODE, TOKEN_SOURCES = "RAY_AUTH_MODE", ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -48,19 +49,32 @@ def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         close_local_ray()
-        ray.init(
-            address="local",  # never a cluster that happens to run on this machine
-            num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
-            include_dashboard=False,
-            object_store_memory=config.cluster.object_store_bytes,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        _start_local(config, num_cpus)
     _quiet_raylet()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_local(config: Config, num_cpus: float) -> None:
+    """Starts a Ray of this process alone. Ray gives its own processes 30 s, too little on a machine that is very busy."""
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",  # never a cluster that happens to run on this machine
+                num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
+                include_dashboard=False,
+                object_store_memory=config.cluster.object_store_bytes,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:  # Ray raises a bare one
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS:
+                raise
+            logger.warning("Ray did not start in time (attempt %d of %d): %s", attempt, START_ATTEMPTS, error)
 
 
 def _quiet_raylet() -> None:
