@@ -58,7 +58,7 @@ def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
 
 
 def _start_local(config: Config, num_cpus: float) -> None:
-    """Starts a Ray of this process alone. Ray gives its own processes 30 s, too little on a machine that is very busy."""
+    """Starts a Ray of this process alone, again where it did not come within its own 30 s, on a busy machine."""
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -161,7 +161,7 @@ class StageRank:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         if self._task.stage == "pretrain" or self._task.settings.modality_dropout > 0:
-            engine.policy.config.untrained_stand_ins = False
+            cast(Any, engine.policy).config.untrained_stand_ins = False
         save_policy(engine, folder)
         if engine.rank == 0:
             self._tokenizer.save_pretrained(folder)

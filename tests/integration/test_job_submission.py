@@ -52,6 +52,8 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     ports = [
         f"--port={port}",
         f"--dashboard-port={dashboard}",
+        # Another Ray on this machine may have the usual one, and a head whose agent lacks its port takes no job.
+        f"--dashboard-agent-listen-port={free_port()}",
         "--include-dashboard=true",
         "--dashboard-host=127.0.0.1",
     ]
