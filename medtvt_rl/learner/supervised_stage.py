@@ -30,7 +30,7 @@ from medtvt_rl.learner.validation import HeldOutLoss, SampledRewards
 from medtvt_rl.model.policy import load_policy
 from medtvt_rl.model.seal import seal
 from medtvt_rl.model.tower import set_encoders_trainable
-from medtvt_rl.user_code import task_prompts
+from medtvt_rl.user_code import task_items, task_prompts
 
 ADAM_BETAS = (0.9, 0.98)
 
@@ -73,8 +73,7 @@ class StageRank:
     def __init__(self, task: StageTask, device: torch.device, observer: StageObserver) -> None:
         self._task, self._config, self._device, self._observer = task, task.config, device, observer
         self._tokenizer: Any = AutoTokenizer.from_pretrained(task.start_folder)
-        items = self._config.task.items
-        self._items: Any = resolve(items, "task.items")(self._config) if items else None
+        self._items: Any = task_items(self._config)
 
     def run(self) -> dict[str, Any]:
         """Trains and saves; returns what the run's summary says of it, equal on all ranks."""

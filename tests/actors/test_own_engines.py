@@ -89,7 +89,7 @@ def test_a_learner_trains_on_the_trainer_that_is_named(tmp_path: Path, monkeypat
     config = Config()
     config.learner.make_engine, config.task.items = f"{__name__}:own_trainer", None
     config.learner.gradient_clipping = 0.25
-    learner = _build_learner(config, str(tmp_path), torch.device("cpu"))
+    learner = _build_learner(config, str(tmp_path), torch.device("cpu"), lambda phase: None)
     engine: Any = learner.engine
     assert isinstance(engine, PlainEngine) and engine._clipping == 0.25
     completion = SimpleNamespace(token_ids=np.array([3, 4], np.int32))
@@ -117,7 +117,7 @@ prepared = Prepared()
 
 def test_a_spare_does_ahead_what_the_maker_of_engines_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout_generator, "redirect_output", lambda path: path)
-    monkeypatch.setattr(rollout_generator, "has_room", lambda: False)
+    monkeypatch.setattr(rollout_generator, "has_room", lambda *_: False)
     config = Config()
     config.rollout.make_engine, config.task.items = f"{__name__}:prepared", None
     kind: Any = RolloutGenerator

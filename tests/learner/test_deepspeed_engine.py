@@ -12,7 +12,8 @@ from deepspeed_rank import LEARNING_RATE, NUM_SEQUENCES, VERSION, config, denomi
 from tiny_policy import PlainEngine, TinyItems, TinyPolicy, make_sequences
 from two_ranks import run_two_ranks
 
-from medtvt_rl.learner.engine import EngineSettings, parameter_groups
+from medtvt_rl.learner.deepspeed_engine import parameter_groups
+from medtvt_rl.learner.engine import EngineSettings
 from medtvt_rl.learner.grpo_learner import GrpoLearner
 from medtvt_rl.learner.training_state import rank_file
 

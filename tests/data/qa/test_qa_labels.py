@@ -145,7 +145,7 @@ def test_a_missing_column_is_named(data_root: Path, table: str, column: str) -> 
     header, rest = path.read_text().split("\n", 1)
     path.write_text(",".join(name if name != column else "renamed" for name in header.split(",")) + "\n" + rest)
     with pytest.raises(
-        DataError, match=rf"{path.name}: column {column} missing among the \\d+ of its first line"
+        DataError, match=rf"{path.name}: column {column} missing among the \d+ of its first line"
     ) as caught:
         labels_of(data_root)
     assert "\n" not in str(caught.value)
