@@ -31,7 +31,7 @@ from actors.supervision import Incidents
 from medtvt_rl.config import Config, RunConfig
 from medtvt_rl.roles import ACCELERATOR, RoleResources
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.hosts]
 HEAD_ID = "f" * 51 + "00000"
 CLUSTER: dict[str, Any] = {
     "cluster_name": "made-up",
