@@ -137,10 +137,6 @@ class Roster:
 
     # Who serves.
 
-    def by_load(self) -> list[Member]:
-        """The members, those with the least to do first."""
-        return sorted(self.serving.values(), key=_by_load)
-
     async def wait_for_one(self, purpose: str) -> None:
         """Returns when an actor serves: at once, or when a successor does.
 
@@ -391,7 +387,3 @@ class Roster:
         where = await within(handle.ready.remote(), timeout_s, f"{self.role} {index} to start again", setting)
         self.serving[index] = Member(index=index, handle=handle, where=where)
         return ""
-
-
-def _by_load(member: Member) -> tuple[int, int]:
-    return member.load, member.index
