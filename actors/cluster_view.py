@@ -6,12 +6,14 @@ Owns: words and drawing. Does not own: reserving anything (placement.py), or a c
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray._private.state import state as cluster_state
 
 from actors.bundles import Bundle
 from actors.cluster_file import matches
@@ -24,13 +26,14 @@ NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeView:
-    """A node that is alive; `total` and `free` are amounts by name, of CPU and GPU."""
+    """A node that is alive; `total` and `free` are amounts by name, of CPU and GPU. One that `leaves` takes nobody."""
 
     node_id: str
     address: str
     labels: Mapping[str, str]
     total: Mapping[str, float]
     free: Mapping[str, float]
+    leaves: bool = False
 
     @property
     def kind(self) -> str:
@@ -44,7 +47,7 @@ class NodeView:
 
     def has_room(self, bundle: Bundle) -> bool:
         """Whether one more actor fits on it now."""
-        return self._fits(bundle, self.free)
+        return not self.leaves and self._fits(bundle, self.free)
 
     def _fits(self, bundle: Bundle, amounts: Mapping[str, float]) -> bool:
         enough = all(bundle.resources.get(name, 0) <= amounts[name] for name in AMOUNTS)
@@ -63,7 +66,7 @@ class NodeView:
 
 def nodes_now() -> list[NodeView]:
     """Asks the cluster; the free amounts may be a second old."""
-    free = available_resources_per_node()
+    free, leaving = available_resources_per_node(), draining()
     found = []
     for node in ray.nodes():
         if node["Alive"]:
@@ -76,9 +79,16 @@ def nodes_now() -> list[NodeView]:
                     labels=node.get("Labels", {}),
                     total={name: resources.get(name, 0.0) for name in AMOUNTS},
                     free={name: left.get(name, 0.0) for name in AMOUNTS},
+                    leaves=node_id in leaving,
                 )
             )
     return found
+
+
+def draining() -> dict[str, float]:
+    """Nodes that will be taken away: seconds left by node id, infinite where nobody said. Asks the cluster."""
+    now = time.time()
+    return {node: at / 1000 - now if at else float("inf") for node, at in cluster_state.get_draining_nodes().items()}
 
 
 def amounts(of: Mapping[str, float]) -> str:

@@ -28,7 +28,7 @@ from medtvt_rl.rollout.elastic import ElasticPolicy, Signals
 
 logger = logging.getLogger(__name__)
 NODE_POLL_S = 1.0
-RETRY_S = 60.0
+RETRY_S = 20.0
 """After one that did not come, or did not serve, no other is asked for for so long."""
 ROOM, NEED = "room", "need"
 
@@ -184,8 +184,9 @@ class Elastic:
 
     async def _go(self, index: int) -> None:
         try:
-            await self._generators.remove(index)
-            await asyncio.to_thread(self._seats.remove, "rollout", index)
+            if index in self._generators.serving:  # else it was lost, or its node leaves
+                await self._generators.remove(index)
+                await asyncio.to_thread(self._seats.remove, "rollout", index)
         finally:
             self._leaving.pop(index, None)
 

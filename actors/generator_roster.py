@@ -6,8 +6,6 @@ and successors (roster.py), when one comes or goes (elastic.py), what is asked o
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +15,13 @@ from ray.exceptions import RayError
 
 from actors.deadline import DeadlineError, within
 from actors.failure import cause_of
-from actors.roster import Bundles, Member, MemberLostError, Roster
+from actors.member import Bundles, Member
+from actors.roster import Roster
 from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.weights import WeightBufferError
-
-RETIRE_POLL_S = 0.1
 
 
 class WeightSyncError(RuntimeError):
@@ -114,11 +111,4 @@ class GeneratorRoster(Roster):
 
     async def retire(self, index: int, timeout_s: float) -> None:
         """Takes an actor out: it is asked nothing new, and ends when it has done what it has, or after so long."""
-        member = self.serving.pop(index)
-        self._lost[index] = MemberLostError(f"{self.role} {index} has left")
-        self._incidents.report(f"{self.role} {index} leaves; {len(self.serving)} serve")
-        self.changed()
-        until = time.monotonic() + timeout_s
-        while member.groups > 0 and time.monotonic() < until:
-            await asyncio.sleep(RETIRE_POLL_S)
-        self._kill(member.handle)
+        await self._end_when_done(self._take_out(index, "leaves"), timeout_s)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 import httpx
 import ray
@@ -154,16 +156,20 @@ class Follower:
         Raises:
             RuntimeError: the job server does not answer any more.
         """
-        while True:
-            info = self._ask()
-            self._tell_wait(info)
-            try:
-                asyncio.run(self._print())
-            except _broken() as error:
-                print(f"connection to the log of job {self._job} lost ({type(error).__name__})", flush=True)
-            if info.status.is_terminal():  # and so it was when all that it said was printed
-                return self._code(info)
-            time.sleep(POLL_S)
+        before = signal.signal(signal.SIGINT, _interrupt)
+        try:
+            while True:
+                info = self._ask()
+                self._tell_wait(info)
+                try:
+                    asyncio.run(self._print())
+                except _broken() as error:
+                    print(f"connection to the log of job {self._job} lost ({type(error).__name__})", flush=True)
+                if info.status.is_terminal():  # and so it was when all that it said was printed
+                    return self._code(info)
+                time.sleep(POLL_S)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _tell_wait(self, info: JobDetails) -> None:
         """A job that does not start is told of, now and then."""
@@ -201,6 +207,11 @@ class Follower:
                         f"the job server has not answered for {END_TIMEOUT_S:g} s; job {self._job} may go on without it"
                     ) from error
                 time.sleep(POLL_S)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Ctrl-C at once: asyncio's handler cancels what is under way, which the client may take for a lost connection."""
+    raise KeyboardInterrupt
 
 
 def _broken() -> tuple[type[Exception], ...]:

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from actors.failure import log_tail
 from actors.learner_gang import GroupWithAdvantages, LearnerError, LearnerGang
 from actors.learner_worker import RankHealth
-from actors.roster import PLACE_POLL_S, Bundles
+from actors.member import Bundles
+from actors.roster import PLACE_POLL_S
 from actors.spares import Spares
 from actors.supervision import Incidents, Restarts
 from actors.weight_transfer import BroadcastWeights

@@ -105,6 +105,8 @@ class Placement:
 
     The learners share one placement group: they come and go together. Every other actor has one of its own, which Ray
     moves to another node when its node dies, as soon as one has room.
+
+    Bundles come and go while other threads look at it.
     """
 
     def __init__(self, parties: Sequence[Party], fallback_after_s: float) -> None:
@@ -164,9 +166,19 @@ class Placement:
         party, _ = self._seats.pop((role, index))
         party.release()
 
+    def renew(self, role: str, index: int) -> None:
+        """Gives a bundle that is nobody else's back and reserves it anew, which may be elsewhere."""
+        party, position = self._seats[role, index]
+        self.add(party.wanted[position])
+        party.release()
+
+    def seats_on(self, node_id: str) -> list[tuple[str, int]]:
+        """Role and index of the bundles on a node. Asks the cluster."""
+        return [seat for seat in list(self._seats) if self.node_of(*seat) == node_id]
+
     def indices(self, role: str) -> list[int]:
         """Of the bundles of a role, those without a node included."""
-        return [index for one, index in self._seats if one == role]
+        return [index for one, index in list(self._seats) if one == role]
 
     def kinds(self, role: str) -> dict[int, str]:
         """What kind of node each bundle of a role sits on, and where, in words. Asks the cluster."""
@@ -176,13 +188,16 @@ class Placement:
 
     def node_of(self, role: str, index: int) -> str | None:
         """Id of the node of a bundle, None where it has none. Asks the cluster."""
-        party, position = self._seats[role, index]
+        seat = self._seats.get((role, index))
+        if seat is None:  # it was given back meanwhile
+            return None
+        party, position = seat
         found: str | None = placement_group_table(party.group)["bundles_to_node_id"].get(position)
         return found or None
 
     def drawing(self) -> str:
         """Who sits where. Asks the cluster."""
-        seats = [(node, self.bundle(*seat)) for seat in self._seats if (node := self.node_of(*seat)) is not None]
+        seats = [(node, self.bundle(*seat)) for seat in list(self._seats) if (node := self.node_of(*seat)) is not None]
         return draw(seats, nodes_now())
 
     def release(self) -> None:

@@ -26,9 +26,9 @@ from actors.deadline import within
 from actors.failure import ActorError, cause_of, with_log
 from actors.generator_roster import GeneratorRoster
 from actors.keeping import Keep, as_it_is, keep_here
+from actors.member import Bundles, Member, MemberLostError
 from actors.placement import Placement
 from actors.rollout_generator import RolloutGenerator
-from actors.roster import Bundles, Member, MemberLostError
 from actors.spares import Spares
 from actors.supervision import Incidents
 from actors.timeline import Timeline
@@ -82,6 +82,7 @@ class RolloutPool:
         keep: Keep = as_it_is,
     ) -> None:
         self._config, self._spares, self._keep = config.rollout, spares, keep
+        self._max_attempts = config.supervision.max_attempts
         on_policy = config.grpo.max_staleness == 0
         by_speed = config.rollout.balance == "speed" or (config.rollout.balance == "auto" and not on_policy)
         self._balance = Balance(by_speed)
@@ -158,6 +159,12 @@ class RolloutPool:
         if self._spares is not None:
             self._spares.drop(index)
         await self._roster.retire(index, self._config.generate_timeout_s)
+
+    def move(self, index: int, why: str, timeout_s: float, anew: Callable[[], None]) -> None:
+        """Takes a generator off its node and starts it elsewhere, see Roster.move; its spare would go with the node."""
+        if self._spares is not None:
+            self._spares.drop(index)
+        self._roster.move(index, why, timeout_s, anew)
 
     @property
     def num_left(self) -> int:
@@ -305,13 +312,13 @@ class RolloutPool:
         setting: str,
         mark: Callable[[Member, Any], Any] = lambda member, answer: answer,
     ) -> list[Any]:
-        """Answers of the generators that serve, one at least; asked again, once, where all are lost at it."""
+        """Answers of the generators that serve, one at least; asked as often as a group is where all are lost at it."""
 
         async def ask(member: Member) -> Any:
             return mark(member, await self._roster.ask(member, call(member.handle), what, timeout_s, setting))
 
         lost: list[Exception] = []
-        for _ in range(2):
+        for _ in range(self._max_attempts):
             await self._roster.wait_for_one(what)
             answers = await self._roster.everywhere(ask)
             found = [answer for answer in answers if not isinstance(answer, MemberLostError)]

@@ -1,12 +1,12 @@
 """Which actors of a role serve, and the successor of one that is lost.
 
-    serving --- died, fell silent, gives wrong results ---> killed
+    serving --- died, fell silent, gives wrong results ---> killed <--- has done what it had --- its node leaves
        ^                                                      | at most supervision.max_restarts times
        |                                                      v within supervision.restart_window_s
        +--- brought up --- started in its own bundle, once that has a node; else given up
 
-Owns: the actors by index, losses and successors, who is asked about a group that failed. Does not own: what they are
-asked (rollout_pool.py, scoring_pools.py), or where they run (placement.py).
+Owns: the actors by index, losses and successors, who is asked about a group that failed. Does not own: the records
+(member.py), what the actors are asked (rollout_pool.py, scoring_pools.py), or where they run (placement.py).
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from actors.deadline import DeadlineError, OvertakenError, before, within
 from actors.failure import ActorError, cause_of, log_tail, with_log
-from actors.process import Whereabouts
+from actors.member import Bundles, Loss, Member, MemberLostError, SickError
 from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
 from actors.turns import Turns
@@ -31,62 +30,9 @@ from medtvt_rl.faults import Incident, Outcome, RoleLostError
 
 T = TypeVar("T")
 PLACE_POLL_S = 1.0
+EMPTY_POLL_S = 0.1
 SICK_GROUPS = 2
 """So many groups in a row without finite values, and an actor is held to be sick, whatever others make of them."""
-
-
-class MemberLostError(ActorError):
-    """An actor is gone: it died, fell silent, or gave wrong results."""
-
-
-class SickError(RuntimeError):
-    """An actor answers, but not with finite values."""
-
-
-class Bundles(Protocol):
-    """Where actors may run."""
-
-    def has_node(self, role: str, index: int) -> bool:
-        """Whether the bundle of an actor has a place."""
-
-    def wanting(self, role: str, index: int) -> str:
-        """What it waits for where it has none."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Member:
-    """An actor that serves; its successor is another member of the same index.
-
-    Attributes:
-        load: what it has to do, in the pool's measure; groups: the groups of it.
-        answered_at: when it last answered anything, on the monotonic clock.
-        sick: groups in a row that it gave values for that are not finite.
-        gone: set when it is lost; what it was asked for may else never end, where its node is cut off.
-    """
-
-    index: int
-    handle: Any
-    where: Whereabouts | None = None
-    load: int = 0
-    groups: int = 0
-    answered_at: float = field(default_factory=time.monotonic)
-    sick: int = 0
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def node(self) -> str:
-        """Address of its machine, where that is known."""
-        return self.where.node if self.where is not None else ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Loss:
-    """A member or a successor that was lost, and not yet replaced."""
-
-    cause: str
-    node: str
-    groups: int
-    at: float = field(default_factory=time.monotonic)
 
 
 class Roster:
@@ -127,7 +73,7 @@ class Roster:
         self._incidents, self._renew, self._kill, self._bundles = incidents, renew, kill, bundles
         self.serving = {member.index: member for member in members}
         self._lost: dict[int, MemberLostError] = {}
-        self._open: dict[int, _Loss] = {}
+        self._open: dict[int, Loss] = {}
         self._restarts = {index: Restarts(config.supervision) for index in self.serving}
         self._successors: dict[int, asyncio.Task[None]] = {}
         self._starting: dict[int, Any] = {}
@@ -283,7 +229,7 @@ class Roster:
         seconds, who = self._supervision.silence_s, f"{self.role} {member.index}"
         try:
             await within(member.handle.health.remote(), seconds, f"{who} to say that it lives", "supervision.silence_s")
-        except (DeadlineError, RayActorError) as error:
+        except (DeadlineError, RayError) as error:
             self.lose(member, error)
 
     # Losses and successors.
@@ -293,7 +239,7 @@ class Roster:
         index = member.index
         if self.serving.get(index) is member:
             del self.serving[index]
-            self._open[index] = _Loss(cause=cause_of(error), node=member.node, groups=member.groups)
+            self._open[index] = Loss(cause=cause_of(error), node=member.node, groups=member.groups)
             self._discard(index, member.handle, error)
             member.gone.set()
             if self._may_restart(index):
@@ -301,6 +247,48 @@ class Roster:
                 self._successors[index] = asyncio.create_task(self._succeed(index), name=name)
             self.changed()
         return self._lost[index]
+
+    def move(self, index: int, why: str, timeout_s: float, anew: Callable[[], None]) -> None:
+        """Takes an actor off its node: it is asked nothing new, and ends when it has done what it has, or after so
+        long; its successor starts in the bundle that `anew` makes of the old one, and no restart is counted.
+
+        Args:
+            anew: asks the cluster and may take a moment.
+        """
+        member = self._take_out(index, f"leaves its node: {why}")
+        self._open[index] = Loss(cause=why, node=member.node, groups=member.groups)
+        work = self._move(member, timeout_s, anew)
+        self._successors[index] = asyncio.create_task(work, name=f"{self.role} {index} moves")
+
+    async def _move(self, member: Member, timeout_s: float, anew: Callable[[], None]) -> None:
+        index = member.index
+        try:
+            await self._end_when_done(member, timeout_s)
+            try:
+                await asyncio.to_thread(anew)
+            except RayError as error:
+                self._incidents.report(f"{self.role} {index} stays on its node: {cause_of(error)}")
+            self._restarts[index] = Restarts(self._supervision)
+            await self._succeed(index, "moved")
+        finally:
+            self._successors.pop(index, None)
+            self.changed()
+
+    def _take_out(self, index: int, why: str) -> Member:
+        """From now on an actor is asked nothing new."""
+        member = self.serving.pop(index)
+        self._lost[index] = MemberLostError(f"{self.role} {index} {why}")
+        self._incidents.report(f"{self.role} {index} {why}; {len(self.serving)} serve")
+        self.changed()
+        return member
+
+    async def _end_when_done(self, member: Member, timeout_s: float) -> None:
+        """Ends an actor that was taken out; what it has not done after so long is asked of others."""
+        until = time.monotonic() + timeout_s
+        while member.groups > 0 and time.monotonic() < until:
+            await asyncio.sleep(EMPTY_POLL_S)
+        self._kill(member.handle)
+        member.gone.set()
 
     def stop(self) -> None:
         """Ends every actor, those on their way included."""
@@ -341,7 +329,7 @@ class Roster:
     def _may_restart(self, index: int) -> bool:
         return self._renew is not None and self._restarts[index].allowed
 
-    async def _succeed(self, index: int) -> None:
+    async def _succeed(self, index: int, outcome: Outcome = "replaced") -> None:
         """Starts one successor after the other until one serves or the actor is given up."""
         try:
             while self._renew is not None and self._may_restart(index):
@@ -356,7 +344,7 @@ class Roster:
                     self._discard(index, handle, error)
                 else:
                     self._incidents.report(f"{self.role} {index} serves again{words}")
-                    self._close(index, "replaced")
+                    self._close(index, outcome)
                     return
         finally:
             self._starting.pop(index, None)

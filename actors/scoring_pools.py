@@ -20,10 +20,11 @@ from ray.exceptions import RayError
 from actors.deadline import within
 from actors.failure import ActorError, cause_of, with_log
 from actors.keeping import Keep, as_it_is, keep_here
+from actors.member import Member
 from actors.placement import Placement
 from actors.reference_policy import ReferencePolicy
 from actors.reward_scorer import RewardScorer
-from actors.roster import Member, Roster
+from actors.roster import Roster
 from actors.supervision import Incidents
 from actors.timeline import Timeline
 from medtvt_rl.config import Config
@@ -122,6 +123,15 @@ class GroupPool:
             call: f(handle) -> the answer that is waited for.
         """
         return await ask_alone(self._config, self._roster, call, is_finite)
+
+    @property
+    def serving(self) -> list[int]:
+        """Numbers of the actors that serve."""
+        return sorted(self._roster.serving)
+
+    def move(self, index: int, why: str, timeout_s: float, anew: Callable[[], None]) -> None:
+        """Takes an actor off its node and starts it elsewhere, see Roster.move."""
+        self._roster.move(index, why, timeout_s, anew)
 
     def stop(self) -> None:
         """Ends every actor."""

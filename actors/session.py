@@ -6,6 +6,7 @@ alone. Does not own: what is placed where (placement.py).
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -18,7 +19,10 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError, RpcError
 
+from actors.jobs import read_token
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
 from medtvt_rl.network import loopback_environment
@@ -26,7 +30,10 @@ from medtvt_rl.network import loopback_environment
 logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 10.0
 START_ATTEMPTS = 3
+GREETING_TIMEOUT_S = 5
+"""Ray adds about 10 s of its own."""
 AUTH_MODE, TOKEN_SOURCES = "RAY_AUTH_MODE", ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+TOKEN_MEND = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, by default ~/.ray/auth_token"
 
 
 @contextmanager
@@ -38,15 +45,14 @@ def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
             cores there.
 
     Raises:
-        ConfigError: nothing answers at the address.
+        ConfigError: the cluster at the address cannot be joined.
     """
     if ray.is_initialized():
         yield
         return
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
-        probe_address(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        _join(address)
     else:
         close_local_ray()
         _start_local(config, num_cpus)
@@ -55,6 +61,29 @@ def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    """Joins a running cluster; raises ConfigError where it does not let us in: no answer, the token, its version."""
+    if os.environ.get(AUTH_MODE) == "token" and read_token(None) is None:
+        raise ConfigError(f"cluster.address is {address!r}, {AUTH_MODE} is token, and there is none; {TOKEN_MEND}")
+    probe_address(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises bare ones, too
+        ray.shutdown()
+        raise ConfigError(f"cluster.address is {address!r}: {why_not_joined(error)}") from error
+
+
+def why_not_joined(error: Exception) -> str:
+    """What Ray says when it cannot join a cluster, in one line with the mend."""
+    if isinstance(error, AuthenticationError):
+        return f"the token is not the cluster's, or there is none; {TOKEN_MEND}"
+    last = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    if "ersion mismatch" in str(error):
+        words = " ".join(str(error).split())
+        return f"{words}; set the same version of Ray in cluster.yaml (docker, setup_commands) or here"
+    return f"{last}; start a cluster with `ray up cluster.yaml`, or leave the address out for a local run"
 
 
 def _start_local(config: Config, num_cpus: float) -> None:
@@ -105,14 +134,26 @@ def close_local_ray() -> None:
 
 
 def probe_address(address: str) -> None:
-    """Raises ConfigError if nothing listens at HOST:PORT; Ray itself would wait for minutes. "auto" is left to Ray."""
+    """Raises ConfigError if no Ray answers at HOST:PORT; Ray itself would wait for minutes. "auto" is left to Ray."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
+    mend = "start it with `ray up cluster.yaml`, or leave the address out for a local run"
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
+        raise ConfigError(f"cluster.address is {address!r}: nothing answers there ({error}); {mend}") from error
+    if address.startswith("ray://"):
+        return
+    RayletConfig.initialize(json.dumps({"py_gcs_connect_timeout_s": GREETING_TIMEOUT_S}))
+    try:
+        GcsClient(address=address)
+    except AuthenticationError as error:
+        raise ConfigError(f"cluster.address is {address!r}: {why_not_joined(error)}") from error
+    except RpcError as error:
         raise ConfigError(
-            f"cluster.address is {address!r}: nothing answers there ({error}); start it with `ray up cluster.yaml`, "
-            "or leave the address out for a local run"
+            f"cluster.address is {address!r}: what listens there is no head of a Ray cluster (its port is 6379 by "
+            f"default); {mend}"
         ) from error
+    finally:
+        RayletConfig.initialize("")

@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 from actors.deadline import DeadlineError, within
 from actors.failure import ActorError, cause_of
 from actors.generator_roster import GeneratorRoster, Publication, WeightSyncError
-from actors.roster import Member, MemberLostError
+from actors.member import Member, MemberLostError
 from medtvt_rl.rollout.config import RolloutConfig
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.weight_group import WeightGroup, rank_offsets

@@ -219,7 +219,7 @@ def _merge(base: DictConfig, read: Any, source: str) -> DictConfig:
         key = str(error.full_key)
         raise ConfigError(f"{source}: unknown key {key[:LONGEST_KEY]!r}{_nearest(key)}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {str(error.full_key)[:LONGEST_KEY]}: {_first_line(error)}") from error
+        raise ConfigError(f"{source}: {str(error.full_key)[:LONGEST_KEY]}: {_expected(error)}") from error
     except Exception as error:  # what does not parse fails in many ways; YAML's own words name line and column
         what = "valid YAML" if type(error).__module__.startswith("yaml") else "a file of key: value settings"
         raise ConfigError(f"{source}: not {what}: {' '.join(str(error).split())[:300]}") from error
@@ -231,6 +231,12 @@ def _emptied(content: Any, key: str = "") -> list[str]:
         return []
     below = [found for name, value in content.items() for found in _emptied(value, f"{key}.{name}" if key else name)]
     return below if content or not key else [key]
+
+
+def _expected(error: OmegaConfBaseException) -> str:
+    """What should have stood at a key; OmegaConf's own words where it isn't a list or a mapping."""
+    kind = get_origin(_type_at(str(error.full_key).split(".")))
+    return {list: "expected a list, e.g. [a, b]", dict: "expected a mapping, e.g. {a: b}"}.get(kind, _first_line(error))
 
 
 def _first_line(error: Exception) -> str:

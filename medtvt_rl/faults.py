@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["replaced", "given up"]
+Outcome = Literal["replaced", "moved", "given up"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,8 @@ class Incident:
         node: address of its machine; "" where it never came up.
         cause: in one line.
         log, log_tail: the file of its own words, and the last of them.
-        outcome: whether another serves in its place, or none will.
+        outcome: whether another serves in its place ("moved": on another node, since its own will be taken away), or
+            none will.
         seconds: from the loss to the outcome.
         groups: that were with it, and were asked of another.
     """

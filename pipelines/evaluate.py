@@ -29,6 +29,7 @@ from medtvt_rl.types import Prompt
 from medtvt_rl.user_code import task_items
 from medtvt_rl.weights import pack_weights
 from pipelines.answers import Ablating, Asker, Evaluator, make_evaluator, one_per_item
+from pipelines.generators import drained
 from pipelines.grpo import load_prompts
 from pipelines.judging import judged, same_prompts, save_answers, saved_answers
 from pipelines.reporter import Reporter
@@ -85,12 +86,13 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
             reporter.start(label, len(some), "prompt")
             return await asker.answers(some, sample, reporter.update)
 
-        answers = {first: await ask(names[first], prompts)}
-        if last != first:
-            await load_into(pool, after_folder)
-            answers[last] = await ask(names[last], prompts)
-        save_answers(config, answers)
-        ablated = await _ablated_answers(config, ask, evaluator, prompts)
+        async with drained(config, {"rollout": pool}, placement, lambda: False, reporter.line):
+            answers = {first: await ask(names[first], prompts)}
+            if last != first:
+                await load_into(pool, after_folder)
+                answers[last] = await ask(names[last], prompts)
+            save_answers(config, answers)
+            ablated = await _ablated_answers(config, ask, evaluator, prompts)
         pool.stop()
     finally:
         placement.release()

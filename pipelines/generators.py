@@ -1,16 +1,17 @@
-"""What a run's generators did of the whole, and those that come and go beside the loop.
+"""What a run's generators did of the whole, and who comes and goes beside the loop.
 
-Owns: the words and the summary of shares, the task that adds and removes generators. Does not own: when that is
-(actors/elastic.py).
+Owns: the words and the summary of shares, the tasks that add and remove generators and empty nodes. Does not own: when
+that is (actors/elastic.py, actors/drain.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
+from actors.drain import Drain
 from actors.elastic import Elastic
 from actors.placement import Placement
 from actors.rollout_pool import RolloutPool
@@ -37,17 +38,43 @@ async def elastic(
         return
     keeper = Elastic(config, rollouts, placement, tell)
     steps.listener = keeper.observe
-    task = asyncio.create_task(keeper.run(), name="elastic")
-    task.add_done_callback(lambda done: _tell_end(done, tell))
+    async with _beside(keeper.run(), lambda why: tell(f"no more generators come or go: {why}")):
+        yield
+
+
+@asynccontextmanager
+async def drained(
+    config: Config,
+    pools: Mapping[str, Any],
+    placement: Placement,
+    keep_soon: Callable[[], bool],
+    tell: Callable[[str], None],
+) -> AsyncIterator[None]:
+    """Within it actors leave a node that will be taken away before it is.
+
+    Args:
+        pools: by role.
+        keep_soon: asks for a checkpoint; whether there will be one.
+    """
+    drain = Drain(pools, placement, keep_soon, config.rollout.generate_timeout_s, tell)
+    async with _beside(drain.run(), lambda why: tell(f"nodes that will be taken away are not emptied any more: {why}")):
+        yield
+
+
+@asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None], ended: Callable[[str], None]) -> AsyncIterator[None]:
+    """Does work beside what is within; `ended` is told why it ended where it should not have."""
+
+    def look(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            ended(f"{type(error).__name__}: {error}")
+
+    task = asyncio.create_task(work)
+    task.add_done_callback(look)
     try:
         yield
     finally:
         await cancelled([task])
-
-
-def _tell_end(task: asyncio.Task[None], tell: Callable[[str], None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        tell(f"no more generators come or go: {type(error).__name__}: {error}")
 
 
 def generators_summary(shares: Sequence[Share], kinds: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ from medtvt_rl.user_code import task_prompts
 from pipelines.checkpoint_keeper import CheckpointKeeper
 from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.failure import forget_failure, write_failure
-from pipelines.generators import elastic, generators_lines, generators_summary
+from pipelines.generators import drained, elastic, generators_lines, generators_summary
 from pipelines.group_ledger import EQUAL_REWARDS, GroupLedger
 from pipelines.grpo_loop import GrpoLoop
 from pipelines.grpo_roles import FinishedGroup, LoopResult, Scoring, TrainedStep, TrainingGroup
@@ -185,7 +185,13 @@ class Layout:
                 groups = await asyncio.to_thread(found.groups, GroupLedger.prompts(found.loop, sampler), ray.put)
                 loop.load_state_dict(found.loop, groups)
                 keeper.newest = found.version
-            async with elastic(config, rollouts, placement, report, self._tell):
+            # Scoring of another layout may hold several pools.
+            scorers = getattr(scoring, "pools", {"reward": scoring})
+            pools = {"rollout": rollouts, "reference": reference, **scorers}
+            async with (
+                elastic(config, rollouts, placement, report, self._tell),
+                drained(config, pools, placement, loop.keep_soon, self._tell),
+            ):
                 result = await loop.run()
             if self._stop.requested:
                 raise Stopped(self._stop.number, _where(keeper, result))

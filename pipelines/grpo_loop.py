@@ -98,6 +98,7 @@ class GrpoLoop:
         self._counted_before_step = (0, 0)
         self._last_failure = LoopError("no group has failed")
         self._lost: RoleLostError | None = None
+        self._keep_soon = False
 
     @property
     def result(self) -> LoopResult:
@@ -128,6 +129,11 @@ class GrpoLoop:
         self._ledger.load_state_dict(state, groups)
         self._counted_before_step = (self.result.discarded, self.result.replaced)
 
+    def keep_soon(self) -> bool:
+        """A checkpoint follows the step under way, whichever it is; False where none is kept at all."""
+        self._keep_soon = self._checkpoints is not None and self._config.checkpoint_every > 0
+        return self._keep_soon
+
     async def _wind_up(self, producer: asyncio.Task[None], trainer: asyncio.Task[int]) -> None:
         """Lets the learner end its step, and keeps what is there then."""
         producer.cancel()
@@ -145,7 +151,7 @@ class GrpoLoop:
     async def _keep(self, version: int) -> dict[str, float]:
         """Writes a checkpoint; returns how long training waited for it."""
         assert self._checkpoints is not None
-        started = time.monotonic()
+        started, self._keep_soon = time.monotonic(), False
         await self._checkpoints.save(version, *self._ledger.state_dict(version))
         return {"checkpoint/blocked_s": time.monotonic() - started}
 
@@ -270,7 +276,7 @@ class GrpoLoop:
 
     def _is_kept(self, version: int) -> bool:
         every = self._config.checkpoint_every
-        due = every > 0 and (version % every == 0 or self._measuring.is_due(version))
+        due = every > 0 and (version % every == 0 or self._keep_soon or self._measuring.is_due(version))
         return self._checkpoints is not None and due and version < self._config.steps
 
     def _learning_rate(self, step: int) -> float:

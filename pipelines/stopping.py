@@ -1,7 +1,8 @@
 """SIGTERM and SIGINT: a run is asked to stop, writes a checkpoint, and ends with a line and an exit code.
 
 Owns: the handlers of the driver, waiting that a request to stop ends. Does not own: what is kept (grpo_loop.py).
-`ray job stop`, a spot notice and Ctrl-C signal the driver alone; the actors live on until it ends.
+`ray job stop` and Ctrl-C signal the driver alone; the actors live on until it ends. For nodes that will be taken away
+see actors/drain.py.
 """
 
 from __future__ import annotations

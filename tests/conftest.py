@@ -30,7 +30,8 @@ settings.register_profile("fuzz-quick", hostile, max_examples=20, derandomize=Tr
 settings.register_profile("fuzz", hostile, max_examples=400, print_blob=True)
 settings.load_profile("patient")
 
-sys.path.insert(0, str(Path(__file__).parent / "integration"))
+for shared in ("integration", "faults"):
+    sys.path.insert(0, str(Path(__file__).parent / shared))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,8 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("placement.rollout.accelerator=L4", "placement.rollout.accelerator: expected a list, e.g. [a, b]"),
+        ("rewards=3", "rewards: expected a mapping"),
         ("grpo.grop_size=3", "did you mean 'grpo.group_size'"),
         ("rewards.jaccard.functin=a:b", "did you mean 'rewards.jaccard.function'"),
         ("rewards.new.functin=a:b", "did you mean 'rewards.new.function'"),

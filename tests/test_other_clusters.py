@@ -45,12 +45,14 @@ def test_google_cloud_differs_from_aws_in_machines_alone() -> None:
     for key in (
         "docker",
         "head_start_ray_commands",
-        "worker_start_ray_commands",
         "file_mounts",
         "rsync_exclude",
         "setup_commands",
     ):
         assert aws[key] == gcp[key], key
+    *starts, watches = aws["worker_start_ray_commands"]
+    assert gcp["worker_start_ray_commands"] == [*starts, watches.replace("spot_notice aws", "spot_notice gcp")]
+    assert "actors.spot_notice aws" in watches
     assert [(one.name, one.is_spot, one.max_nodes, one.labels["role"]) for one in node_types(aws)] == [
         (one.name, one.is_spot, one.max_nodes, one.labels["role"]) for one in node_types(gcp)
     ]

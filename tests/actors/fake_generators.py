@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from ray.exceptions import ActorDiedError
 
+from actors.member import Member
 from actors.rollout_pool import RolloutPool
-from actors.roster import Member
 from actors.supervision import Incidents
 from medtvt_rl.config import Config, RunConfig
 from medtvt_rl.types import GroupHeader, Prompt

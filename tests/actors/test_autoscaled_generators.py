@@ -23,10 +23,10 @@ import ray
 from actors.bundles import plan
 from actors.cluster_view import nodes_now
 from actors.elastic import Elastic, Signals
+from actors.member import Member
 from actors.placement import place
 from actors.process import Whereabouts, whereabouts
 from actors.rollout_pool import RolloutPool
-from actors.roster import Member
 from actors.supervision import Incidents
 from medtvt_rl.config import Config, RunConfig
 from medtvt_rl.roles import ACCELERATOR, RoleResources

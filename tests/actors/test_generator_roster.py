@@ -10,7 +10,7 @@ import pytest
 from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from actors.roster import MemberLostError
+from actors.member import MemberLostError
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.weights import WeightBufferError

@@ -11,9 +11,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from actors.member import Member
 from actors.placement import place, plan
 from actors.process import Whereabouts, whereabouts
-from actors.roster import Member
 from actors.scoring_pools import ScorerPool, ScorerRoster
 from actors.supervision import Incidents
 from medtvt_rl.config import Config, RunConfig

@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from actors.failure import ActorError
-from actors.roster import Member, MemberLostError, SickError
+from actors.member import Member, MemberLostError, SickError
 from actors.scoring_pools import ReferencePool, ReferenceRoster, ScorerPool, ScorerRoster
 from actors.supervision import Incidents
 from actors.timeline import Timeline

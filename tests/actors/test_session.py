@@ -1,20 +1,35 @@
-"""An address at which nothing answers is refused at once, with the command that mends it."""
+"""An address at which nothing answers is refused at once, with the command that mends it; so is a cluster (a real head)
+that has another token or another version of Ray."""
 
 from __future__ import annotations
 
+import os
+import re
+import secrets
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import ray
 
 from actors.session import probe_address
 from medtvt_rl.config_checks import ConfigError
 
 
-def test_a_listening_address_passes() -> None:
+def test_what_listens_and_is_no_ray_is_refused_within_30_seconds() -> None:
+    started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        probe_address(f"127.0.0.1:{port}")
         probe_address(f"ray://127.0.0.1:{port}")
+        with pytest.raises(ConfigError, match=rf":{port}': what listens there is no head of a Ray cluster"):
+            probe_address(f"127.0.0.1:{port}")
+    assert time.monotonic() - started < 30
 
 
 def test_a_silent_address_is_refused() -> None:
@@ -26,3 +41,65 @@ def test_a_silent_address_is_refused() -> None:
 
 def test_what_is_no_host_and_port_is_left_to_ray() -> None:
     probe_address("auto")
+
+
+JOIN = """
+import sys
+import ray
+from actors.session import ray_session
+from medtvt_rl.config import Config, ClusterConfig
+from medtvt_rl.config_checks import ConfigError
+
+ray.__version__ = sys.argv[2]
+try:
+    with ray_session(Config(cluster=ClusterConfig(address=sys.argv[1])), 1):
+        print("joined")
+except ConfigError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of those who may join a cluster with a token; its address is FAR_ADDRESS there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    session = Path(tempfile.mkdtemp(prefix="rs"))  # short: the paths of Ray's sockets lie below it
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": str(session)}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    command += ["--include-dashboard=false", "--num-cpus=1", "--object-store-memory=100000000"]
+    log = tmp_path_factory.mktemp("head") / "head.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield environment | {"FAR_ADDRESS": f"127.0.0.1:{port}"}
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def joined(environment: dict[str, str], version: str = ray.__version__) -> str:
+    """What becomes of a driver of that version of Ray."""
+    command = [sys.executable, "-c", JOIN, environment["FAR_ADDRESS"], version]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.cluster
+def test_who_may_join_a_cluster(head: dict[str, str]) -> None:
+    assert joined(head) == "joined"
+    wrong = joined(head | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    assert re.match(r"cluster\.address is '127\.0\.0\.1:\d+': the token is not the cluster's, or there is none;", wrong)
+    none = {name: value for name, value in head.items() if not name.startswith("RAY_AUTH")} | {"HOME": "/nonexistent"}
+    assert "the token is not the cluster's, or there is none; " in joined(none)
+    assert "is token, and there is none; set RAY_AUTH_MODE=token and" in joined(none | {"RAY_AUTH_MODE": "token"})
+    other = joined(head, "2.59.1")
+    assert "2.59.1" in other and ray.__version__ in other and "set the same version of Ray" in other, other
+    assert "\n" not in wrong + other and len(other) < 500

@@ -32,8 +32,8 @@ import ray
 
 from actors.learner_gang import LearnerGang
 from actors.learner_worker import WeightHeader
+from actors.member import Member
 from actors.rollout_pool import RolloutPool
-from actors.roster import Member
 from actors.scoring_pools import ReferencePool, ReferenceRoster, ScorerPool, ScorerRoster
 from actors.supervision import Incidents
 from actors.timeline import Timeline

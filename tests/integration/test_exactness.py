@@ -1,26 +1,34 @@
-"""Bit for bit: two on-policy runs of one seed, and steps that are repeated from their records."""
+"""Bit for bit: on-policy runs of one seed, whatever befell one of them, and steps that are repeated from their records.
+
+The run that others are compared with is made by the first test: they are run in this order.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import FaultyRun
 from safetensors import safe_open
 from small_run import PROJECT, SMALL, medtvt_rl
+
+STEPS = 7
 
 
 def on_policy_settings(root: Path, name: str) -> list[str]:
     """GRPO alone, from the model that SFT left in the small run."""
     return [
         *(f"run.name={name}", "run.stages=[grpo]", f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"),
-        *("grpo.max_staleness=0", "grpo.steps=4", "grpo.checkpoint_every=2", "rollout.num_generators=2"),
+        *("grpo.max_staleness=0", f"grpo.steps={STEPS}", "grpo.checkpoint_every=2", "rollout.num_generators=2"),
         *("grpo.held_out.every_steps=2", "grpo.held_out.max_prompts=4", "grpo.dynamic_sampling.max_replaced=1"),
     ]
 
@@ -38,15 +46,30 @@ def replay(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.cluster
-def test_two_on_policy_runs_of_one_seed_end_in_equal_weights(root: Path) -> None:
-    first, second = on_policy_run(root, "exact_a"), on_policy_run(root, "exact_b")
-    assert [step["checksum"] for step in first] == [step["checksum"] for step in second]
-    assert len({step["checksum"] for step in first}) == 4, "every step changed the weights"
-    for name in ("groups.jsonl", "samples.jsonl"):
-        assert (root / "exact_a" / "journal" / name).read_text() == (root / "exact_b" / "journal" / name).read_text()
-    weights = [(root / name / "stages" / "grpo" / "model" / "model.safetensors") for name in ("exact_a", "exact_b")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    done = replay(root / "exact_a", "--from-step", "2", "--to-step", "4")
+def test_two_on_policy_runs_of_one_seed_end_in_equal_weights_even_if_the_actors_of_one_are_killed(root: Path) -> None:
+    first = on_policy_run(root, "exact")
+    assert len({step["checksum"] for step in first}) == STEPS, "every step changed the weights"
+    settings = [*SMALL, *on_policy_settings(root, "struck"), "learner.spares=1", "supervision.silence_s=20"]
+    with FaultyRun(root / "struck", settings, timeout_s=600) as run:
+        run.wait_for(lambda: len(run.rows("steps")) >= 1)
+        run.signal("learner", signal.SIGKILL, during="train_step")
+        run.wait_for(lambda: len(run.rows("steps")) >= 3)
+        run.signal("reference", signal.SIGKILL)
+        run.signal("reward", signal.SIGKILL)
+        run.wait_for(lambda: len(run.rows("steps")) >= 5)
+        run.signal("learner", signal.SIGSTOP, during="train_step")
+        said = run.finish()
+    assert run.leftovers() == []
+    assert [step["checksum"] for step in run.rows("steps")] == [step["checksum"] for step in first]
+    for name in ("journal/groups.jsonl", "journal/samples.jsonl", "stages/grpo/model/model.safetensors"):
+        assert (root / "exact" / name).read_bytes() == (root / "struck" / name).read_bytes(), name
+    events = run.rows("events")
+    assert Counter(event["role"] for event in events) == {"learner": 2, "reward": 1, "reference": 1}
+    assert all(event["outcome"] == "replaced" and event["node"] for event in events)
+    assert run.metrics()[-1]["restarts/learner"] == 2
+    assert said.count("to the same weights") == 2
+    assert not (run.folder / "failure.json").exists()
+    done = replay(root / "exact", "--from-step", "2", "--to-step", "4")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "versions 3 to 4 equal the run's weights bit for bit" in done.stdout
 
@@ -92,24 +115,24 @@ def rows(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.cluster
 def test_an_on_policy_run_that_was_killed_goes_on_and_ends_in_equal_weights(root: Path) -> None:
     """Killed after its third step, it goes on from the checkpoint behind the second. The run before it is whole."""
-    whole = rows(root / "exact_a" / "journal" / "steps.jsonl")[-1]
+    whole = rows(root / "exact" / "journal" / "steps.jsonl")[-1]
     settings = on_policy_settings(root, "killed")
     process, log = start(root, *settings)
     wait_for_steps(root, "killed", 3, process, log)
     process.kill()
     process.wait()
-    damaged = root / "killed" / "checkpoints" / "step_000004"
+    damaged = root / "killed" / "checkpoints" / "step_000009"
     damaged.mkdir()
     (damaged / "manifest.json").write_text("{}")
     done = medtvt_rl(root, "grpo", *SMALL, *settings)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "step_000004 is damaged and passed over" in done.stdout
+    assert "step_000009 is damaged and passed over" in done.stdout
     assert "grpo: goes on from step 2" in done.stdout
     steps = rows(root / "killed" / "journal" / "steps.jsonl")
-    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert [step["step"] for step in steps] == list(range(STEPS))
     assert steps[-1]["checksum"] == whole["checksum"]
     assert (root / "killed" / "checkpoints" / "finished.json").is_file()
-    other = medtvt_rl(root, "grpo", *SMALL, *settings, "grpo.steps=5", "grpo.group_size=2")
+    other = medtvt_rl(root, "grpo", *SMALL, *settings, f"grpo.steps={STEPS + 1}", "grpo.group_size=2")
     assert other.returncode == 1 and "grpo.group_size: 4 then, 2 now" in other.stderr
 
 

@@ -82,27 +82,36 @@ def _wait_for_head(environment: dict[str, str], process: subprocess.Popen[bytes]
 
 
 @pytest.mark.cluster
-def test_a_submitted_job_leaves_the_same_run_folder(head: dict[str, str], tmp_path: Path) -> None:
-    entry = ["python", "-m", "pipelines.run", "-c", "configs/quickstart.yaml", f"run.root={tmp_path / 'runs'}", *SMALL]
-    done = subprocess.run(
-        [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *entry],
-        cwd=PROJECT,
-        env=head,
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "succeeded" in done.stdout
-    run = tmp_path / "runs" / "small"
-    summary = json.loads((run / "summary.json").read_text())
-    assert set(summary["stages"]) == {"cohort", "pretrain", "sft", "grpo", "evaluate"}
-    assert summary["grpo"]["steps"] == 3
-    assert (run / "report.html").is_file()
-    assert (run / "model" / "config.json").is_file()
+def test_a_job_is_stopped_with_a_checkpoint_submitted_again_and_leaves_the_same_run_folder(
+    head: dict[str, str], root: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C leaves the job alone and says how to stop it; `ray job stop` in the middle of GRPO leaves a checkpoint of
+    its last step, and the same job, submitted by Ray's own command, goes on from it and ends well."""
     _refused_at_once(head, tmp_path)
-    _stopped_and_submitted_again(head, tmp_path / "runs")
+    settings = ["run.name=job", f"run.root={root}", *SMALL[1:], "run.stages=[grpo,evaluate]", "grpo.steps=500"]
+    settings += [f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"]
+    settings += ["grpo.checkpoint_every=1000", "grpo.held_out.every_steps=0"]
+    follower = _submit(head, settings)
+    run, deadline = root / "job", time.monotonic() + 400
+    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count('"grpo"') < 2:
+        assert time.monotonic() < deadline and follower.poll() is None, follower.communicate(timeout=60)[0][-3000:]
+        time.sleep(0.1)
+    follower.send_signal(signal.SIGINT)
+    said = follower.communicate(timeout=60)[0]
+    job = re.search(r"goes on; to stop it: ray job stop --address \S+ (\S+)", said)
+    assert job is not None and follower.returncode == 130, said
+    _ray_job(head, "stop", job[1])
+    steps = len((run / "journal" / "steps.jsonl").read_text().splitlines())
+    assert f"SIGTERM: the newest checkpoint is that of step {steps}." in _ray_job(head, "logs", job[1])
+    found = CheckpointStore(str(run / "checkpoints")).newest(print)
+    assert found is not None and found.version == steps
+    entry = ["python", "-m", "pipelines.run", "-c", "configs/quickstart.yaml", *settings, f"grpo.steps={steps + 2}"]
+    said = _ray_job(head, "submit", "--working-dir", ".", "--", *entry, timeout_s=400)
+    assert " succeeded" in said, said[-3000:]
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["stages"]) == {"grpo", "evaluate"} and summary["grpo"]["steps"] == steps + 2
+    assert set(summary["evaluation"]) >= {"sft", "grpo", "gain"}
+    assert (run / "report.html").is_file() and (run / "model" / "config.json").is_file()
 
 
 def _refused_at_once(head: dict[str, str], folder: Path) -> None:
@@ -117,32 +126,6 @@ def _refused_at_once(head: dict[str, str], folder: Path) -> None:
     assert process.returncode in (1, 2) and f"ended with exit code {process.returncode}" in said, said
 
 
-def _stopped_and_submitted_again(head: dict[str, str], root: Path) -> None:
-    """Ctrl-C leaves the job alone and says how to stop it; `ray job stop` in the middle of GRPO leaves a checkpoint of
-    its last step, and the same job, submitted again, goes on from it and ends well."""
-    settings = ["run.name=stopped", f"run.root={root}", *SMALL[1:], "run.stages=[grpo]", "grpo.steps=500"]
-    settings += [f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"]
-    settings += ["grpo.checkpoint_every=1000", "grpo.held_out.every_steps=0"]
-    follower = _submit(head, settings)
-    run, deadline = root / "stopped", time.monotonic() + 400
-    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count('"grpo"') < 2:
-        assert time.monotonic() < deadline and follower.poll() is None, follower.communicate(timeout=60)[0][-3000:]
-        time.sleep(0.1)
-    follower.send_signal(signal.SIGINT)
-    said = follower.communicate(timeout=60)[0]
-    job = re.search(r"goes on; to stop it: ray job stop --address \S+ (\S+)", said)
-    assert job is not None and follower.returncode == 130, said
-    _ray_job(head, "stop", job[1])
-    steps = len((run / "journal" / "steps.jsonl").read_text().splitlines())
-    assert f"SIGTERM: the newest checkpoint is that of step {steps}." in _ray_job(head, "logs", job[1])
-    found = CheckpointStore(str(run / "checkpoints")).newest(print)
-    assert found is not None and found.version == steps
-    again = _submit(head, [*settings, f"grpo.steps={steps + 2}"])
-    said = again.communicate(timeout=300)[0]
-    assert again.returncode == 0 and " succeeded" in said, said[-3000:]
-    assert json.loads((run / "summary.json").read_text())["grpo"]["steps"] == steps + 2
-
-
 def _submit(head: dict[str, str], arguments: list[str]) -> subprocess.Popen[str]:
     """`medtvt-rl submit`, following."""
     command = [sys.executable, "-m", "pipelines.cli", "submit", "-c", "configs/quickstart.yaml", *arguments]
@@ -152,9 +135,11 @@ def _submit(head: dict[str, str], arguments: list[str]) -> subprocess.Popen[str]
     )
 
 
-def _ray_job(head: dict[str, str], *arguments: str) -> str:
+def _ray_job(head: dict[str, str], *arguments: str, timeout_s: float = 120) -> str:
     """Output of a `ray job` command."""
     command = [str(BIN / "ray"), "job", *arguments]
-    done = subprocess.run(command, cwd=PROJECT, env=head, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=PROJECT, env=head, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout

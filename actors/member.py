@@ -1,0 +1,68 @@
+"""An actor that serves in a pool, and what is known of one that is lost.
+
+Owns: these records and the two errors. Does not own: who serves, or who takes the place of a lost one (roster.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from actors.failure import ActorError
+from actors.process import Whereabouts
+
+
+class MemberLostError(ActorError):
+    """An actor is gone: it died, fell silent, or gave wrong results."""
+
+
+class SickError(RuntimeError):
+    """An actor answers, but not with finite values."""
+
+
+class Bundles(Protocol):
+    """Where actors may run."""
+
+    def has_node(self, role: str, index: int) -> bool:
+        """Whether the bundle of an actor has a place."""
+
+    def wanting(self, role: str, index: int) -> str:
+        """What it waits for where it has none."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Member:
+    """An actor that serves; its successor is another member of the same index.
+
+    Attributes:
+        load: what it has to do, in the pool's measure; groups: the groups of it.
+        answered_at: when it last answered anything, on the monotonic clock.
+        sick: groups in a row that it gave values for that are not finite.
+        gone: set when it is lost; what it was asked for may else never end, where its node is cut off.
+    """
+
+    index: int
+    handle: Any
+    where: Whereabouts | None = None
+    load: int = 0
+    groups: int = 0
+    answered_at: float = field(default_factory=time.monotonic)
+    sick: int = 0
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def node(self) -> str:
+        """Address of its machine, where that is known."""
+        return self.where.node if self.where is not None else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """A member or a successor that was lost, and not yet replaced."""
+
+    cause: str
+    node: str
+    groups: int
+    at: float = field(default_factory=time.monotonic)
