@@ -103,8 +103,7 @@ def diagnose(
 
 def load_model(folder: Path) -> tuple[MedTVTForCausalLM, PreTrainedTokenizerBase]:
     """The model and its tokenizer, float32, on the CPU. Raises ValueError if the folder is not a tri-modal model's."""
-    from transformers import AutoTokenizer
-
+    from medtvt_rl.data.tokenizer import load_tokenizer
     from medtvt_rl.model.medtvt import MedTVTForCausalLM
     from medtvt_rl.model.policy import load_policy
 
@@ -113,7 +112,7 @@ def load_model(folder: Path) -> tuple[MedTVTForCausalLM, PreTrainedTokenizerBase
         raise ValueError(f"model folder: {folder} holds a plain language model, expected a tri-modal one (RUN/model)")
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"model folder: {folder} has no tokenizer; copy the whole folder that training wrote")
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, load_tokenizer(folder, "model folder")
 
 
 def _lab_table(path: Path, needed: bool) -> PercentileTable:
