@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Carries out `medtvt-rl import-reference`; returns the exit code: 0, 2 where the input cannot be used, or 130 on Ctrl-C."""
+    """Carries out `medtvt-rl import-reference`; returns the exit code: 0, 2 for input of no use, 130 on Ctrl-C."""
     try:
         import torch
 

@@ -163,6 +163,8 @@ def test_an_answer_ends_at_any_of_the_models_stops(folder: Path, monkeypatch: py
 
 
 def test_the_folder_diagnoses(folder: Path) -> None:
+    model, _ = load_model(folder)
+    assert (model.config.film_crop, model.config.max_answer_tokens) == ("published", 600)
     ecg, film = (Path(get_testdata_file(name, download=False)) for name in ("waveform_ecg.dcm", "RG1_UNCR.dcm"))
     found = diagnose(folder, ecg=ecg, cxr=film, max_new_tokens=4)
     assert (
