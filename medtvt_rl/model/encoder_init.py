@@ -68,12 +68,12 @@ def _read(path: Path, key: str) -> Mapping[str, Tensor]:
         path = found[0]
     if not path.is_file():
         raise ValueError(f"{key}: there is no {path}; put the weights there, or name another file")
-    if path.suffix != ".safetensors":
-        return read_published(path)
     try:
-        return load_file(path)
+        return load_file(path) if path.suffix == ".safetensors" else read_published(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{key}: {path} is no readable safetensors file {why_unreadable(path, error)}") from error
+        raise ValueError(f"{key}: {path}: not a readable safetensors file {why_unreadable(path, error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _fitting(state: Mapping[str, Tensor], modality: str, config: ModelConfig, source: str) -> dict[str, Tensor]:

@@ -91,10 +91,10 @@ def test_a_damaged_safetensors_file_is_named(tmp_path: Path) -> None:
     config.cxr.init = str(path)
     save_file({"weight": torch.zeros(64)}, path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"model\.cxr\.init: .*vit\.safetensors is no readable safetensors file \("):
+    with pytest.raises(ValueError, match=r"model\.cxr\.init: .*vit\.safetensors: not a readable safetensors file \("):
         read_encoder(config, "cxr")
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match=r"vit\.safetensors .*\(it is a pointer of git-lfs, not the file itself\)"):
+    with pytest.raises(ValueError, match=r"vit\.safetensors: .*\(it is a pointer of git-lfs, not the file itself\)"):
         read_encoder(config, "cxr")
 
 
