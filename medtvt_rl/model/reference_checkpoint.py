@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ ROWS_AT_ONCE = 512
 FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 # What training scripts keep beside the weights: bags of plain values, and paths, which become pure ones that open
 # nothing and exist on every system. Python 3.13 saves paths under a module of its own.
-PLAIN_VALUES = [
+PLAIN_VALUES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
     *(
         (pure, f"{module}.{name}")
