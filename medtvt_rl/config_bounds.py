@@ -6,7 +6,7 @@ A number may be 0 (mostly: off) and not negative, unless a table here says other
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -59,3 +59,8 @@ def fault(key: str, value: float) -> str | None:
     if share and value > 1:
         return "it is a share; set 0 to 1"
     return None
+
+
+def are_betas(values: Sequence[float]) -> bool:
+    """Whether these are the two decay rates of Adam's moments."""
+    return len(values) == 2 and all(0 <= value < 1 for value in values)

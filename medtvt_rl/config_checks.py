@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from medtvt_rl.algorithm.config import ADVANTAGES, LOSSES
-from medtvt_rl.config_bounds import fault, numbers
+from medtvt_rl.config_bounds import are_betas, fault, numbers
 from medtvt_rl.roles import check_placement, node_kinds
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ def _check_algorithm(config: Config) -> None:
 
 def _check_counts(config: Config) -> None:
     grpo, rollout = config.grpo, config.rollout
+    for name in ("learner", "pretrain", "sft"):
+        betas = getattr(config, name).adam_betas
+        _require(are_betas(betas), f"{name}.adam_betas", list(betas), "set two numbers, each from 0 to below 1")
     _require(
         grpo.group_size >= 2, "grpo.group_size", grpo.group_size, "a group of one has no advantage; set at least 2"
     )

@@ -54,7 +54,6 @@ def command(args: argparse.Namespace) -> int:
         num_references=1,
         grpo=replace(config.grpo, record_steps=True),
     )
-    (config.folder / "logs").mkdir(parents=True, exist_ok=True)
     return in_session(config, lambda reporter: run(config, model, out, reporter), with_ray=True)
 
 

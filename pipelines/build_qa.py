@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from medtvt_rl.config import Config
@@ -34,6 +34,7 @@ from medtvt_rl.data.qa.build import (
     write_qa,
 )
 from medtvt_rl.data.qa.endpoint import Endpoint, EndpointSettings, check_url
+from medtvt_rl.data.qa.icd import Icd10, IcdRules
 from medtvt_rl.data.qa.labels import Labelled, LabelSources, read_labels
 from medtvt_rl.data.qa.templates import Item, chat_messages
 from pipelines.command import EXIT_USAGE, fail, in_session, load
@@ -53,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tables.add_argument("--cxr-table", type=Path, metavar="FILE", help="chexpert or negbio labels of MIMIC-CXR-JPG")
     tables.add_argument("--icd-table", type=Path, metavar="FILE", help="diagnoses_icd of MIMIC-IV")
     tables.add_argument("--lab-ranges", type=Path, metavar="FILE", help="reference ranges: item, low, high, unit")
+    tables.add_argument(
+        "--icd10",
+        choices=get_args(Icd10),
+        default="paper",
+        help="codes of a disease: the paper's exact list (default), or their families with all subcodes",
+    )
     tables.add_argument("--icd9", choices=("leave-out", "map"), default="leave-out", help="what to do with ICD-9 codes")
     parser.add_argument("--kinds", default=",".join(QA_KINDS), help="kinds of questions, default %(default)s")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N studies of each split")
@@ -179,7 +186,7 @@ def _run(
         cxr=args.cxr_table,
         icd=args.icd_table,
         lab_ranges=args.lab_ranges,
-        with_icd9=args.icd9 == "map",
+        icd_rules=IcdRules(icd10=args.icd10, icd9=args.icd9 == "map"),
     )
     labelled = read_labels(config.data, sources, kinds, args.limit)
     items = make_items(labelled.studies, kinds, args.seed)
@@ -203,7 +210,8 @@ def _run(
         reporter.finish("answers")
     else:
         answers, source = _ask(args, items, settings, folder, reporter)
-    manifest = write_qa(config.data, labelled, kinds, items, answers, {**source, "seed": args.seed})
+    source |= {"seed": args.seed, "icd10": args.icd10, "icd9": args.icd9}
+    manifest = write_qa(config.data, labelled, kinds, items, answers, source)
     _tell_result(manifest, folder, reporter)
     if not answers.accepted:
         raise DataError(f"no answer was accepted; the reasons are in {folder / REJECTED}")

@@ -149,11 +149,13 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
     """Joins or starts the cluster, works, and turns what is raised into one line and an exit code."""
     from medtvt_rl.logs import quiet_third_parties
 
-    quiet_third_parties(config.folder / "logs")
     try:
+        quiet_third_parties(config.folder / "logs")
         prepare_salt(config.privacy, config.folder)
     except SaltError as error:
         return fail(str(error), EXIT_USAGE)
+    except OSError as error:
+        return fail(unwritable(config, error), EXIT_USAGE)
     open_for(config.privacy, config.folder)
     from actors.placement import logical_cpus
     from actors.session import ray_session
@@ -176,6 +178,11 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
     except Exception as error:
         return fail(f"{_one_line(error)} (details: {_save_traceback(config)})", EXIT_FAILED)
     return 0
+
+
+def unwritable(config: Config, error: OSError) -> str:
+    """What is said of a run folder in which nothing can be written."""
+    return f"run.root is {config.run.root!r}: {error}; choose a folder that can be written"
 
 
 def fail(text: str, code: int) -> int:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from medtvt_rl.model.medtvt import MedTVTForCausalLM
 
 DEFAULT_QUESTION = QUESTIONS["diagnosis"][0]
-MAX_NEW_TOKENS = 256
 MODALITY_NAMES = {"ecg": "ECG", "cxr": "film", "lab": "labs"}
 
 
@@ -46,6 +45,7 @@ class Diagnosis:
         gates: modality -> contribution gate of the perception layer (arXiv 2506.18512, section 3), in 0..1.
         missing: modalities that were not given; their gates are those of the model's stand-ins.
         well_formed: whether the answer keeps the format.
+        cut_at: tokens after which the answer was cut, before the model had ended it; None where it ended it.
         remarks: what else a reader must know.
     """
 
@@ -54,6 +54,7 @@ class Diagnosis:
     gates: dict[str, float]
     missing: tuple[str, ...]
     well_formed: bool
+    cut_at: int | None = None
     remarks: tuple[str, ...] = ()
 
 
@@ -64,8 +65,8 @@ def diagnose(
     cxr: Path | None = None,
     labs: Path | None = None,
     question: str = DEFAULT_QUESTION,
-    crop: Crop = "whole",
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    crop: Crop | None = None,
+    max_new_tokens: int | None = None,
     percentiles: Path | None = None,
 ) -> Diagnosis:
     """Answers for one patient, greedily, on the CPU.
@@ -76,8 +77,8 @@ def diagnose(
         cxr: JPEG, PNG or DICOM.
         labs: json or CSV, item id or name -> value in the laboratory's units.
         question: what is asked.
-        crop: how a film becomes a square, as data.film.crop of the training had it.
-        max_new_tokens: the answer is cut there.
+        crop: how a film becomes a square; None: as data.film.crop of the training had it, which the folder says.
+        max_new_tokens: the answer is cut there; None: where the training cut answers.
         percentiles: a table of laboratory values in place of the folder's own; percentiles.json of a study store.
 
     Raises:
@@ -92,19 +93,20 @@ def diagnose(
     folder = Path(model_folder)
     model, tokenizer = load_model(folder)
     table = _lab_table(percentiles or folder / PERCENTILES_FILE, needed=labs is not None)
-    square = FilmConfig(size=model.config.cxr["image_size"], crop=crop)
+    square = FilmConfig(size=model.config.cxr["image_size"], crop=crop or model.config.film_crop)
     study = read_patient(ecg=ecg, cxr=cxr, labs=labs, film=square, table=table)
     if labs is not None and not study.lab_measured.any():
         raise ValueError(f"{labs}: no value of an item that the training patients had; check the file, or leave it out")
-    text, gates = _answer(model, tokenizer, study, table.mean_percentiles(), question, max_new_tokens)
+    limit = max_new_tokens or model.config.max_answer_tokens
+    text, gates, cut_at = _answer(model, tokenizer, study, table.mean_percentiles(), question, limit)
     untrained = model.config.untrained_stand_ins and not all(study.present)
-    return _read_answer(text, dict(zip(MODALITIES, gates)), study, (UNTRAINED_STAND_INS,) if untrained else ())
+    remarks = (UNTRAINED_STAND_INS,) if untrained else ()
+    return _read_answer(text, dict(zip(MODALITIES, gates)), study, cut_at, remarks)
 
 
 def load_model(folder: Path) -> tuple[MedTVTForCausalLM, PreTrainedTokenizerBase]:
     """The model and its tokenizer, float32, on the CPU. Raises ValueError if the folder is not a tri-modal model's."""
-    from transformers import AutoTokenizer
-
+    from medtvt_rl.data.tokenizer import load_tokenizer
     from medtvt_rl.model.medtvt import MedTVTForCausalLM
     from medtvt_rl.model.policy import load_policy
 
@@ -113,7 +115,7 @@ def load_model(folder: Path) -> tuple[MedTVTForCausalLM, PreTrainedTokenizerBase
         raise ValueError(f"model folder: {folder} holds a plain language model, expected a tri-modal one (RUN/model)")
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"model folder: {folder} has no tokenizer; copy the whole folder that training wrote")
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, load_tokenizer(folder, "model folder")
 
 
 def _lab_table(path: Path, needed: bool) -> PercentileTable:
@@ -142,8 +144,8 @@ def _answer(
     mean_percentiles: NDArray[np.float32],
     question: str,
     max_new_tokens: int,
-) -> tuple[str, list[float]]:
-    """The greedy completion as text, and the three gates."""
+) -> tuple[str, list[float], int | None]:
+    """The greedy completion as text, the three gates, and its tokens where it was cut."""
     import torch
 
     from medtvt_rl.data.task import prompt_token_ids, study_item
@@ -162,6 +164,7 @@ def _answer(
     if study.cxr is None:
         item["cxr"] = np.zeros((channels, side, side), dtype=np.float32)
     tensors = {name: torch.from_numpy(np.asarray(value))[None] for name, value in item.items()}
+    stops = stop_token_ids(tokenizer, model.generation_config)
     generator: Any = model  # the stub of `generate` knows no study
     with torch.inference_mode():
         _, gates = model.perceive(**tensors)
@@ -171,14 +174,18 @@ def _answer(
             **tensors,
             do_sample=False,
             max_new_tokens=min(max_new_tokens, room),
-            eos_token_id=stop_token_ids(tokenizer, model.generation_config),
+            eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
         )
-    text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    return str(text), [float(gate) for gate in gates[0]]
+    answer = output[0, ids.shape[1] :].tolist()
+    cut_at = None if answer[-1] in stops else len(answer)
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    return str(text), [float(gate) for gate in gates[0]], cut_at
 
 
-def _read_answer(text: str, gates: dict[str, float], study: Study, remarks: tuple[str, ...] = ()) -> Diagnosis:
+def _read_answer(
+    text: str, gates: dict[str, float], study: Study, cut_at: int | None = None, remarks: tuple[str, ...] = ()
+) -> Diagnosis:
     from medtvt_rl.rewards.answer import parse_answer
 
     parsed = parse_answer(text)
@@ -188,6 +195,7 @@ def _read_answer(text: str, gates: dict[str, float], study: Study, remarks: tupl
         gates=gates,
         missing=tuple(name for name, there in zip(MODALITIES, study.present) if not there),
         well_formed=parsed is not None,
+        cut_at=cut_at,
         remarks=remarks,
     )
 
@@ -197,7 +205,10 @@ def render(diagnosis: Diagnosis) -> str:
     lines = ["reasoning", f"  {diagnosis.reasoning or '(none)'}", "diagnoses"]
     if not diagnosis.well_formed:
         lines[0] = "answer as generated"
-        lines.append("  (the answer breaks the format, so that no diagnosis can be read from it)")
+        why = "breaks the format, so that no diagnosis can be read from it"
+        if diagnosis.cut_at is not None:
+            why = f"was cut after {diagnosis.cut_at} tokens, before it was whole: see --max-new-tokens"
+        lines.append(f"  (the answer {why})")
     else:
         lines += [f"  {name}" for name in diagnosis.diagnoses] or ["  (none)"]
     lines.append("contribution of each modality (gate, 0 to 1)")
@@ -217,9 +228,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labs", type=Path, help="blood values: json or CSV of item id or name and value")
     parser.add_argument("--percentiles", type=Path, help="percentiles.json of a study store, if the model has none")
     parser.add_argument("--question", default=DEFAULT_QUESTION, help="what to ask (default: %(default)s)")
-    parser.add_argument("--crop", choices=get_args(Crop), default="whole", help="data.film.crop of the training")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="the answer is cut there")
+    parser.add_argument("--crop", choices=get_args(Crop), help="in place of data.film.crop of the training")
+    parser.add_argument("--max-new-tokens", type=_positive, help="cut the answer there, not where the training did")
     parser.add_argument("--json", action="store_true", help="print json")
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of tokens, at least 1")
+    return int(text)
 
 
 def command(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medtvt_rl.model.config import UNTRAINED_STAND_INS
-from pipelines.command import EXIT_USAGE, fail
+from pipelines.command import EXIT_INTERRUPTED, EXIT_USAGE, fail
 
 if TYPE_CHECKING:
     from medtvt_rl.model.reference_folder import Imported
@@ -51,14 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Carries out `medtvt-rl import-reference`; returns the exit code: 0, or 2 where the input cannot be used."""
-    import torch
-
-    from medtvt_rl.data.special_tokens import PUBLISHED_TOKENS, read_special_tokens
-    from medtvt_rl.model.reference_folder import import_reference
-
-    torch.set_num_threads(1)  # the work waits for the disk; more threads would only spin
+    """Carries out `medtvt-rl import-reference`; returns the exit code: 0, 2 for input of no use, 130 on Ctrl-C."""
     try:
+        import torch
+
+        from medtvt_rl.data.special_tokens import PUBLISHED_TOKENS, read_special_tokens
+        from medtvt_rl.model.reference_folder import import_reference
+
+        torch.set_num_threads(1)  # the work waits for the disk; more threads would only spin
         tokens = PUBLISHED_TOKENS if args.special_tokens is None else read_special_tokens(args.special_tokens)
         with _progress() as on_bytes:
             imported = import_reference(
@@ -76,6 +76,8 @@ def command(args: argparse.Namespace) -> int:
             )
     except (ValueError, OSError) as error:
         return fail(f"import-reference: {' '.join(str(error).split())}", EXIT_USAGE)
+    except KeyboardInterrupt:
+        return fail(f"import-reference: interrupted; {args.out} was not written", EXIT_INTERRUPTED)
     print(describe(args, imported))
     return 0
 

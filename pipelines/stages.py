@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from medtvt_rl.config import Config, to_yaml
 from medtvt_rl.config_checks import ConfigError
 from medtvt_rl.privacy import SaltError, prepare_salt
+from pipelines.command import unwritable
 from pipelines.memory import PeakMemory
 from pipelines.reporter import Reporter
 
@@ -201,7 +202,7 @@ def prepare_run_folder(config: Config) -> None:
     except SaltError as error:
         raise ConfigError(str(error)) from error
     except OSError as error:
-        raise ConfigError(f"run.root is {config.run.root!r}: {error}; choose a folder that can be written") from error
+        raise ConfigError(unwritable(config, error)) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

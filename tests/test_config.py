@@ -58,6 +58,9 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
         ("grpo.final_lr_share=1.5", "grpo.final_lr_share is 1.5: it is a share; set 0 to 1"),
         ("rollout.generate_timeout_s=0", "rollout.generate_timeout_s is 0.0: set more than 0"),
         ("evaluation.bootstrap_resamples=0", "evaluation.bootstrap_resamples is 0: set at least 1"),
+        ("sft.adam_betas=[0.9]", "sft.adam_betas is [0.9]: set two numbers, each from 0 to below 1"),
+        ("pretrain.adam_betas=[0.9,1]", "pretrain.adam_betas is [0.9, 1.0]: set two numbers"),
+        ("learner.adam_betas=[-0.1,0.9]", "learner.adam_betas is [-0.1, 0.9]: set two numbers"),
         ("steps", "not of the form key=value"),
     ],
 )

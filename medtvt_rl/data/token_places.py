@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from medtvt_rl.data.special_tokens import END_OF_TEXT, PUBLISHED_TEMPLATE
-from medtvt_rl.data.tokenizer import ANSWER_TOKENS, NAMED, adapt_tokenizer, rebuilt
+from medtvt_rl.data.tokenizer import ANSWER_TOKENS, NAMED, adapt_tokenizer, load_tokenizer, rebuilt
 
 RESERVED = re.compile(r"reserved|unused")
 
@@ -43,7 +43,7 @@ def write_tokenizer(
     """
     if not (source / "tokenizer_config.json").is_file():
         raise ValueError(f"--tokenizer: {source} holds no tokenizer_config.json; expected a Hugging Face folder")
-    loaded = AutoTokenizer.from_pretrained(source)
+    loaded = load_tokenizer(source, "--tokenizer")
     if not getattr(loaded, "is_fast", False):
         raise ValueError(f"--tokenizer: {source} holds no tokenizer.json; save it as a fast tokenizer")
     if loaded.eos_token_id is None:

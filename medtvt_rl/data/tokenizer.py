@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from medtvt_rl.config import Config
 from medtvt_rl.data.medtvt_qa import QA_KINDS
 from medtvt_rl.data.study_store import StudyStore
+from medtvt_rl.unreadable import why_unreadable
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 USER, ASSISTANT = "<user>", "<assistant>"
@@ -28,6 +30,7 @@ ANSWER_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 CHAT_DATE = datetime(2024, 7, 26)
 """The day that chat templates are told who ask for today's, so that a prompt is the same on every day; the one that
 Llama 3.2's takes where there is no clock."""
+FILES = ("tokenizer.json", "tokenizer_config.json")
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 CHAT_TEMPLATE = (
@@ -102,9 +105,34 @@ def _without_tokens(texts: Iterable[str]) -> Iterator[str]:
 def build_tokenizer(config: Config, store: StudyStore) -> PreTrainedTokenizerFast:
     """A run's tokenizer: that of config.model.init with the task's tokens, or one trained on the training split."""
     if config.model.init is not None:
-        return adapt_tokenizer(cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(config.model.init)))
+        return adapt_tokenizer(cast(PreTrainedTokenizerFast, load_tokenizer(config.model.init, "model.init")))
     texts = (text for kind in QA_KINDS for qa in store.qa("train", kind) for text in (qa.question, qa.answer))
     return train_tokenizer(texts, config.model.backbone.vocab_size)
+
+
+def load_tokenizer(folder: str | Path, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a Hugging Face folder.
+
+    Args:
+        key: the setting that names the folder.
+
+    Raises:
+        ValueError: it cannot be loaded; the message names the damaged file.
+    """
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder))
+    except Exception as error:  # `tokenizers` raises a bare Exception for a damaged file
+        damaged = next((path for name in FILES if _is_damaged(path := Path(folder) / name)), Path(folder))
+        raise ValueError(
+            f"{key}: no tokenizer can be loaded from {damaged} {why_unreadable(damaged, error)}"
+        ) from error
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        return path.is_file() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return True
 
 
 def adapt_tokenizer(tokenizer: PreTrainedTokenizerFast, answer_tokens: bool = True) -> PreTrainedTokenizerFast:

@@ -63,6 +63,7 @@ class SupervisedConfig:
         min_rise: what counts as a rise; set it to the noise of the score.
         validation_studies, validation_samples: the score is the mean reward of that many sampled answers.
         train_encoders: whether the modality encoders learn, too.
+        adam_betas: decay rates of Adam's first and second moment.
     """
 
     epochs: int = 6
@@ -82,5 +83,6 @@ class SupervisedConfig:
     num_workers: int = 2
     num_threads: int = 1
     zero_stage: int = 1
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     gradient_clipping: float = 1.0
     timeout_s: float = 3600.0

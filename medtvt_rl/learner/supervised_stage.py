@@ -27,12 +27,11 @@ from medtvt_rl.learner.engine import EngineSettings, TrainingEngine
 from medtvt_rl.learner.examples import QUESTIONS, ExampleSource, stage_examples
 from medtvt_rl.learner.supervised import Observer, SupervisedTrainer, Validation, save_policy
 from medtvt_rl.learner.validation import HeldOutLoss, SampledRewards
+from medtvt_rl.model.medtvt import MedTVTConfig
 from medtvt_rl.model.policy import load_policy
 from medtvt_rl.model.seal import seal
 from medtvt_rl.model.tower import set_encoders_trainable
 from medtvt_rl.user_code import task_items, task_prompts
-
-ADAM_BETAS = (0.9, 0.98)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +108,7 @@ class StageRank:
             dtype=dtype,
             gradient_clipping=settings.gradient_clipping,
             weight_decay=settings.weight_decay,
-            adam_betas=ADAM_BETAS,
+            adam_betas=(settings.adam_betas[0], settings.adam_betas[1]),
         )
 
     def _warm_up(self, tower: Any) -> dict[str, float]:
@@ -159,9 +158,17 @@ class StageRank:
         if engine.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        if self._task.stage == "pretrain" or self._task.settings.modality_dropout > 0:
-            cast(Any, engine.policy).config.untrained_stand_ins = False
+        self._note_training(cast(Any, engine.policy).config)
         save_policy(engine, folder)
         if engine.rank == 0:
             self._tokenizer.save_pretrained(folder)
             seal(folder)
+
+    def _note_training(self, found: Any) -> None:
+        """What whoever asks the model later must know of its training."""
+        if not isinstance(found, MedTVTConfig):
+            return
+        if self._task.stage == "pretrain" or self._task.settings.modality_dropout > 0:
+            found.untrained_stand_ins = False
+        found.film_crop = self._config.data.film.crop
+        found.max_answer_tokens = self._config.rollout.sampling.max_new_tokens

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from medtvt_rl.model.config import ModelConfig
-from medtvt_rl.model.published_layout import encoder_layout
+from medtvt_rl.model.published_layout import LAB_WIDTHS, encoder_layout
 from medtvt_rl.model.reference_checkpoint import read_published
 from medtvt_rl.types import MODALITIES
+from medtvt_rl.unreadable import why_unreadable
 
 PUBLISHED_KINDS = {"ecg": "xresnet1d101", "cxr": "vit", "lab": "normalised"}
 PREFIXES = {"ecg": "ecg_encoder.", "cxr": "vit_model.", "lab": "lab_encoder."}
@@ -32,14 +34,30 @@ def load_encoders(model: nn.Module, config: ModelConfig) -> None:
     Raises:
         ValueError: the encoder is not of the published kind, a file cannot be read, or lacks entries.
     """
-    for modality in MODALITIES:
-        settings: Any = getattr(config, modality)
-        if settings.init is None:
-            continue
-        key = f"model.{modality}.init"
-        if settings.kind != PUBLISHED_KINDS[modality]:
-            raise ValueError(f"{key}: needs model.{modality}.kind={PUBLISHED_KINDS[modality]}, not {settings.kind!r}")
-        _load(model, modality, config, _read(Path(settings.init), key), f"{key}: {settings.init}")
+    own = model.state_dict()
+    with torch.no_grad():
+        for modality in MODALITIES:
+            for target, tensor in read_encoder(config, modality).items():
+                own[target].copy_(tensor)
+
+
+def read_encoder(config: ModelConfig, modality: str) -> dict[str, Tensor]:
+    """Name of a weight of the model -> its value, from the file that model.MODALITY.init names; empty without one.
+
+    The tensors are views on the file where it allows that.
+
+    Raises:
+        ValueError: as of load_encoders.
+    """
+    settings: Any = getattr(config, modality)
+    if settings.init is None:
+        return {}
+    key = f"model.{modality}.init"
+    if settings.kind != PUBLISHED_KINDS[modality]:
+        raise ValueError(f"{key}: needs model.{modality}.kind={PUBLISHED_KINDS[modality]}, not {settings.kind!r}")
+    if modality == "lab" and tuple(settings.widths) != LAB_WIDTHS:
+        raise ValueError(f"{key}: needs model.lab.widths={list(LAB_WIDTHS)}, not {list(settings.widths)}")
+    return _fitting(_read(Path(settings.init), key), modality, config, f"{key}: {settings.init}")
 
 
 def _read(path: Path, key: str) -> Mapping[str, Tensor]:
@@ -50,13 +68,17 @@ def _read(path: Path, key: str) -> Mapping[str, Tensor]:
         path = found[0]
     if not path.is_file():
         raise ValueError(f"{key}: there is no {path}; put the weights there, or name another file")
-    return load_file(path) if path.suffix == ".safetensors" else read_published(path)
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else read_published(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{key}: {path}: not a readable safetensors file {why_unreadable(path, error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
-@torch.no_grad()
-def _load(model: nn.Module, modality: str, config: ModelConfig, state: Mapping[str, Tensor], source: str) -> None:
+def _fitting(state: Mapping[str, Tensor], modality: str, config: ModelConfig, source: str) -> dict[str, Tensor]:
     layout = {
-        name: entry.target
+        name: entry
         for name, entry in encoder_layout(modality, config.cxr).items()
         if entry.kind == "copied" and entry.target is not None
     }
@@ -66,16 +88,14 @@ def _load(model: nn.Module, modality: str, config: ModelConfig, state: Mapping[s
     taken = {PREFIXES[modality] + name: state[prefix + name] for name in trunk}
     if all(name in state for name in pooling):
         taken |= {name: state[name] for name in pooling}
-    own = model.state_dict()
     wrong = [
-        f"{name} {list(tensor.shape)} (expected {list(own[layout[name]].shape)})"
+        f"{name} {list(tensor.shape)} (expected {list(layout[name].shape)})"
         for name, tensor in taken.items()
-        if tensor.shape != own[layout[name]].shape
+        if tuple(tensor.shape) != layout[name].shape
     ]
     if wrong:
         raise ValueError(f"{source}: {len(wrong)} entries of another shape: {', '.join(wrong[:MAX_LISTED])}")
-    for name, tensor in taken.items():
-        own[layout[name]].copy_(tensor)
+    return {str(layout[name].target): tensor for name, tensor in taken.items()}
 
 
 def _prefix(state: Mapping[str, Tensor], names: list[str], source: str) -> str:

@@ -39,6 +39,8 @@ class MedTVTConfig(LlamaConfig):
         placeholder_token_ids: ids of <ecg>, <cxr>, <lab>.
         ignored_label: a label that counts as -100 does, for labels padded with it; None where there is none.
         untrained_stand_ins: what stands in for a missing modality is random, because no training has seen one missing.
+        film_crop: data.film.crop of the training.
+        max_answer_tokens: rollout.sampling.max_new_tokens of the training; where `diagnose` cuts an answer.
     """
 
     model_type = "medtvt"
@@ -50,6 +52,8 @@ class MedTVTConfig(LlamaConfig):
     placeholder_token_ids: list[int] | None = None
     ignored_label: int | None = None
     untrained_stand_ins: bool = False
+    film_crop: str = "whole"
+    max_answer_tokens: int = 256
 
     @property
     def tokens_per_modality(self) -> int:

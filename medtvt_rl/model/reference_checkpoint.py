@@ -13,8 +13,9 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from medtvt_rl.model.perception import STAND_IN_STD
 from medtvt_rl.model.published_layout import WITHOUT_BIAS, PublishedEntry, low_rank_names, published_layout
 from medtvt_rl.model.published_sizes import PublishedSizes
 from medtvt_rl.types import MODALITIES
+from medtvt_rl.unreadable import is_lfs_pointer, why_unreadable
 
 EMBEDDINGS = "llama.tok_embeddings.weight"
 # The SFT file, Lightning, and the published ECG encoder.
@@ -30,6 +32,17 @@ WRAPPERS = ("model", "state_dict", "ecg_model")
 MAX_LISTED = 50
 ROWS_AT_ONCE = 512
 FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
+# What training scripts keep beside the weights: bags of plain values, and paths, which become pure ones that open
+# nothing and exist on every system. Python 3.13 saves paths under a module of its own.
+PLAIN_VALUES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    *(
+        (pure, f"{module}.{name}")
+        for pure, kind in ((PurePosixPath, "PosixPath"), (PureWindowsPath, "WindowsPath"))
+        for module in ("pathlib", "pathlib._local")
+        for name in (kind, f"Pure{kind}")
+    ),
+]
 STAND_IN = "study_tower.perception.stand_in"
 
 
@@ -42,10 +55,11 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
         ValueError: it isn't a file that torch saved, or it holds something else than named tensors.
     """
     try:
-        # The published training keeps its command line beside the weights: a bag of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(PLAIN_VALUES):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
+        if is_lfs_pointer(path):
+            raise ValueError(f"{path}: not a readable torch checkpoint {why_unreadable(path, error)}") from None
         # torch's own words advise to load it all the same.
         found = FOREIGN.search(str(error))
         reason = f"it holds {found[1]}" if found else "it holds something else, or is none"
@@ -53,10 +67,7 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
             f"{path}: not a file of plain tensors ({reason}); load it where it was made, and save its state_dict alone"
         ) from None
     except Exception as error:  # a damaged file fails in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(
-            f"{path}: not a readable torch checkpoint ({reason}); check the path, or copy it again"
-        ) from error
+        raise ValueError(f"{path}: not a readable torch checkpoint {why_unreadable(path, error)}") from error
     state = content
     if isinstance(content, Mapping):
         state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)

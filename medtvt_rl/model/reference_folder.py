@@ -29,6 +29,8 @@ RESIDUAL_SCALE = 0.01
 IGNORED_LABEL = 0
 SPECIAL_IDS = {"bos_token_id": "<|begin_of_text|>", "eos_token_id": END_OF_TEXT}
 STOPS = (END_OF_TEXT, "<|eot_id|>")
+# The published model was asked for so many at most.
+MAX_ANSWER_TOKENS = 600
 SHARD_BYTES = 2 * 1024**3
 
 Progress = Callable[[int, int], None]
@@ -168,6 +170,8 @@ def _config(source: PublishedCheckpoint, sizes: PublishedSizes, special_tokens: 
         "placeholder_token_ids": [special_tokens[token] for token in REQUIRED],
         "ignored_label": IGNORED_LABEL,
         "untrained_stand_ins": True,
+        "film_crop": "published",
+        "max_answer_tokens": MAX_ANSWER_TOKENS,
         "ecg": kept_settings(EcgEncoderConfig(kind="xresnet1d101")),
         "cxr": kept_settings(sizes.film),
         "lab": kept_settings(LabEncoderConfig(kind="normalised", widths=list(LAB_WIDTHS))),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_llama import tiny_llama
@@ -506,3 +507,55 @@ def test_a_model_that_can_be_written_does_not_stop_training(root: Path) -> None:
     assert "cannot be written (model.init_from: no module" in stop
     evaluated = configured(root, "run.stages=[cohort,evaluate]")
     assert check_data(evaluated, quick=True).stops == []
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-16])
+
+
+def make_pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "words"),
+    [
+        ("model.safetensors", cut, "holds a damaged model.safetensors ("),
+        ("model.safetensors", make_pointer, "git lfs pull"),
+        ("model.safetensors", Path.unlink, "holds no *.safetensors"),
+        ("tokenizer.json", cut, "tokenizer.json ("),
+        ("tokenizer.json", make_pointer, "git lfs pull"),
+    ],
+)
+def test_a_damaged_language_model_stops_training(
+    root: Path, file: str, spoil: Callable[[Path], None], words: str
+) -> None:
+    spoil(root / LLAMA / file)
+    (stop,) = check_data(configured(root), quick=True).stops
+    assert stop.startswith("model.init: ") and words in stop
+
+
+def test_a_shard_that_the_index_names_and_is_not_there_stops_training(root: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (root / LLAMA / "model.safetensors.index.json").write_text(json.dumps(index))
+    (stop,) = check_data(configured(root), quick=True).stops
+    assert "lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names" in stop
+
+
+def test_an_encoder_s_weights_that_do_not_fit_stop_training(root: Path) -> None:
+    shapes = {"fc1": [256, 100], "fc2": [1024, 256], "fc3": [1024, 1024], "layer_norm": [1024]}
+    labs = {f"labs_encoder.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    labs |= {f"labs_encoder.{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items()}
+    path = root / "lab.ckpt"
+    configuration = configured(root, f"model.lab.init={path}")
+    torch.save({"state_dict": labs, "hyper_parameters": {"data_dir": root}}, path)
+    assert check_data(configuration, quick=True).stops == []
+    torch.save({"state_dict": {**labs, "labs_encoder.fc1.bias": torch.zeros(3)}}, path)
+    (stop,) = check_data(configuration, quick=True).stops
+    assert stop.startswith("model.lab.init: ") and "of another shape" in stop
+    make_pointer(path)
+    (stop,) = check_data(configuration, quick=True).stops
+    assert (
+        stop.startswith("model.lab.init: ")
+        and "lab.ckpt: not a readable torch checkpoint (it is a pointer of git-lfs" in stop
+    )

@@ -104,6 +104,18 @@ def test_answer_tags_are_text_to_an_imported_tokenizer(published: PreTrainedToke
     assert adapt_tokenizer(published).encode(ANSWER, add_special_tokens=False) == ids, "also where a run goes on"
 
 
+@pytest.mark.parametrize(
+    "content", ["version https://git-lfs.github.com/spec/v1\n", '{"version": "1.0", "added_', "{}"]
+)
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
+    llama_like().save_pretrained(tmp_path / "stock")
+    (tmp_path / "stock" / "tokenizer.json").write_text(content)
+    where = "stock" if content == "{}" else r"tokenizer\.json"
+    with pytest.raises(ValueError, match=rf"--tokenizer: no tokenizer can be loaded from .*{where} \(.*copy") as caught:
+        write_tokenizer(tmp_path / "stock", tmp_path / "out", TOKENS, num_rows=288)
+    assert ("git lfs pull" in str(caught.value)) == content.startswith("version") and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("answer_tokens", [True, False])
 def test_answer_tags_that_are_special_are_read_all_the_same(tmp_path: Path, answer_tokens: bool) -> None:
     source = llama_like()

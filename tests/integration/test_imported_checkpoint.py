@@ -1,4 +1,5 @@
-"""A published checkpoint through the stages, unchanged: evaluated as it is; sft on its kept adapter, grpo, evaluate."""
+"""A published checkpoint through the stages, unchanged: evaluated as it is, with its adapter kept; merged, as an import
+is by default, through sft, grpo, evaluate. What loads, trains and saves a kept adapter is tested in tests/model."""
 
 from __future__ import annotations
 
@@ -37,26 +38,27 @@ TRAINING = [
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds `start`, the folder of a published checkpoint with its low-rank pairs kept."""
+    """Holds `kept` and `merged`, folders of a published checkpoint by what became of its low-rank pairs."""
     root = tmp_path_factory.mktemp("published")
     files = write_files(root, golden_state())
     train_tokenizer(["Name the diagnoses of this patient. <answer>Sepsis</answer>"], 310).save_pretrained(
         root / "tokenizer"
     )
-    import_reference(
-        files["checkpoint"],
-        files["params"],
-        files["vit_config"],
-        root / "start",
-        special_tokens=TOKENS,
-        tokenizer=root / "tokenizer",
-        keep_adapter=True,
-    )
+    for name in ("kept", "merged"):
+        import_reference(
+            files["checkpoint"],
+            files["params"],
+            files["vit_config"],
+            root / name,
+            special_tokens=TOKENS,
+            tokenizer=root / "tokenizer",
+            keep_adapter=name == "kept",
+        )
     return root
 
 
-def run(root: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    overrides = [f"run.root={root}", f"model.init={root / 'start'}", *COHORT, *settings]
+def run(root: Path, start: str, *settings: str) -> subprocess.CompletedProcess[str]:
+    overrides = [f"run.root={root}", f"model.init={root / start}", *COHORT, *settings]
     return subprocess.run(
         [sys.executable, "-m", "pipelines.run", "-c", "configs/quickstart.yaml", *overrides],
         cwd=PROJECT,
@@ -70,20 +72,20 @@ def run(root: Path, *settings: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.cluster
 def test_a_published_checkpoint_is_evaluated_without_a_stage_of_training(root: Path) -> None:
-    done = run(root, "run.name=scored", "run.stages=[cohort,evaluate]", "metrics=paper")
+    done = run(root, "kept", "run.name=scored", "run.stages=[cohort,evaluate]", "metrics=paper")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     evaluation = json.loads((root / "scored" / "summary.json").read_text())["evaluation"]
-    assert evaluation["policies"] == {"model": "start"} and "grpo" not in evaluation and "gain" not in evaluation
+    assert evaluation["policies"] == {"model": "kept"} and "grpo" not in evaluation and "gain" not in evaluation
     assert evaluation["model"]["paper"]["answers_dropped"] is not None and "jaccard" in evaluation["model"]
     assert UNTRAINED_STAND_INS in evaluation["remarks"] and UNTRAINED_STAND_INS in done.stdout
-    assert "start" in next(line for line in done.stdout.splitlines() if line.startswith("held-out"))
+    assert "kept" in next(line for line in done.stdout.splitlines() if line.startswith("held-out"))
     assert (root / "scored" / "model" / "adapter" / "adapter_config.json").is_file()
     assert (root / "scored" / "model" / PERCENTILES_FILE).is_file()
 
 
 @pytest.mark.cluster
 def test_a_published_checkpoint_goes_through_the_stages(root: Path) -> None:
-    done = run(root, *TRAINING)
+    done = run(root, "merged", *TRAINING)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     summary = json.loads((root / "imported" / "summary.json").read_text())
     assert summary["grpo"]["completions"] == 2 and summary["grpo"]["logprob_max_abs_diff"] <= 1e-4

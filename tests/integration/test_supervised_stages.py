@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ SMALL = [
     "sft.batch_size=16",
     "sft.validation_studies=4",
     "sft.validation_samples=2",
+    "data.film.crop=center",
 ]
 
 
@@ -114,6 +116,9 @@ def test_the_folders_are_whole_and_differ_where_training_was(trained: dict[str, 
     embedding = "language_model.model.embed_tokens.weight"
     assert not torch.equal(weights["pretrain"][embedding], weights["sft"][embedding])
     for folder in folders.values():
+        kept = json.loads((folder / "config.json").read_text())
+        # What `diagnose` goes by.
+        assert (kept["film_crop"], kept["max_answer_tokens"]) == ("center", 96)
         assert AutoTokenizer.from_pretrained(folder).eos_token_id is not None
         assert not folder.with_name("model.writing").exists()
 

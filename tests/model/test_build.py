@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_model import small_config, small_model, small_tokenizer
-from tiny_llama import tiny_llama
+from tiny_llama import LLAMA3_ROPE, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from medtvt_rl.model.build import build_model
@@ -28,18 +28,21 @@ def test_fresh_model_follows_configuration_and_tokenizer(
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("tie", [True, False])
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 5000.0}
+
+
+@pytest.mark.parametrize(("tie", "rope"), [(True, LLAMA3_ROPE), (True, PLAIN_ROPE), (False, PLAIN_ROPE)])
 def test_a_plain_llama_becomes_the_backbone_and_learns_new_tokens(
-    model_config: ModelConfig, tmp_path: Path, tie: bool
+    model_config: ModelConfig, tmp_path: Path, tie: bool, rope: dict[str, object]
 ) -> None:
-    rope = {"rope_type": "default", "rope_theta": 5000.0}
     settings = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tie, "rope_parameters": rope}
     llama = tiny_llama(20, hidden_size=32, **settings).eval()
     llama.save_pretrained(tmp_path / "llama")
     model_config.init = str(tmp_path / "llama")
     tokenizer = small_tokenizer()
     model = build_model(model_config, tokenizer).eval()
-    ids = torch.tensor([[1, 10, 11, 12]])
+    ids = torch.arange(1, 20)[None]  # long enough for positions to turn far
+    ids[0, 2:5] = 10  # no placeholder
     with torch.no_grad():
         found = model(input_ids=ids).logits
         torch.testing.assert_close(found[..., :20], llama(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
@@ -52,6 +55,19 @@ def test_a_plain_llama_becomes_the_backbone_and_learns_new_tokens(
     again = build_model(model_config, tokenizer).eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, found)
+    assert again.config.rope_parameters == {**again.config.rope_parameters, **rope}
+    assert (again.config.num_attention_heads, again.config.num_key_value_heads) == (4, 2)
+
+
+def test_the_scaling_of_llama_3_matters_in_the_test_above() -> None:
+    """The same weights under either rope say other things at these positions."""
+    plain, scaled = (
+        tiny_llama(20, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope).eval()
+        for rope in (PLAIN_ROPE, LLAMA3_ROPE)
+    )
+    ids = torch.arange(19)[None]
+    with torch.no_grad():
+        assert (plain(input_ids=ids).logits - scaled(input_ids=ids).logits).abs().max() > 1e-4
 
 
 def test_a_medtvt_folder_of_other_sizes_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

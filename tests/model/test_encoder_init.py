@@ -19,6 +19,7 @@ from medtvt_rl.model.config import (
     ModelConfig,
     PerceptionConfig,
 )
+from medtvt_rl.model.encoder_init import read_encoder
 from medtvt_rl.model.published_layout import encoder_layout
 from medtvt_rl.model.published_sizes import PublishedSizes
 
@@ -71,6 +72,32 @@ def test_encoders_are_found_under_any_prefix(state: dict[str, Tensor], tmp_path:
         build_model(again, small_tokenizer())
 
 
+def test_the_files_of_the_paper_s_own_training_are_read(state: dict[str, Tensor], tmp_path: Path) -> None:
+    config, ckpt, pt = published_config(), tmp_path / "epoch=49-val_loss=0.4944.ckpt", tmp_path / "epoch_3.pt"
+    labs = part(state, "lab_encoder.", "labs_encoder.") | {"logit_scale": torch.ones(())}
+    torch.save({"epoch": 49, "state_dict": labs, "hyper_parameters": {"ckpt_save_dir": Path("/runs")}}, ckpt)
+    torch.save({"ecg_model": part(state, "ecg_encoder.", ""), "epoch": 3}, pt)
+    config.lab.init, config.ecg.init = str(ckpt), str(pt)
+    for modality in ("ecg", "lab"):
+        found = read_encoder(config, modality)
+        taken = {n: e.target for n, e in encoder_layout(modality, config.cxr).items() if e.kind == "copied"}
+        trunk = [name for name in taken if name.startswith(f"{modality}_encoder.")]
+        assert trunk and all(torch.equal(found[str(taken[name])], state[name]) for name in trunk)
+    assert read_encoder(config, "cxr") == {}
+
+
+def test_a_damaged_safetensors_file_is_named(tmp_path: Path) -> None:
+    config, path = published_config(), tmp_path / "vit.safetensors"
+    config.cxr.init = str(path)
+    save_file({"weight": torch.zeros(64)}, path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"model\.cxr\.init: .*vit\.safetensors: not a readable safetensors file \("):
+        read_encoder(config, "cxr")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"vit\.safetensors: .*\(it is a pointer of git-lfs, not the file itself\)"):
+        read_encoder(config, "cxr")
+
+
 def test_what_does_not_fit_is_named(state: dict[str, Tensor], tmp_path: Path) -> None:
     config = published_config()
     config.lab.init = str(tmp_path / "lab.pt")
@@ -84,6 +111,9 @@ def test_what_does_not_fit_is_named(state: dict[str, Tensor], tmp_path: Path) ->
     with pytest.raises(
         ValueError, match=r"1 entries of another shape: lab_encoder\.fc1\.bias \[3\] \(expected \[256\]\)"
     ):
+        build_model(config, small_tokenizer())
+    config.lab.widths = [256, 1024]
+    with pytest.raises(ValueError, match=r"needs model\.lab\.widths=\[256, 1024, 1024\], not \[256, 1024\]"):
         build_model(config, small_tokenizer())
     config.lab = LabEncoderConfig(init=config.lab.init)
     with pytest.raises(ValueError, match=r"model\.lab\.init: needs model\.lab\.kind=normalised, not 'mlp'"):

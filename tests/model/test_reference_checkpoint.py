@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import io
+from pathlib import Path, PurePath, PureWindowsPath
 
 import numpy as np
 import pytest
 import torch
 from golden_model import DESCRIPTION, TOKENS, golden_arrays, golden_inputs, golden_state, write_files
-from torch import Tensor
+from torch import Tensor, _weights_only_unpickler
 
 from medtvt_rl.model.medtvt import MedTVTForCausalLM
 from medtvt_rl.model.published_layout import published_layout
 from medtvt_rl.model.published_sizes import PublishedSizes
-from medtvt_rl.model.reference_checkpoint import PublishedCheckpoint, read_published
+from medtvt_rl.model.reference_checkpoint import PLAIN_VALUES, PublishedCheckpoint, read_published
 from medtvt_rl.model.reference_folder import import_reference
 
 TOLERANCE = 2e-4
@@ -93,6 +94,45 @@ def test_what_the_published_training_keeps_beside_the_weights_is_passed_over(tmp
     assert list(read) == ["weight"] and torch.equal(read["weight"], torch.ones(2))
 
 
+def lightning(state: dict[str, Tensor]) -> dict[str, object]:
+    """What Lightning saves beside a state_dict."""
+    settings = {"lr": 1e-3, "ckpt_save_dir": Path("/runs/1"), "data_dir": PureWindowsPath("C:/data"), "bias": None}
+    checkpoints = {"monitor": "val_loss", "best_model_path": "/runs/1/best.ckpt", "best_model_score": torch.ones(())}
+    return {
+        "epoch": 49,
+        "global_step": 3900,
+        "pytorch-lightning_version": "2.2.1",
+        "state_dict": state,
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"completed": 49}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': 'val_loss'}": checkpoints},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": [{"betas": (0.9, 0.999)}]}],
+        "lr_schedulers": [],
+        "hparams_name": "args",
+        "hyper_parameters": settings,
+    }
+
+
+def test_paths_beside_the_weights_of_a_lightning_file_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "epoch=49.ckpt"
+    torch.save(lightning({"labs_encoder.fc1.weight": torch.ones(2)}), path)
+    read = read_published(path)
+    assert list(read) == ["labs_encoder.fc1.weight"] and torch.equal(read["labs_encoder.fc1.weight"], torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath"])
+def test_paths_of_every_system_and_python_become_pure_ones(name: str) -> None:
+    # Protocol 2, as torch saves: GLOBAL, a tuple of parts, REDUCE.
+    module, _, kind = name.rpartition(".")
+    pickled = b"\x80\x02c" + f"{module}\n{kind}\n".encode() + b"X\x01\x00\x00\x00a\x85R."
+    with torch.serialization.safe_globals(PLAIN_VALUES):
+        found = _weights_only_unpickler.load(io.BytesIO(pickled))
+    assert isinstance(found, PurePath) and not isinstance(found, Path) and found.parts == ("a",)
+
+
+class OwnSettings:
+    """A class of user code, which a checkpoint must not bring along."""
+
+
 def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
     with pytest.raises(ValueError, match=r"file\.pth: not a readable"):
@@ -103,8 +143,13 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     torch.save({"model": {"weight": 3}}, path)
     with pytest.raises(ValueError, match="expected a state_dict of tensors"):
         read_published(path)
-    torch.save({"model": {}, "args": Path("/")}, path)
-    with pytest.raises(ValueError, match=r"\(it holds pathlib\.\w+\).*save its state_dict alone") as caught:
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(
+        ValueError, match=r"file\.pth: not a readable .*pointer of git-lfs.*; fetch it with git lfs pull"
+    ):
+        read_published(path)
+    torch.save({"model": {}, "args": OwnSettings()}, path)
+    with pytest.raises(ValueError, match=r"\(it holds [\w.]+\.OwnSettings\).*save its state_dict alone") as caught:
         read_published(path)
     assert "\x1b" not in str(caught.value) and "weights_only" not in str(caught.value)
 

@@ -10,7 +10,7 @@ import pytest
 
 from medtvt_rl.config import load_config
 from pipelines import cli
-from pipelines.command import load
+from pipelines.command import in_session, load
 from pipelines.plan import batch_arithmetic
 from pipelines.stages import StageError, finished, start_model, write_json, write_summary
 
@@ -123,6 +123,17 @@ def test_a_refused_command_leaves_the_run_s_configuration_alone(
     assert "sft.epochs: 14 then, 3 now" in capsys.readouterr().err
     assert (config.folder / "config.yaml").read_text() == "as it was"
     assert not (config.folder / "logs").exists()
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    root = f"run.root={tmp_path / 'file'}"
+    assert cli.main(["run", "-c", QUICKSTART, root]) == 2
+    # As build-qa, bench and replay begin.
+    assert in_session(load_config(QUICKSTART, [root]), lambda reporter: None, with_ray=False) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("medtvt-rl: run.root is ") and first.endswith("; choose a folder that can be written")
+    assert second == first
 
 
 @pytest.mark.parametrize(

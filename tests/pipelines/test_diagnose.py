@@ -27,10 +27,12 @@ from pipelines.diagnose import (
     add_arguments,
     command,
     diagnose,
+    load_model,
     render,
 )
 
 REAL_ECG = Path(get_testdata_file("waveform_ecg.dcm", download=False))
+CROPS = ("whole", "published")
 REAL_FILM = Path(get_testdata_file("RG1_UNCR.dcm", download=False))
 
 
@@ -99,6 +101,22 @@ def test_one_modality_is_enough(model_folder: Path, labs: Path, kept: str) -> No
     assert set(found.missing) == {"ecg", "cxr", "lab"} - {"lab" if kept == "labs" else kept}
 
 
+def test_crop_and_length_are_by_default_those_of_the_training(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_model(model_folder)
+    monkeypatch.setattr("pipelines.diagnose.load_model", lambda path: (model, tokenizer))
+    assert (model.config.film_crop, model.config.max_answer_tokens) == ("whole", 256)
+    whole, cut_out = (diagnose(model_folder, cxr=REAL_FILM, crop=crop, max_new_tokens=3) for crop in CROPS)
+    assert whole.gates != cut_out.gates and whole.cut_at == 3
+    model.config.film_crop, model.config.max_answer_tokens = "published", 5
+    found = diagnose(model_folder, cxr=REAL_FILM)
+    assert found.gates == cut_out.gates and found.cut_at == 5
+    # An answer that ends at the last token that it may have was not cut.
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))
+    assert diagnose(model_folder, cxr=REAL_FILM, max_new_tokens=1).cut_at is None
+
+
 def test_the_input_matters(model_folder: Path, labs: Path) -> None:
     one = diagnose(model_folder, ecg=REAL_ECG, max_new_tokens=1)
     other = diagnose(model_folder, ecg=REAL_ECG, labs=labs, max_new_tokens=1)
@@ -134,8 +152,11 @@ def test_the_command(model_folder: Path, labs: Path, capsys: pytest.CaptureFixtu
     words = ["diagnose", "--model", model_folder, "--ecg", REAL_ECG, "--labs", labs, "--max-new-tokens", "3", "--json"]
     assert cli.main([str(word) for word in words]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert set(content) == {"reasoning", "diagnoses", "gates", "missing", "well_formed", "remarks"}
+    assert set(content) == {"reasoning", "diagnoses", "gates", "missing", "well_formed", "cut_at", "remarks"}
     assert content["missing"] == ["cxr"] and content["remarks"] == []
+    with pytest.raises(SystemExit, match="2"):
+        parsed("--model", model_folder, "--max-new-tokens", "0")
+    assert "'0', expected a number of tokens" in capsys.readouterr().err
     assert command(parsed("--model", model_folder, "--cxr", labs)) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("medtvt-rl: diagnose: ") and captured.err.count("\n") == 1
@@ -192,5 +213,7 @@ def test_an_answer_that_breaks_the_format_names_nothing() -> None:
     broken = _read_answer("<think> LAB: high lactate. <answer> Sepsis", gates, study)
     assert broken.diagnoses == () and not broken.well_formed and broken.missing == ("ecg", "cxr")
     assert "breaks the format" in render(broken) and "LAB: high lactate" in render(broken)
+    cut = _read_answer("<think> LAB: high", gates, study, cut_at=4)
+    assert "was cut after 4 tokens" in render(cut) and "breaks the format" not in render(cut)
     good = _read_answer("<think> LAB: high lactate. </think><answer> Sepsis; Hypertension </answer>", gates, study)
     assert good.diagnoses == ("Sepsis", "Hypertension") and good.reasoning == "LAB: high lactate."

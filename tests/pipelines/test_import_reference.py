@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -68,10 +69,28 @@ def test_what_cannot_be_used_is_one_line(
     assert run(files, tmp_path / "out", leave_out=("special_tokens",)) == 2
     assert run({**files, "params": tmp_path / "absent.json"}, tmp_path / "out") == 2
     assert run({**files, "checkpoint": files["params"]}, tmp_path / "out") == 2
+    damaged = shutil.copytree(files["tokenizer"], tmp_path / "tokenizer")
+    (damaged / "tokenizer.json").write_text((damaged / "tokenizer.json").read_text()[:99])
+    assert run({**files, "tokenizer": damaged}, tmp_path / "out") == 2
+    shutil.rmtree(damaged)
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and all(line.startswith("medtvt-rl: import-reference: ") for line in errors)
+    assert len(errors) == 4 and all(line.startswith("medtvt-rl: import-reference: ") for line in errors)
     assert "is 128000, and the checkpoint's embedding table has 320 rows; give --special-tokens" in errors[0]
     assert "absent.json: not a readable json file" in errors[1]
+    assert "no tokenizer can be loaded from" in errors[3] and "tokenizer.json (" in errors[3]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_behind(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medtvt_rl.model.reference_folder._write_weights", interrupted)
+    assert run(files, tmp_path / "out") == 130
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == f"medtvt-rl: import-reference: interrupted; {tmp_path / 'out'} was not written"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,6 +163,8 @@ def test_an_answer_ends_at_any_of_the_models_stops(folder: Path, monkeypatch: py
 
 
 def test_the_folder_diagnoses(folder: Path) -> None:
+    model, _ = load_model(folder)
+    assert (model.config.film_crop, model.config.max_answer_tokens) == ("published", 600)
     ecg, film = (Path(get_testdata_file(name, download=False)) for name in ("waveform_ecg.dcm", "RG1_UNCR.dcm"))
     found = diagnose(folder, ecg=ecg, cxr=film, max_new_tokens=4)
     assert (

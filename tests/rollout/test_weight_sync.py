@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "learner"))
 from small_model import random_item, small_config, small_model, small_tokenizer, study_prompt
 from test_vllm_engine import ENGINE, SAMPLING, TOLERANCE, difference
-from tiny_llama import tiny_llama
+from tiny_llama import LLAMA3_ROPE, tiny_llama
 from tiny_policy import PlainEngine
 
 from medtvt_rl.learner.export import export_weights
@@ -51,6 +51,14 @@ class Served:
                 "eos_token_id": 2,
             }
             tiny_llama(len(tokenizer), hidden_size=64, **settings).save_pretrained(folder)
+        elif tie:
+            # Built on a Llama as Llama 3.2 is: grouped heads, scaled rotary positions, tied embeddings.
+            settings = {"num_key_value_heads": 1, "initializer_range": 0.08, "rope_parameters": LLAMA3_ROPE}
+            llama = tiny_llama(len(tokenizer), hidden_size=64, tie_word_embeddings=True, eos_token_id=2, **settings)
+            llama.save_pretrained(folder / "llama")
+            config = small_config()
+            config.init = str(folder / "llama")
+            small_model(config, tokenizer).save(folder)
         else:
             small_model(small_config(tie=tie), tokenizer).save(folder)
         tokenizer.save_pretrained(folder)

@@ -6,7 +6,6 @@ Owns: these judgements. Does not own: how an entry is read and joined (data/medt
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -169,7 +168,12 @@ def check_tokens(
 ) -> None:
     """Measures prompts and answers in tokens against the limits of engine and learner."""
     check = report.open(TOKENS, "entries")
-    tokenizer, check.note = _tokenizer(config, usable, examples)
+    try:
+        tokenizer, check.note = _tokenizer(config, usable, examples)
+    except ValueError as error:
+        report.stop(TOKENS, str(error), field="model.init")
+        check.note = "not measured: there is no tokenizer to measure with"
+        return
     if tokenizer is None:
         return
     from medtvt_rl.data.task import prompt_token_ids
@@ -222,10 +226,8 @@ def check_tokens(
 def _tokenizer(
     config: Config, usable: Mapping[str, StudyRow], examples: Sequence[QAExample]
 ) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """The tokenizer that training would use, or None, and what to say of it."""
-    from transformers import AutoTokenizer
-
-    from medtvt_rl.data.tokenizer import adapt_tokenizer, train_tokenizer
+    """The tokenizer that training would use, or None, and what to say of it. Raises ValueError for a damaged one."""
+    from medtvt_rl.data.tokenizer import adapt_tokenizer, load_tokenizer, train_tokenizer
 
     init = config.model.init
     if init is None:
@@ -236,8 +238,5 @@ def _tokenizer(
         return train_tokenizer(texts, config.model.backbone.vocab_size), "tokenizer made from the training texts; "
     if not (Path(init) / "tokenizer_config.json").is_file():
         return None, f"not measured: model.init={init} has no tokenizer here; run it again where it is"
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(init)
-        return adapt_tokenizer(loaded), ""
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        return None, f"not measured: the tokenizer in model.init={init} cannot be loaded ({type(error).__name__})"
+    loaded: Any = load_tokenizer(init, "model.init")
+    return adapt_tokenizer(loaded), ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from medtvt_rl.data.config import DataConfig
 from medtvt_rl.data.errors import DataError, Problem
 from medtvt_rl.data.medtvt_qa import QAKind, plain_path
-from medtvt_rl.data.qa.icd import diseases_of_stay
+from medtvt_rl.data.qa.icd import PAPER_RULES, IcdRules, diseases_of_stay
 from medtvt_rl.data.qa.reference_ranges import LabReading, read_ranges, readings
 from medtvt_rl.data.qa.tables import rows_of
 from medtvt_rl.data.study_rows import StudyRow, plain_id, read_rows
@@ -60,14 +60,14 @@ class LabelSources:
         cxr: mimic-cxr-2.0.0-chexpert.csv (or -negbio) of MIMIC-CXR-JPG.
         icd: diagnoses_icd.csv of MIMIC-IV. Each of the three may end in .gz.
         lab_ranges: reference ranges of one's own; None takes typical ones.
-        with_icd9: ICD-9 codes count, too.
+        icd_rules: which codes count for which disease.
     """
 
     ecg: Path | None
     cxr: Path | None
     icd: Path | None
     lab_ranges: Path | None = None
-    with_icd9: bool = False
+    icd_rules: IcdRules = PAPER_RULES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ def read_labels(
         own = ids[row.study_id]
         found = codes.get(own.stay)
         diseases, why = (
-            diseases_of_stay(found, sources.with_icd9, counts["icd"]) if found else (None, "no row in the ICD table")
+            diseases_of_stay(found, sources.icd_rules, counts["icd"]) if found else (None, "no row in the ICD table")
         )
         studies.append(
             _with_gaps(

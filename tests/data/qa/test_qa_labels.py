@@ -17,7 +17,7 @@ from medtvt_rl.data.errors import DataError
 from medtvt_rl.data.labels import DISEASES
 from medtvt_rl.data.labs import LAB_IDS
 from medtvt_rl.data.medtvt_qa import QA_KINDS
-from medtvt_rl.data.qa.icd import ICD9, ICD10, diseases_of_stay
+from medtvt_rl.data.qa.icd import ICD9, ICD10, PAPER_ICD10, IcdRules, diseases_of_stay
 from medtvt_rl.data.qa.labels import Labelled, LabelSources, StudyLabels, clean_statement, read_labels
 from medtvt_rl.data.qa.reference_ranges import RANGES, Range, read_ranges, readings
 from medtvt_rl.data.simulate.label_tables import CXR_TABLE, ECG_TABLE, ICD_TABLE
@@ -83,27 +83,56 @@ def test_the_cohort_s_tables_give_back_its_diseases_and_modalities(cohort_root: 
         *((code, None) for code in ("I219", "N189", "I160", "I471", "J159", "E870", "A029", "R6510", "I2")),
     ],
 )
-def test_icd10_codes_name_the_paper_s_diseases(code: str, disease: str | None) -> None:
+def test_families_of_icd10_codes_count_with_their_subcodes(code: str, disease: str | None) -> None:
     counts: Counter[str] = Counter()
-    found, reason = diseases_of_stay([(code, "10"), ("Z9999", "10")], False, counts)
+    found, reason = diseases_of_stay([(code, "10"), ("Z9999", "10")], IcdRules(icd10="families"), counts)
     assert (found, reason) == ((disease,) if disease else (), "")
     assert counts.total() == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "disease"),
+    [
+        ("I25.10", "Coronary Artery Disease"),
+        ("N17.9", "Acute Renal Failure"),
+        ("i10", "Hypertension"),
+        ("I13.0", "Hypertension"),
+        ("I48.91", "Atrial Fibrillation"),
+        ("J18.9", "Pneumonia"),
+        ("E11.9", "Diabetes Mellitus"),
+        ("E11.319", "Diabetes Mellitus"),
+        ("A41.9", "Sepsis"),
+        ("R65.21", "Sepsis"),
+        *((code, None) for code in ("E11.22", "I25.110", "I13.11", "I48.20", "A41.01", "E10.10", "I16.0")),
+    ],
+)
+def test_by_default_only_the_paper_s_own_icd10_codes_count(code: str, disease: str | None) -> None:
+    found, reason = diseases_of_stay([(code, "10"), ("Z9999", "10")], IcdRules(), Counter())
+    assert (found, reason) == ((disease,) if disease else (), "")
+
+
+def test_the_paper_s_codes_are_of_their_families() -> None:
+    assert tuple(PAPER_ICD10) == DISEASES
+    # E19 is in the paper's list, and no category of ICD-10.
+    families = {**ICD10, "Diabetes Mellitus": (*ICD10["Diabetes Mellitus"], "E19")}
+    assert all(code.startswith(families[name]) for name, codes in PAPER_ICD10.items() for code in codes)
+    assert [len(codes) for codes in PAPER_ICD10.values()] == [11, 5, 14, 9, 5, 54, 16]
 
 
 def test_icd9_codes_are_counted_and_map_where_asked() -> None:
     codes = [("4019", "9"), ("42731", "9"), ("99592", "9"), ("V1582", "9"), ("what?", "9"), ("I10", "11")]
     counts: Counter[str] = Counter()
-    assert diseases_of_stay(codes, False, counts) == (None, "only ICD-9 codes (see --icd9 map)")
+    assert diseases_of_stay(codes, IcdRules(), counts) == (None, "only ICD-9 codes (see --icd9 map)")
     assert counts == {
         "ICD-9 codes left unread": 4,
         "ICD-9 codes that cannot be read": 1,
         "codes of an unknown ICD version": 1,
     }
-    assert diseases_of_stay(codes, True, counts)[0] == ("Hypertension", "Atrial Fibrillation", "Sepsis")
+    assert diseases_of_stay(codes, IcdRules(icd9=True), counts)[0] == ("Hypertension", "Atrial Fibrillation", "Sepsis")
     both: Counter[str] = Counter()
-    assert diseases_of_stay([("4019", "9"), ("I10", "10")], False, both) == (("Hypertension",), "")
+    assert diseases_of_stay([("4019", "9"), ("I10", "10")], IcdRules(), both) == (("Hypertension",), "")
     assert both["stays with codes of both versions"] == 1
-    assert diseases_of_stay([("?", "10")], False, both) == (None, "no readable ICD code")
+    assert diseases_of_stay([("?", "10")], IcdRules(), both) == (None, "no readable ICD code")
 
 
 def test_a_stay_of_icd9_codes_leaves_the_diagnosis_out_and_says_so(data_root: Path) -> None:
@@ -115,7 +144,7 @@ def test_a_stay_of_icd9_codes_leaves_the_diagnosis_out_and_says_so(data_root: Pa
     left_out = labels_of(data_root)
     assert study(left_out, study_id).gaps["diagnosis"] == "only ICD-9 codes (see --icd9 map)"
     assert left_out.counts["icd"]["ICD-9 codes left unread"] > 0
-    assert study(labels_of(data_root, with_icd9=True), study_id).diseases == ("Hypertension",)
+    assert study(labels_of(data_root, icd_rules=IcdRules(icd9=True)), study_id).diseases == ("Hypertension",)
 
 
 def test_rows_of_other_patients_unknown_values_and_doubles_are_counted(data_root: Path) -> None:
