@@ -20,7 +20,7 @@ KEPT = (
     "head_start_ray_commands",
     "worker_start_ray_commands",
 )
-INSTALL = "EXTRA=cuda bash requirements/setup.sh"
+INSTALL = "bash requirements/setup.sh"
 PRIVATE_KEY = "~/.ssh/cluster"
 
 

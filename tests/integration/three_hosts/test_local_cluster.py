@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ def test_ray_takes_it_and_it_differs_in_machines_alone(cluster: dict[str, Any]) 
     assert local["provider"] == {"type": "local", "head_ip": "10.77.0.11", "worker_ips": list(ADDRESSES.values())[1:]}
     same = [key for key in KEPT if local[key] == cluster[key]]
     assert set(KEPT) - set(same) == {"setup_commands", "head_start_ray_commands", "worker_start_ray_commands"}
+    install = local["setup_commands"][0]
+    assert install.endswith(f"; fi && ln -sfn {sys.prefix} .venv") and "setup.sh" not in install
     start = local["head_start_ray_commands"][-1]
     assert (
         "RAY_AUTH_MODE=token" in start
