@@ -168,6 +168,7 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
         return fail(str(error), EXIT_USAGE)
     open_for(config.privacy, config.folder)
     from actors.placement import logical_cpus
+    from actors.run_folder import mark_run_folder
     from actors.session import ray_session
     from pipelines.reporter import Reporter
     from pipelines.stopping import Stopped, stop_at_once
@@ -180,6 +181,8 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
             with session:
                 quiet_third_parties(config.folder / "logs")
                 stop_at_once()  # Ray has set a handler of its own
+                if with_ray:
+                    mark_run_folder(config.folder)
                 work(reporter)
     except KeyboardInterrupt:
         return fail("interrupted; finished stages are kept, and the same command goes on from there", EXIT_INTERRUPTED)

@@ -103,7 +103,9 @@ def test_a_node_gets_the_build_for_its_hardware(
     done = subprocess.run(
         ["bash", "-c", cluster["setup_commands"][0]], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ([extra] if has_gpu else [extra, "--index-url", "https://download.pytorch.org/whl/cpu"])
+    assert done.stdout.split() == (
+        [extra] if has_gpu else [extra, "--index-url", "https://download.pytorch.org/whl/cpu"]
+    )
 
 
 def test_every_role_has_a_node_type(cluster: dict[str, Any]) -> None:
