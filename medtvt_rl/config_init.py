@@ -1,8 +1,8 @@
-"""What a model folder decides: where `model.init` names a tri-modal one, its tower is the run's, and its attention heads say
-over how many GPUs an engine can be spread.
+"""What a model folder decides: where `model.init` names a tri-modal one, its tower is the run's, and its attention
+heads say over how many GPUs an engine can be spread.
 
-Owns: taking over the tower, and the errors where the configuration contradicts the folder. Does not own: loading the model
-(model/build.py, model/policy.py). Importable without torch.
+Owns: taking over the tower, and the errors where the configuration contradicts the folder. Does not own: loading the
+model (model/build.py, model/policy.py). Importable without torch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def check_heads(heads: object, tensor_parallel: int, model: str) -> None:
     if isinstance(heads, int) and tensor_parallel > 0 and heads % tensor_parallel:
         fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
         raise ConfigError(
-            f"rollout.tensor_parallel is {tensor_parallel}: {model} has {heads} attention heads, which do not divide by "
-            f"it; set one of {fitting}"
+            f"rollout.tensor_parallel is {tensor_parallel}: {model} has {heads} attention heads, which do not divide "
+            f"by it; set one of {fitting}"
         )
 
 

@@ -1,4 +1,4 @@
-"""One engine spread over two workers: the tokens' log-probs are the model's, before weights of a learner come and after."""
+"""One engine over two workers: its log-probs are the model's, before weights of a learner come and after."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from local_cluster import KEPT, local_cluster, offers
 
 from actors.cluster_faults import ray_faults
 
-ADDRESSES = {"head": "10.77.0.11", "learner": "10.77.0.12", "rollout": "10.77.0.13", "scoring": "10.77.0.14"}
+NAMES = ("head", "learner", "learner2", "rollout", "scoring")
+ADDRESSES = {name: f"10.77.0.{index}" for index, name in enumerate(NAMES, start=11)}
 
 
 @pytest.fixture
@@ -24,6 +25,7 @@ def test_every_node_type_is_a_host_with_its_labels_the_head_first(cluster: dict[
     offered = offers(cluster, cpus=4)
     assert list(offered) == list(ADDRESSES)
     assert offered["head"] == "--labels=role=head,ray.io/market-type=on-demand --num-cpus=0 --num-gpus=0"
+    assert offered["learner"] == offered["learner2"]
     assert offered["rollout"] == "--labels=role=rollout,ray.io/market-type=spot --num-cpus=4 --num-gpus=0"
 
 
