@@ -1,5 +1,5 @@
-"""A head and four hosts in namespaces: `ray up`, a job that is stopped and goes on, who ran where, `ray down`. SFT and the
-learners of GRPO span two of them."""
+"""A head and four hosts in namespaces: `ray up`, a job that is stopped and goes on, who ran where, `ray down`. SFT and
+the learners of GRPO span two of them."""
 
 from __future__ import annotations
 
