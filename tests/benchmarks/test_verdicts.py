@@ -29,6 +29,10 @@ def test_the_controller_is_held_against_its_goal(
     assert expected in verdict(per_s, per_cpu_s, generators)
 
 
+def test_without_ray_the_goal_is_not_measured() -> None:
+    assert "not measured, without Ray they are 5,000" in verdict(5000, 5000, 256, with_ray=False)
+
+
 def test_the_worst_prediction_decides() -> None:
     assert "reached, at most 14.0% off (max_staleness 1)" in conclude({0: 0.95, 1: 1.14})
     assert "not reached, at most 16.0% off (max_staleness 2)" in conclude({0: 1.0, 2: 0.84})
