@@ -31,7 +31,7 @@ test-faults: setup ## every fault at every phase, an hour; writes docs/fault_tab
 fuzz: setup ## tests/fuzz with thousands of fresh cases, instead of the few hundred of make test
 	@MEDTVT_RL_FUZZ=fuzz $(PYTHON_VENV) -m pytest tests/fuzz $(TESTS)
 
-test-hosts: setup ## nodes that Ray's autoscaler starts; four hosts in namespaces: ray up, a job, ray down (needs root)
+test-hosts: setup ## nodes that Ray's autoscaler starts; five hosts in namespaces: ray up, a job, ray down (needs root)
 	@$(PYTHON_VENV) -m pytest -m hosts -rs -s tests
 
 lint: setup ## ruff (rules and format) and mypy

@@ -49,8 +49,9 @@ def read_token(path: str | None) -> str | None:
         return None
     try:
         token = file.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"token file {file} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"token file {file} cannot be read: {why}; name another with --token-file") from error
     if not token:
         raise ConfigError(f"token file {file} is empty; `ray get-auth-token --generate` writes one")
     return token

@@ -23,6 +23,7 @@ import ray
 from numpy.typing import NDArray
 
 from actors.process import Whereabouts, entitle, has_room, import_ahead, whereabouts
+from actors.run_folder import check_run_folder
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
@@ -140,6 +141,7 @@ class LearnerWorker:
 
     def setup(self, model_folder: str, address: str, port: int) -> int:
         """Joins the gang and loads the policy; returns the number of parameters that train."""
+        check_run_folder(self._config.folder)
         from medtvt_rl.learner import process_group
 
         config = self._config.learner

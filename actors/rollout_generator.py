@@ -17,6 +17,7 @@ import ray
 from numpy.typing import NDArray
 
 from actors.process import Whereabouts, has_room, import_ahead, whereabouts
+from actors.run_folder import check_run_folder
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.logs import redirect_output
@@ -91,6 +92,7 @@ class RolloutGenerator:
         if self._engine is not None:
             return
         config = self._config
+        check_run_folder(config.folder)
         # First: the usual one sets the environment up before anything imports torch.
         make_engine = self._prepare()
         # Then: importing the task may make its model known to transformers.

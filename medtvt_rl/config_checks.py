@@ -194,6 +194,12 @@ def _check_model(config: Config) -> None:
     if model.init is None:
         _require(width % heads == 0, "model.backbone.hidden_size", width, f"it does not divide by num_heads = {heads}")
         _require(
+            heads % config.rollout.tensor_parallel == 0,
+            "rollout.tensor_parallel",
+            config.rollout.tensor_parallel,
+            f"model.backbone.num_heads = {heads} does not divide by it; change one of the two",
+        )
+        _require(
             config.rollout.engine.max_model_len <= model.backbone.max_positions,
             "rollout.engine.max_model_len",
             config.rollout.engine.max_model_len,

@@ -1,7 +1,8 @@
-"""Settings that a tri-modal model folder decides: where `model.init` names one, its tower is the run's.
+"""What a model folder decides: where `model.init` names a tri-modal one, its tower is the run's, and its attention
+heads say over how many GPUs an engine can be spread.
 
-Owns: taking them over, and the error where the configuration contradicts. Does not own: loading the model
-(model/build.py, model/policy.py). Importable without torch.
+Owns: taking over the tower, and the errors where the configuration contradicts the folder. Does not own: loading the
+model (model/build.py, model/policy.py). Importable without torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
 SECTIONS = ("ecg", "cxr", "lab", "perception")
 
 
+def check_heads(heads: object, tensor_parallel: int, model: str) -> None:
+    """Raises ConfigError where an engine's workers cannot each take as many attention heads; unknown heads pass."""
+    if isinstance(heads, int) and tensor_parallel > 0 and heads % tensor_parallel:
+        fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        raise ConfigError(
+            f"rollout.tensor_parallel is {tensor_parallel}: {model} has {heads} attention heads, which do not divide "
+            f"by it; set one of {fitting}"
+        )
+
+
 def take_over_folder(config: Config) -> None:
     """Fills model.ecg, model.cxr, model.lab and model.perception from the folder, where they are at their defaults.
 
@@ -31,6 +42,7 @@ def take_over_folder(config: Config) -> None:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.init is {config.model.init!r}: its config.json cannot be read: {error}") from error
+    check_heads(found.get("num_attention_heads"), config.rollout.tensor_parallel, f"the model in {folder}")
     if found.get("model_type") != "medtvt":
         return
     for section in SECTIONS:

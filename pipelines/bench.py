@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
-from pipelines.command import EXIT_USAGE, check_named, fail, in_session, load
+from pipelines.command import EXIT_USAGE, check_engine, check_named, fail, in_session, load
 
 if TYPE_CHECKING:
     from medtvt_rl.simulation.timings import Timings
@@ -42,6 +42,7 @@ def command(args: argparse.Namespace) -> int:
         config = load(args.config, args.overrides)
         model = find_model(config, args.run)
         check_named(config)
+        check_engine(config)
     except ConfigError as error:
         return fail(str(error), EXIT_USAGE)
     out = args.out or (args.run or config.folder) / FILE

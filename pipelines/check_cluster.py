@@ -23,7 +23,7 @@ MACHINES = "configs/cluster/machines.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("cluster", nargs="?", default="cluster.yaml", help="the file that `ray up` takes")
+    parser.add_argument("cluster", nargs="?", help="the file that `ray up` takes (default cluster.yaml)")
     parser.add_argument(
         "-c",
         "--config",
@@ -43,10 +43,10 @@ def command(args: argparse.Namespace) -> int:
     from actors.cluster_layout import placement_faults
 
     try:
-        path, *overrides = args.config
+        path, overrides, cluster_file = _sorted(args)
         config = load(path, overrides)
         check_accelerators(config.placement)
-        cluster = read_cluster(args.cluster)
+        cluster = read_cluster(cluster_file)
         table = read_machines(args.machines)
     except ConfigError as error:
         return fail(str(error), EXIT_USAGE)
@@ -55,16 +55,29 @@ def command(args: argparse.Namespace) -> int:
     if not faults:
         types, limit = node_types(cluster), cluster.get("max_workers")
         print("\n".join(describe(config, cluster, types, table)))
-        faults = [f"{args.cluster}: {fault}" for fault in overlooked_faults(cluster, table)]
+        faults = [f"{cluster_file}: {fault}" for fault in overlooked_faults(cluster, table)]
         faults += [f"{path}: {fault}" for fault in placement_faults(config, types, limit)]
     else:
-        faults = [f"{args.cluster}: {fault}" for fault in faults]
+        faults = [f"{cluster_file}: {fault}" for fault in faults]
     for fault in faults:
         fail(fault, EXIT_FAILED)
     if faults:
         return EXIT_FAILED
-    print(f"{args.cluster}: no fault found")
+    print(f"{cluster_file}: no fault found")
     return 0
+
+
+def _sorted(args: argparse.Namespace) -> tuple[str, list[str], str]:
+    """Configuration, overrides and cluster file, which may stand before the configuration or after it.
+
+    Raises:
+        ConfigError: there are two cluster files.
+    """
+    path, *given = args.config
+    files = [*filter(None, [args.cluster]), *(each for each in given if "=" not in each)]
+    if len(files) > 1:
+        raise ConfigError(f"check-cluster: {' and '.join(files)}: name one cluster file; settings are key=value")
+    return path, [each for each in given if "=" in each], files[0] if files else "cluster.yaml"
 
 
 def describe(config: Config, cluster: dict[str, Any], types: Sequence[NodeType], table: MachineTable) -> list[str]:

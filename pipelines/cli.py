@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
-from pipelines.command import EXIT_FAILED, EXIT_USAGE, check_named, fail, in_session, load
+from pipelines.command import EXIT_FAILED, EXIT_USAGE, check_engine, check_named, fail, in_session, load
 
 if TYPE_CHECKING:
     from pipelines.reporter import Reporter
@@ -92,10 +92,13 @@ def _run(stage: str, config: Config) -> int:
     """One stage, or all of them."""
     from pipelines.stages import StageError, check_finished, finished, prepare_run_folder, run_stage
 
+    asked = config.run.stages if stage == "run" else [stage]
     try:
-        check_finished(config.run.stages if stage == "run" else [stage], config)
+        check_finished(asked, config)
     except StageError as error:
         return fail(str(error), EXIT_FAILED)
+    if any(name in ("grpo", "evaluate") and finished(name, config) is None for name in asked):
+        check_engine(config)
     prepare_run_folder(config)
 
     def work(reporter: Reporter) -> None:

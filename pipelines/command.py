@@ -7,6 +7,7 @@ does.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,10 +39,13 @@ def load(path: str, overrides: Sequence[str]) -> Config:
     return config
 
 
-def check_named(config: Config) -> None:
+def check_named(config: Config, runs_here: bool = True) -> None:
     """Imports what the configuration names by dotted paths, so that a mistake ends the run before anything starts.
 
     The current folder is searched, too, as Ray's workers do: a user's own rewards and tasks may lie there.
+
+    Args:
+        runs_here: False where another machine will run it, so that `model.init` may be there alone.
 
     Raises:
         ConfigError: a module or a name does not exist, a reward function does not take its options, or what
@@ -65,11 +69,13 @@ def check_named(config: Config) -> None:
                 resolve(path, key)
         for key, path in _own_paths(config).items():
             resolve(path, key)
-        if config.task.items is None and config.model.init_from is None:
+        if runs_here and config.task.items is None and config.model.init_from is None:
             _check_text_model(config)
         key = "model.init_from"
         if config.model.init_from is not None:
-            _check_source(config)
+            folder, source = _init_from(config)
+            if runs_here and not folder.exists():
+                source.check()
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except Exception as error:  # the modules are the user's code: importing one may raise anything
@@ -83,6 +89,19 @@ def check_placeable(config: Config) -> None:
         from actors.accelerators import check_accelerators
 
         check_accelerators(config.placement)
+
+
+def check_engine(config: Config) -> None:
+    """Raises ConfigError where the generators of a local run cannot start with the vLLM that is installed. Those of a
+    cluster look at what their own node has."""
+    from medtvt_rl.rollout.build import check_build
+
+    usual = config.rollout.make_engine == type(config.rollout).make_engine
+    if usual and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        try:
+            check_build(config.placement.rollout.gpus)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _own_paths(config: Config) -> dict[str, str]:
@@ -108,13 +127,6 @@ def _check_text_model(config: Config) -> None:
             f"model.init: {config.model.init!r} holds no {' and no '.join(missing)}; expected a Hugging Face folder of "
             "a causal language model with its tokenizer"
         )
-
-
-def _check_source(config: Config) -> None:
-    """Raises ValueError where `model.init` cannot be written from its source."""
-    folder, source = _init_from(config)
-    if not folder.exists():
-        source.check()
 
 
 def _init_from(config: Config) -> tuple[Path, LlmSource]:
@@ -158,6 +170,7 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
         return fail(unwritable(config, error), EXIT_USAGE)
     open_for(config.privacy, config.folder)
     from actors.placement import logical_cpus
+    from actors.run_folder import mark_run_folder
     from actors.session import ray_session
     from pipelines.reporter import Reporter
     from pipelines.stopping import Stopped, stop_at_once
@@ -170,6 +183,8 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
             with session:
                 quiet_third_parties(config.folder / "logs")
                 stop_at_once()  # Ray has set a handler of its own
+                if with_ray:
+                    mark_run_folder(config.folder)
                 work(reporter)
     except KeyboardInterrupt:
         return fail("interrupted; finished stages are kept, and the same command goes on from there", EXIT_INTERRUPTED)

@@ -40,7 +40,7 @@ def command(args: argparse.Namespace) -> int:
     try:
         if Path(args.config).is_absolute() or ".." in Path(args.config).parts:
             raise ConfigError(f"--config {args.config}: it must lie below the current folder, which is what is sent")
-        check_named(load(args.config, args.overrides))
+        check_named(load(args.config, args.overrides), runs_here=False)
         token = read_token(args.token_file)
         size = check_working_folder(Path.cwd(), excludes)
         check_cluster(address, token)

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 
 import ray
 
+from actors.cluster_view import nodes_now, offers
 from actors.placement import Bundle, place, plan
+from actors.run_folder import check_run_folder
 from medtvt_rl.config import Config
 from medtvt_rl.learner.config import SupervisedConfig
 from medtvt_rl.logs import last_lines, redirect_output
@@ -25,6 +27,7 @@ from medtvt_rl.privacy import open_for
 from pipelines.stages import StageError
 
 POLL_S, SEND_S = 0.5, 0.5
+PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 QUIET_RAY_TRAIN = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -188,7 +191,9 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
     assert ray.is_initialized()
     for name, value in QUIET_RAY_TRAIN.items():
         os.environ.setdefault(name, value)
-    from ray.train import RunConfig
+    # It reserves for itself what was found to have a place.
+    os.environ[PLACE_TIMEOUT] = str(config.placement.timeout_s)
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
     from pipelines.train_meeting import MeetingConfig
@@ -210,22 +215,27 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
         train_loop_config={"task": task, "board": board, "folder": os.getcwd()},
         torch_config=MeetingConfig(),
         scaling_config=_scaling(chosen, task.settings),
-        run_config=RunConfig(name=stage, storage_path=str((config.folder / "ray_train").resolve())),
+        run_config=RunConfig(
+            name=stage,
+            storage_path=str((config.folder / "ray_train").resolve()),
+            # Else it would ask for a place again and again.
+            failure_config=FailureConfig(controller_failure_limit=0),  # type: ignore[call-arg]
+        ),
     )
     try:
         with Relay(board, reporter, stage, encoder_steps) as relay:
             try:
                 trainer.fit()
             except Exception as error:
-                raise StageError(_failure(config, stage, task.settings.num_workers, error)) from error
+                raise StageError(_failure(config, stage, chosen, task.settings.num_workers, error)) from error
         return relay.fetch_result()
     finally:
         ray.kill(board)
 
 
 def _placeable(config: Config, num_workers: int, reporter: Reporter) -> Bundle:
-    """What a worker is given: of the first kind of node that has room for all. Ray Train itself would wait for
-    resources without end.
+    """What a worker is given: of the first kind of node that has room for all, since Ray Train knows one kind. What is
+    reserved to find it is given back: Ray Train takes no reservation of others.
 
     Raises:
         PlacementError: no kind of node has room.
@@ -262,6 +272,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     if os.path.isdir(arguments["folder"]):
         # Ray Train moves workers to a folder of its own; relative paths of the configuration count from the driver's.
         os.chdir(arguments["folder"])
+    check_run_folder(task.config.folder)
     redirect_output(task.config.folder / "logs" / f"{task.stage}_{rank}.log")
     open_for(task.config.privacy, task.config.folder)
     process_group.prepare_environment(task.settings.num_threads)
@@ -286,8 +297,15 @@ def _worker(arguments: dict[str, Any]) -> None:
     process_group.leave()
 
 
-def _failure(config: Config, stage: str, num_workers: int, error: Exception) -> str:
+def _failure(config: Config, stage: str, chosen: Bundle, num_workers: int, error: Exception) -> str:
     """The first worker's own error, not Ray Train's report of it, and the end of that worker's log."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+        return (
+            f"{stage}: the place of its {num_workers} workers ({chosen.needs} each) was lost before they started, and "
+            f"not found again in {config.placement.timeout_s:g} s (placement.timeout_s). {offers(nodes_now())}"
+        )
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     rank = min(failures, default=0)
     cause = str(failures.get(rank, error)).strip().splitlines() or [repr(error)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,23 @@ def test_versions_are_those_of_the_project(cluster: dict[str, Any]) -> None:
     images = [cluster["docker"]["head_image"], cluster["docker"]["worker_image"]]
     images += [t["docker"]["worker_image"] for t in cluster["available_node_types"].values() if "docker" in t]
     assert {image.split(":")[1].removesuffix("-gpu") for image in images} == {f"{ray_version}-py311"}
-    assert any("EXTRA=cuda" in command for command in cluster["setup_commands"])
+
+
+@pytest.mark.parametrize(("has_gpu", "extra"), [(True, "cuda"), (False, "cpu")])
+def test_a_node_gets_the_build_for_its_hardware(
+    cluster: dict[str, Any], tmp_path: Path, has_gpu: bool, extra: str
+) -> None:
+    (tmp_path / "medtvt-rl" / "requirements").mkdir(parents=True)
+    (tmp_path / "medtvt-rl" / "requirements" / "setup.sh").write_text('echo "$EXTRA ${TORCH_ARGS:-}"')
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nexit {int(not has_gpu)}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash", "-c", cluster["setup_commands"][0]], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == (
+        [extra] if has_gpu else [extra, "--index-url", "https://download.pytorch.org/whl/cpu"]
+    )
 
 
 def test_every_role_has_a_node_type(cluster: dict[str, Any]) -> None:

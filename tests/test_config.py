@@ -38,6 +38,11 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
         ("pretrain.epochs=0", "pretrain.epochs is 0"),
         ("sft.batch_size=0", "sft.batch_size is 0"),
         ("rollout.sampling.max_new_tokens=0", "rollout.sampling.max_new_tokens is 0"),
+        (
+            "rollout.tensor_parallel=3",
+            "rollout.tensor_parallel is 3: model.backbone.num_heads = 4 does not divide by it",
+        ),
+        ("rollout.tensor_parallel=0", "rollout.tensor_parallel is 0"),
         ("model.backbone.max_positions=128", "rollout.engine.max_model_len is 256"),
         ("data.findings_csv=null", "encoders.ecg_steps is 300"),
         ("model.lora.dropout=0.1", "model.lora.dropout is 0.1"),
@@ -85,6 +90,18 @@ def test_no_number_may_be_negative_but_those_that_mean_something_then() -> None:
 
 def test_a_model_to_go_on_from_brings_its_own_positions_and_encoders() -> None:
     load_config(QUICKSTART, ["model.init=m", "model.backbone.max_positions=128", "data.findings_csv=null"])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "medtvt"])
+def test_an_engine_is_spread_over_as_many_gpus_as_divide_the_heads(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}", "num_attention_heads": 6}}')
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    given = [f"model.init={tmp_path}", "data.findings_csv=null"]
+    with pytest.raises(ConfigError, match=r"tensor_parallel is 4: the model in .* has 6 attention heads.* 1, 2, 3, 6$"):
+        load_config(QUICKSTART, [*given, "rollout.tensor_parallel=4"])
+    with pytest.raises(ConfigError, match=r"rollout\.tensor_parallel is 0"):
+        load_config(QUICKSTART, [*given, "rollout.tensor_parallel=0"])
+    load_config(QUICKSTART, [*given, "rollout.tensor_parallel=3"])
 
 
 @pytest.mark.parametrize("buffer", [0, 96])

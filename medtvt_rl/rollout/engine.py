@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from medtvt_rl.rollout.build import check_build
 from medtvt_rl.rollout.config import SamplingConfig
 from medtvt_rl.rollout.pending import OnUpdate, Wave
 from medtvt_rl.types import Prompt, RolloutGroup
@@ -128,6 +129,7 @@ class VllmMaker:
         )
 
     def _set_environment(self, config: Config) -> None:
+        check_build(config.placement.rollout.gpus)
         from medtvt_rl.rollout.vllm_core import prepare_environment
 
         prepare_environment(config.rollout.engine.num_threads, cpu=config.placement.rollout.gpus == 0)

@@ -7,6 +7,7 @@ Does not own: groups, versions, threads (vllm_engine.py). Importing this module 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from medtvt_rl.config_init import check_heads
 from medtvt_rl.model import vllm_plugin
 from medtvt_rl.model.kept_adapter import read_adapter
 from medtvt_rl.model.seal import check_model_folder
@@ -114,7 +116,7 @@ class VllmCore:
         tensor_parallel: processes that the model is spread over, each with a GPU of this node.
 
     Raises:
-        ValueError: the folder is not a model folder with its tokenizer.
+        ValueError: the folder is not a model folder with its tokenizer, or its heads do not divide.
         RuntimeError: this vLLM keeps packed copies of weights, which updates in place cannot reach.
     """
 
@@ -132,6 +134,8 @@ class VllmCore:
                     f"model folder: {model_folder} holds no {name}; save model and tokenizer into it (save_pretrained)"
                 )
         check_model_folder(model_folder)
+        heads = json.loads((Path(model_folder) / "config.json").read_text(encoding="utf-8")).get("num_attention_heads")
+        check_heads(heads, tensor_parallel, f"the model in {model_folder}")
         self.item_modality = item_modality
         self._folder = str(model_folder)
         self.max_model_len = config.max_model_len

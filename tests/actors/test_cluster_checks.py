@@ -203,3 +203,7 @@ def test_the_command_prints_the_forecast_and_its_verdict(
     assert main(arguments) == 1
     assert f"medtvt-rl: {path}: available_node_types.rollout.min_workers" in capsys.readouterr().err
     assert main(["check-cluster", str(path), "-c", str(CONFIG), "no.such=1"]) == 2
+    assert main(["check-cluster", "-c", str(CONFIG), str(path), *arguments[-3:]]) == 1
+    assert f"medtvt-rl: {path}: available_node_types.rollout.min_workers" in capsys.readouterr().err
+    assert main(["check-cluster", str(path), "-c", str(CONFIG), "other.yaml"]) == 2
+    assert "name one cluster file" in capsys.readouterr().err

@@ -97,6 +97,11 @@ def test_the_token_comes_from_where_it_is_named(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "other").write_text("other\n")
     (tmp_path / "empty").write_text("\n")
     assert jobs.read_token(None) == "home" and jobs.read_token(str(tmp_path / "other")) == "other"
-    for name, expected in (("none", "cannot be read"), ("empty", "is empty")):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name, expected in (
+        ("none", "cannot be read"),
+        ("empty", "is empty"),
+        ("binary", "cannot be read: it is no text"),
+    ):
         with pytest.raises(ConfigError, match=expected):
             jobs.read_token(str(tmp_path / name))

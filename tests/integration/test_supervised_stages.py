@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,11 +13,12 @@ import ray
 import torch
 from transformers import AutoTokenizer
 
+from actors.placement import Bundle
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.data.simulate.cohort import write_cohort
 from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import load_policy
-from pipelines import pretrain, sft
+from pipelines import pretrain, sft, supervised
 from pipelines.stages import StageError, write_json
 
 pytestmark = pytest.mark.cluster
@@ -86,6 +88,17 @@ def trained(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"said": said, "pretrain": pretrain.run(config, said)}
     write_json(config.stage_folder("pretrain") / "finished.json", {})
     return {**found, "sft": sft.run(config, said)}
+
+
+def test_a_place_that_is_lost_before_ray_train_takes_it_is_told(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = Bundle(role="learner", index=0, cpus=9, gpus=0, labels={})
+    monkeypatch.setattr(supervised, "_placeable", lambda *_: gone)
+    hasty = dataclasses.replace(config, placement=dataclasses.replace(config.placement, timeout_s=1.0))
+    expected = r"pretrain: the place of its 2 workers \(9 CPU each\) was lost .* in 1 s .* The cluster has .*3 CPU"
+    with pytest.raises(StageError, match=expected):
+        supervised.train(hasty, "pretrain", config.folder, False, Said())
 
 
 def test_each_stage_reports_while_it_runs(trained: dict[str, Any]) -> None:

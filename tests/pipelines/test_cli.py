@@ -10,7 +10,7 @@ import pytest
 
 from medtvt_rl.config import load_config
 from pipelines import cli
-from pipelines.command import in_session, load
+from pipelines.command import check_engine, in_session, load
 from pipelines.plan import batch_arithmetic
 from pipelines.stages import StageError, finished, start_model, write_json, write_summary
 
@@ -67,6 +67,22 @@ def test_a_language_model_whose_package_is_missing_is_one_line_before_anything_s
     assert "name the folder where model.init_from" in capsys.readouterr().err
     assert cli.main(["run", "-c", config, "model.init_from=json:dumps"]) == 2
     assert "'json:dumps' names no LlmSource" in capsys.readouterr().err
+
+
+def test_the_build_of_vllm_for_gpus_without_one_is_one_line_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medtvt_rl.rollout import build
+
+    monkeypatch.setattr(build, "version", lambda name: "0.32.0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cli.main(["run", "-c", QUICKSTART, f"run.root={tmp_path / 'runs'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "set placement.rollout.gpus=1" in error and "EXTRA=cpu" in error
+    assert not (tmp_path / "runs").exists()
+    check_engine(load_config(QUICKSTART, ["placement.rollout.gpus=1"]))
+    check_engine(load_config(QUICKSTART, ["cluster.address=10.0.0.1:6379"]))  # its nodes may have another build
+    check_engine(load_config(QUICKSTART, ["rollout.make_engine=my_engine:start"]))
 
 
 def test_a_job_keeps_its_run_outside_the_copy_of_its_working_directory(

@@ -33,7 +33,12 @@ def write(folder: Path, progress: Callable[[int, int], None]) -> None:
     progress(1, 1)
 
 
+def unavailable() -> None:
+    raise ValueError("its package is not installed")
+
+
 SOURCE = LlmSource(name="tiny", version="1", check=lambda: None, write=write)
+UNAVAILABLE = LlmSource(name="tiny", version="1", check=unavailable, write=write)
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +90,21 @@ def test_a_folder_that_holds_no_model_or_no_tokenizer_is_one_line_before_anythin
     error = capsys.readouterr().err
     assert "llama' holds no tokenizer_config.json; expected" in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_job_may_name_a_model_that_the_cluster_alone_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "token").write_text("token")
+    given = ["submit", "-c", "configs/text_task.yaml", "--address", "http://127.0.0.1:9", "--exclude", "tests/"]
+    given += ["--token-file", str(tmp_path / "token"), "model.init=/models/of/the/cluster"]
+    assert cli.main(given) == 2
+    assert "no job server answers" in capsys.readouterr().err
+    assert cli.main([*given, "rewards.right.function=configs.text_task:wrong"]) == 2
+    assert "module 'configs.text_task' has no 'wrong'" in capsys.readouterr().err
+    with_source = [*given, f"model.init_from={__name__}:UNAVAILABLE"]
+    assert cli.main(with_source) == 2
+    assert "no job server answers" in capsys.readouterr().err
+    assert cli.main([*given, "model.init_from=json:dumps"]) == 2
+    assert "names no LlmSource" in capsys.readouterr().err
 
 
 def test_the_report_of_a_text_task_leaves_out_the_settings_of_studies() -> None:

@@ -20,18 +20,21 @@ KEPT = (
     "head_start_ray_commands",
     "worker_start_ray_commands",
 )
-INSTALL = "EXTRA=cuda bash requirements/setup.sh"
+# A gang of learners is to span two machines.
+TWICE = ("learner",)
+INSTALL = "bash requirements/setup.sh"
 PRIVATE_KEY = "~/.ssh/cluster"
 
 
 def offers(cluster: Mapping[str, Any], cpus: int) -> dict[str, str]:
-    """What the hosts tell `ray start`, one host for each node type, the head first.
+    """What the hosts tell `ray start`, one host for each node type, and NAME2 where there are two; the head first.
 
     Labels are those of the type, and CPUs are `cpus` where the type has any. No host has a GPU, so none is offered.
     """
     types = cluster["available_node_types"]
     names = sorted(types, key=lambda name: name != cluster["head_node_type"])
-    return {name: _offer(types[name], cpus) for name in names}
+    hosts = [(host, name) for name in names for host in ([name, f"{name}2"] if name in TWICE else [name])]
+    return {host: _offer(types[name], cpus) for host, name in hosts}
 
 
 def _offer(node_type: Mapping[str, Any], cpus: int) -> str:

@@ -1,4 +1,5 @@
-"""A head and three hosts in namespaces: `ray up`, a job that is stopped and goes on, who ran where, `ray down`."""
+"""A head and four hosts in namespaces: `ray up`, a job that is stopped and goes on, who ran where, `ray down`. SFT and
+the learners of GRPO span two of them."""
 
 from __future__ import annotations
 
@@ -21,8 +22,15 @@ from walk import WITHOUT_GPUS, Walk
 
 WHY_NOT = missing()
 pytestmark = [pytest.mark.cluster, pytest.mark.hosts, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
-STEPS = 8
-HOSTS_OF = {"learner": {"learner"}, "rollout": {"rollout"}, "reference": {"learner", "rollout"}, "reward": {"scoring"}}
+CPUS = 4
+LEARNERS = {"learner", "learner2"}
+HOSTS_OF = {
+    "supervised": LEARNERS,
+    "learner": LEARNERS,
+    "rollout": {"rollout"},
+    "reference": {*LEARNERS, "rollout"},
+    "reward": {"scoring"},
+}
 
 
 @pytest.fixture
@@ -44,32 +52,34 @@ def running(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.mark.timeout(2400)
 def test_a_job_runs_on_the_hosts_declared_for_its_roles(folder: Path) -> None:
-    before, walk = interfaces_and_mounts(), Walk(folder)
+    before, walk = interfaces_and_mounts(), Walk(folder, CPUS)
     with walk.world:
         walk.up()
         resolved = walk.on_head("cd ~/medtvt-rl && python -m pipelines.run -c configs/on_cluster.yaml --dry-run")
         assert "rollout 0: 1 CPU, 1 GPU on a node with role rollout" in resolved
-        entry = ["-c", "configs/on_cluster.yaml", *WITHOUT_GPUS, *SMALL, f"grpo.steps={STEPS}"]
-        entry += ["learner.num_workers=2", "pretrain.num_workers=1", "sft.num_workers=1", "rollout.num_generators=1"]
+        entry = ["-c", "configs/on_cluster.yaml", *WITHOUT_GPUS, *SMALL]
+        entry += ["learner.num_workers=2", "pretrain.num_workers=1", "sft.num_workers=2", "rollout.num_generators=1"]
+        entry += [f"placement.learner.cpus={CPUS - 1}"]  # so that no host has room for two ranks
         entry += ["evaluation.num_generators=1", "placement.timeout_s=60"]
         run = folder / "shared" / "runs" / "small"
-        _stop_in_the_middle(walk, run, entry)
-        output = walk.submit("again", entry, 900)
+        steps = _stop_in_the_middle(walk, run, entry)
+        output = walk.submit("again", [*entry, f"grpo.steps={steps + 2}"], 900)
         assert "grpo: goes on from step" in output and "succeeded" in output
         summary = json.loads((run / "summary.json").read_text())
-        assert summary["grpo"]["steps"] == STEPS and (run / "report.html").is_file()
+        assert summary["grpo"]["steps"] == steps + 2 and (run / "report.html").is_file()
         found = walk.whereabouts()
         for role, declared in HOSTS_OF.items():
             assert found[role] and found[role] <= declared, f"{role} ran on {found[role]}"
+        assert found["supervised"] == found["learner"] == LEARNERS
         walk.down()
         processes = walk.world.processes()
     assert running(processes) == []
     assert interfaces_and_mounts() == before
 
 
-def _stop_in_the_middle(walk: Walk, run: Path, entry: list[str]) -> None:
-    """`ray job stop` during GRPO leaves the checkpoint of its last step."""
-    walk.submit("stopped", entry, 120, wait=False)
+def _stop_in_the_middle(walk: Walk, run: Path, entry: list[str]) -> int:
+    """`ray job stop` during GRPO leaves the checkpoint of its last step, which is returned."""
+    walk.submit("stopped", [*entry, "grpo.steps=1000"], 120, wait=False)  # more than pass until it is stopped
     deadline = time.monotonic() + 900
     while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count('"grpo"') < 2:
         assert time.monotonic() < deadline, walk.job("logs", "stopped")[-3000:]
@@ -77,6 +87,7 @@ def _stop_in_the_middle(walk: Walk, run: Path, entry: list[str]) -> None:
     walk.job("stop", "stopped")
     steps = len((run / "journal" / "steps.jsonl").read_text().splitlines())
     assert f"SIGTERM: the newest checkpoint is that of step {steps}." in walk.job("logs", "stopped")
+    return steps
 
 
 def test_nothing_is_left_when_the_one_who_made_the_hosts_is_killed(folder: Path) -> None:

@@ -31,7 +31,7 @@ JOB_SERVER = "http://localhost:8265"
 WITHOUT_GPUS = [f"placement.{role}.gpus=0" for role in ("learner", "rollout", "reference")]
 # Ray Train's workers are the learners of the supervised stages.
 ROLES = {
-    "RayTrainWorker": "learner",
+    "RayTrainWorker": "supervised",
     "LearnerWorker": "learner",
     "RolloutGenerator": "rollout",
     "ReferencePolicy": "reference",

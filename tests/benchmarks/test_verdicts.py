@@ -1,0 +1,52 @@
+"""The benchmarks run, and end with a verdict on their goal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bench_controller import verdict
+from bench_simulation import conclude
+
+
+@pytest.mark.parametrize(
+    ("per_s", "per_cpu_s", "generators", "expected"),
+    [
+        (1200, 1500, 256, "256 generators: reached, 1,200"),
+        (900, 1500, 256, "reached by CPU time, 1,500 a CPU second; by the clock 900"),
+        (800, 900, 256, "not reached, 800, and 900 a CPU second"),
+        (5000, 5000, 4, "not measured, these were 4"),
+    ],
+)
+def test_the_controller_is_held_against_its_goal(
+    per_s: float, per_cpu_s: float, generators: int, expected: str
+) -> None:
+    assert expected in verdict(per_s, per_cpu_s, generators)
+
+
+def test_without_ray_the_goal_is_not_measured() -> None:
+    assert "not measured, without Ray they are 5,000" in verdict(5000, 5000, 256, with_ray=False)
+
+
+def test_the_worst_prediction_decides() -> None:
+    assert "reached, at most 14.0% off (max_staleness 1)" in conclude({0: 0.95, 1: 1.14})
+    assert "not reached, at most 16.0% off (max_staleness 2)" in conclude({0: 1.0, 2: 0.84})
+
+
+def test_the_controller_s_benchmark_runs() -> None:
+    given = ["--in-process", "--generators", "4", "--scorers", "2", "--groups", "8", "--steps", "5"]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("bench_controller.py"), *given],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "not measured, these were 4" in done.stdout.splitlines()[-1]
