@@ -75,7 +75,8 @@ class LearnerSupervisor:
         start: a new gang with the weights that the run started from.
         gang: the first one.
         shelf: where a new gang begins.
-        steps: what the weights of `gang` have seen already, by step: those before a resume.
+        steps: what the weights of `gang` have seen already, by step: those before a resume, as far as they are known.
+        version: of the weights of `gang`.
         spares: beside every rank one is kept.
         bundles: asked before a gang is started; None where every bundle has its node.
     """
@@ -90,10 +91,11 @@ class LearnerSupervisor:
         incidents: Incidents,
         spares: Spares | None = None,
         bundles: Bundles | None = None,
+        version: int = 0,
     ) -> None:
         self._config, self._start, self._gang, self._shelf = config, start, gang, shelf
         self._steps, self._incidents, self._spares = dict(steps), incidents, spares
-        self._bundles = bundles
+        self._bundles, self._version = bundles, version
         self._restarts = Restarts(config.supervision)
         self._mending = asyncio.Lock()
         self._order_spares()
@@ -106,6 +108,7 @@ class LearnerSupervisor:
         """See LearnerGang."""
         step = await self._call(lambda gang: gang.train_step(groups, learning_rate, version), groups=len(groups))
         self._steps[version] = StepNote(changed=step.metrics.get("updates", 0.0) > 0)
+        self._version = version + 1
         return step
 
     async def export(self, version: int) -> tuple[ray.ObjectRef | BroadcastWeights, int]:
@@ -213,7 +216,7 @@ class LearnerSupervisor:
 
     async def _brought_back(self) -> str:
         """A new gang with the weights of now; in words, how it got there."""
-        version = max(self._steps, default=-1) + 1
+        version = self._version
         gang, found = await asyncio.gather(
             self._start(), asyncio.to_thread(self._shelf.newest, version), return_exceptions=True
         )
@@ -240,6 +243,11 @@ class LearnerSupervisor:
             raise RecoveryError(
                 f"grpo.record_steps is false, so that {len(missed)} steps after {_name(first)} cannot be repeated; the "
                 "same command goes on from there"
+            )
+        if unknown := [step for step in range(first, version) if step not in self._steps]:
+            raise RecoveryError(
+                f"the journal does not say what became of step {unknown[0]}, so that the way from {_name(first)} to "
+                f"version {version} is not known; the same command goes on from a checkpoint"
             )
         for step in missed:
             await gang.replay_step(step)

@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import TextIO
@@ -61,6 +62,8 @@ def quiet_third_parties(log_folder: str | Path, level: int = logging.INFO) -> Pa
     if handler not in root.handlers:
         root.addHandler(handler)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a log that cannot be written, e.g. on a full disk, is no reason to print a stack
+    threading.excepthook = _log_thread
     for name in NOISY_LOGGERS:
         logger = logging.getLogger(name)
         # FileHandler is a StreamHandler, too: a library's own files stay, its terminal handlers go.
@@ -68,6 +71,13 @@ def quiet_third_parties(log_folder: str | Path, level: int = logging.INFO) -> Pa
             logger.removeHandler(old)
         logger.propagate = True
     return path
+
+
+def _log_thread(args: threading.ExceptHookArgs) -> None:
+    """A thread of a library that fails: what depends on it says so itself."""
+    if args.exc_value is not None:
+        trace = (args.exc_type, args.exc_value, args.exc_traceback)
+        logging.getLogger("threads").error("thread %s failed", args.thread and args.thread.name, exc_info=trace)
 
 
 def _file_handler(path: Path) -> logging.FileHandler:

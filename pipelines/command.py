@@ -210,10 +210,10 @@ def _one_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
         return _one_line(cause)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" ({error.filename})" if error.filename else ""
-        return f"a disk is full{where}; make room, and the same command goes on from what is kept"
     text = " ".join(str(error).split())
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or os.strerror(errno.ENOSPC) in text:
+        where = getattr(error, "filename", None) or text
+        return f"a disk is full ({where}); make room, and the same command goes on from what is kept"
     expected = isinstance(error, (ValueError, RuntimeError)) and not type(error).__module__.startswith("ray")
     return text if expected and text else f"{type(error).__name__}: {text}"
 

@@ -27,6 +27,7 @@ from pipelines.json_lines import keep_rows, read_rows
 FILES = ("groups", "steps", "discarded", "samples", "events")
 SAMPLE_EVERY_STEPS = 10
 FETCH_TIMEOUT_S = 60.0
+STEPS_FILE = "steps.jsonl"
 
 
 def fetch(payload: Any) -> Any:
@@ -135,7 +136,7 @@ class Journal:
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of steps.jsonl in a journal's folder. Raises ValueError if there is none."""
-    path = folder / "steps.jsonl"
+    path = folder / STEPS_FILE
     if not path.is_file():
         raise ValueError(f"journal: there is no {path}; name the folder of a run whose grpo stage has begun")
     return read_rows(path)

@@ -17,7 +17,7 @@ from actors.supervision import Incidents
 from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from pipelines.checkpoints import Checkpoint, CheckpointStore
-from pipelines.journal import read_steps
+from pipelines.journal import STEPS_FILE, read_steps
 
 
 class CheckpointShelf:
@@ -44,8 +44,9 @@ class CheckpointShelf:
 
 
 def earlier_steps(config: Config, first: int) -> dict[int, StepNote]:
-    """What the journal says of the steps before `first`."""
-    if first == 0:
+    """What the journal says of the steps before `first`; nothing where the run folder was lost, but for the
+    checkpoints."""
+    if first == 0 or not (config.folder / "journal" / STEPS_FILE).is_file():
         return {}
     lines = read_steps(config.folder / "journal")
     return {
@@ -81,5 +82,6 @@ async def start_learner(
     gang = await start()
     if found is not None:
         await gang.load_checkpoint(found.learner)
-    steps = earlier_steps(config, 0 if found is None else found.version)
-    return LearnerSupervisor(config, start, gang, shelf, steps, incidents, spares, placement)
+    version = 0 if found is None else found.version
+    steps = earlier_steps(config, version)
+    return LearnerSupervisor(config, start, gang, shelf, steps, incidents, spares, placement, version)

@@ -188,10 +188,30 @@ def test_steps_before_a_resume_are_repeated_by_what_the_journal_says(tmp_path: P
         cast.records = {0, 2}
         gang: Any = cast.gangs[0]
         gang.seen = [0, 2]
-        learner: Any = LearnerSupervisor(cast.config, cast._start, gang, cast, notes, cast.incidents)
+        learner: Any = LearnerSupervisor(cast.config, cast._start, gang, cast, notes, cast.incidents, version=3)
         cast.fail_at = ["train 3"]
         await learner.train_step([1], 1e-3, 3)
         assert cast.gangs[1].seen == [0, 2, 3]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_journal_that_was_lost_is_no_way_to_other_weights(tmp_path: Path, kept: bool) -> None:
+    """The run goes on from version 3; of the steps before it nothing is known, but for its checkpoint."""
+
+    async def run() -> None:
+        cast = Cast(tmp_path, max_restarts=1)
+        cast.checkpoints = {3: [0, 2]} if kept else {2: [0]}
+        gang: Any = cast.gangs[0]
+        learner: Any = LearnerSupervisor(cast.config, cast._start, gang, cast, {}, cast.incidents, version=3)
+        cast.fail_at = ["train 3"]
+        if kept:
+            await learner.train_step([1], 1e-3, 3)
+            assert cast.gangs[1].seen == [0, 2, 3]
+        else:
+            with pytest.raises(RoleLostError, match="the journal does not say what became of step 2"):
+                await learner.train_step([1], 1e-3, 3)
 
     asyncio.run(run())
 

@@ -6,8 +6,8 @@ Takes the model that SFT left in a finished run and runs GRPO from it twice, as 
 the first run the generator is killed after a third of the steps, in the second the learner rank. Printed for each:
 
     serves again  seconds from the signal until the actor's successor serves
-    full rate     seconds from the signal to the beginning of the first step that takes at most a quarter longer than
-                  the median of the steps before the signal; steps under way at the signal do not count
+    full rate     seconds from the signal to the end of the first step that began after the successor served and takes
+                  at most a quarter longer than the median of the steps before the signal
     groups lost   groups that were discarded
 """
 
@@ -61,8 +61,8 @@ def measure(args: argparse.Namespace, folder: Path, role: str) -> str:
         run.finish()
     rows, (event, *_) = run.metrics(), run.rows("events")
     before = median(row["seconds/step"] for row in rows if row["time"] < killed_at)
-    began = [(row["time"] - row["seconds/step"], row["seconds/step"]) for row in rows]
-    full = [at for at, seconds in began if at > killed_at and seconds <= SLOWER * before]
+    done = [(row["time"], row["seconds/step"]) for row in rows]
+    full = [at for at, seconds in done if at - seconds > event["time"] and seconds <= SLOWER * before]
     full_s = f"{full[0] - killed_at:12.1f}" if full else "       never"
     lost = len(run.rows("discarded"))
     return f"{role:8}  {event['time'] - killed_at:15.1f}  {full_s}  {before:21.2f}  {lost:11}"

@@ -29,18 +29,30 @@ def settings(root: Path, *more: str) -> list[str]:
     ]
 
 
-def conclude(run: FaultyRun, arguments: Sequence[str], timeout_s: float = 900, **how: Any) -> None:
+def conclude(
+    run: FaultyRun,
+    arguments: Sequence[str],
+    timeout_s: float = 900,
+    max_staleness: int = MAX_STALENESS,
+    **how: Any,
+) -> None:
     """Stops a run without end, goes on from its checkpoint for some steps, and looks at all it has left."""
     assert run.stop() == 143, run.said[-3000:]
     assert run.leftovers() == []
-    go_on(run.folder, arguments, timeout_s, **how)
+    go_on(run.folder, arguments, timeout_s, max_staleness, **how)
 
 
-def go_on(folder: Path, arguments: Sequence[str], timeout_s: float = 900, **how: Any) -> FaultyRun:
+def go_on(
+    folder: Path,
+    arguments: Sequence[str],
+    timeout_s: float = 900,
+    max_staleness: int = MAX_STALENESS,
+    **how: Any,
+) -> FaultyRun:
     """Some more steps of a run that was stopped or killed, then the audit of all; `how` as FaultyRun takes it."""
     journal = (folder / "journal" / "steps.jsonl").read_text()
     steps = journal.count("\n") + LAST_STEPS
     with FaultyRun(folder, [*arguments, f"grpo.steps={steps}"], timeout_s, **how) as last:
         last.finish()
-    audit(last, steps, GROUPS_PER_STEP, MAX_STALENESS)
+    audit(last, steps, GROUPS_PER_STEP, max_staleness)
     return last

@@ -1,7 +1,8 @@
 """A signal to an actor at a chosen phase of a run, and what the way back costs.
 
     strikes = Strikes(run, table)
-    strikes.at_phase("learner", signal.SIGKILL, "backward")
+    strikes.at_phase(["learner"], signal.SIGKILL, "backward")
+    strikes.at_phase(["rollout", "reward", "reference"], signal.SIGSTOP, "backward")  # at once, a row for each
 
 A phase is seen from outside, by the titles of the processes. Where the one that is struck is the one whose phase it is,
 it is stopped first and looked at again, so that it is struck in the midst of it.
@@ -15,8 +16,9 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 from fault_table import FINE, FaultTable, Row
 from harness import CLASSES, FaultyRun, title
@@ -49,26 +51,27 @@ class Strikes:
         self._serving: dict[str, int] = {}
         self.rows: list[Row] = []
 
-    def at_phase(self, role: str, sent: signal.Signals, phase: str) -> Row:
-        """Strikes the actor of a role while the run is at a phase."""
-        return self._struck(role, sent, phase, lambda: self._catch(role, *PHASES[phase]))
+    def at_phase(self, roles: Sequence[str], sent: signal.Signals, phase: str) -> None:
+        """Strikes one actor of each role, all at once, while the run is at a phase."""
+        self._struck(roles, sent, lambda: (phase, self._catch(roles, *PHASES[phase])))
 
-    def in_checkpoint(self, role: str, sent: signal.Signals, share: float, usual_s: float) -> Row:
-        """Strikes the actor of a role when so much of the time has passed that writing a checkpoint usually takes."""
+    def in_checkpoint(self, roles: Sequence[str], sent: signal.Signals, share: float, usual_s: float) -> None:
+        """The same when so much of the time has passed that writing a checkpoint usually takes."""
 
-        def catch() -> int:
-            target = self.serving(role)
+        def catch() -> tuple[str, dict[str, int]]:
+            targets = {role: self.serving(role) for role in roles}
             self._run.wait_for(lambda: not being_written(self._run.folder), LOOK_EVERY_S, SEEN_WITHIN_S)
             self._run.wait_for(lambda: being_written(self._run.folder), LOOK_EVERY_S, SEEN_WITHIN_S)
             time.sleep(share * usual_s)
-            return target
+            moment = "checkpoint" if being_written(self._run.folder) else "just after a checkpoint"
+            return f"{moment}, at {share:.0%} of its usual time", targets
 
-        return self._struck(role, sent, f"checkpoint, {share:.0%} of its time", catch)
+        self._struck(roles, sent, catch)
 
     def at_once(self, role: str) -> int:
         """SIGKILL to the actor that serves, or is about to; its process id."""
-        target = self.serving(role)
-        os.kill(target, signal.SIGKILL)
+        while not sent_to(target := self.serving(role), signal.SIGKILL):
+            self._serving.pop(role, None)
         return target
 
     def serving(self, role: str) -> int:
@@ -81,41 +84,75 @@ class Strikes:
 
         return int(self._run.wait_for(found, LOOK_EVERY_S, RECOVERED_WITHIN_S))
 
-    def measured(self, fault: str, phase: str, strike: Callable[[], object], role: str | None) -> Row:
+    def measured(self, fault: str, phase: str, strike: Callable[[], object], role: str | None) -> None:
         """Strikes, and waits until what was lost serves again and a step was done with it; role None: nothing is
         replaced, the run goes on."""
+
+        def struck() -> tuple[str, list[str]]:
+            strike()
+            return phase, [] if role is None else [role]
+
+        self._measured(struck, lambda _: fault)
+
+    def _measured(self, strike: Callable[[], tuple[str, Sequence[str]]], name: Callable[[str], str]) -> None:
+        """The rows of one strike: one for each role that lost an actor, or a single one.
+
+        Args:
+            strike: f() -> the phase, and the roles that lost an actor.
+            name: f(role) -> what befell it.
+        """
         run = self._run
         incidents, lost, repeated = len(run.rows("events")), len(run.rows("discarded")), count_repeated(run)
-        verdict, seconds = FINE, None
-        strike()
+        phase, roles = strike()
         struck_at = time.monotonic()
-        if role is not None:
-            event = run.wait_for(lambda: self._incident(incidents, role), within_s=RECOVERED_WITHIN_S)
-            seconds = time.monotonic() - struck_at
-            verdict = FINE if event["outcome"] == "replaced" else event["outcome"]
+        back: dict[str, tuple[float, str]] = {}
+
+        def all_back() -> bool:
+            for role in roles:
+                event = self._incident(incidents, role)
+                if role not in back and event is not None:
+                    back[role] = time.monotonic() - struck_at, str(event["outcome"])
+            return len(back) == len(roles)
+
+        run.wait_for(all_back, within_s=RECOVERED_WITHIN_S)
         steps = len(run.rows("steps"))
         run.wait_for(lambda: len(run.rows("steps")) > steps, within_s=RECOVERED_WITHIN_S)
-        row = Row(
-            fault=fault,
-            phase=phase,
-            seconds=seconds,
-            lost=len(run.rows("discarded")) - lost,
-            repeated=count_repeated(run) - repeated,
-            verdict=verdict,
-        )
-        self.rows.append(row)
-        return self._table.add(row)
+        for role in roles or [""]:
+            seconds, outcome = back.get(role, (None, "replaced"))
+            row = Row(
+                fault=name(role),
+                phase=phase,
+                seconds=seconds,
+                lost=len(run.rows("discarded")) - lost,
+                repeated=count_repeated(run) - repeated,
+                verdict=FINE if outcome == "replaced" else outcome,
+            )
+            self.rows.append(self._table.add(row))
 
     def _incident(self, after: int, role: str) -> dict[str, object] | None:
         return next((event for event in self._run.rows("events")[after:] if event["role"] == role), None)
 
-    def _struck(self, role: str, sent: signal.Signals, phase: str, catch: Callable[[], int]) -> Row:
-        target = catch()
-        return self.measured(f"{sent.name} {role}", phase, lambda: os.kill(target, sent), role)
+    def _struck(
+        self, roles: Sequence[str], sent: signal.Signals, catch: Callable[[], tuple[str, dict[str, int]]]
+    ) -> None:
+        """Args: catch: f() -> the phase, and the process of each role."""
 
-    def _catch(self, role: str, holder: str, call: str) -> int:
-        """Waits for a phase; the process to strike, stopped already where it is the one whose phase it is."""
-        target, misses = self.serving(role), 0
+        def strike() -> tuple[str, Sequence[str]]:
+            while True:
+                phase, targets = catch()
+                struck = [role for role, target in targets.items() if sent_to(target, sent)]
+                if struck:  # else all of them had been replaced meanwhile
+                    return phase, struck
+
+        def name(role: str) -> str:
+            others = [other for other in roles if other != role]
+            return f"{sent.name} {role}" + (f" (with {', '.join(others)})" if others else "")
+
+        self._measured(strike, name)
+
+    def _catch(self, roles: Sequence[str], holder: str, call: str) -> dict[str, int]:
+        """Waits for a phase; the processes to strike, stopped already the one whose phase it is."""
+        targets, misses = {role: self.serving(role) for role in roles}, 0
         name = f"ray::{CLASSES[holder]}.{call}"
         at = 0
 
@@ -127,11 +164,12 @@ class Strikes:
 
         while True:
             self._run.wait_for(reached, LOOK_EVERY_S, SEEN_WITHIN_S)
-            if holder != role:
-                return target
-            if stopped_at(at, name) or misses > MAX_NEAR_MISSES:
-                return at
+            if holder not in roles:
+                return targets
+            if stopped_at(at, name):
+                return {**targets, holder: at}
             misses += 1
+            assert misses < MAX_NEAR_MISSES, f"{name} could not be met"
 
     def _look(self) -> None:
         """Which actors there are, and which of them serve."""
@@ -146,15 +184,25 @@ class Strikes:
                 self._serving[role] = pid
 
 
+def sent_to(pid: int, number: signal.Signals) -> bool:
+    """Sends a signal; False where the process has gone."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def stopped_at(pid: int, name: str) -> bool:
     """Stops a process; goes on with it, and False, where it is at something else by now."""
-    os.kill(pid, signal.SIGSTOP)
+    if not sent_to(pid, signal.SIGSTOP):
+        return False
     deadline = time.monotonic() + 1
     while state(pid) not in ("T", "") and time.monotonic() < deadline:
         time.sleep(LOOK_EVERY_S)
     if title(pid) == name:
         return True
-    os.kill(pid, signal.SIGCONT)
+    sent_to(pid, signal.SIGCONT)
     return False
 
 
@@ -169,6 +217,17 @@ def state(pid: int) -> str:
 def being_written(folder: Path) -> list[Path]:
     """The checkpoint that is being written, if one is."""
     return list((folder / "checkpoints").glob(".step_*.writing"))
+
+
+def how_long_writing_takes(run: FaultyRun) -> float:
+    """The median of three checkpoints, seconds."""
+    found = []
+    for _ in range(3):
+        run.wait_for(lambda: being_written(run.folder), pause_s=0.001)
+        began = time.monotonic()
+        run.wait_for(lambda: not being_written(run.folder), pause_s=0.001)
+        found.append(time.monotonic() - began)
+    return median(found)
 
 
 def count_repeated(run: FaultyRun) -> int:

@@ -49,6 +49,7 @@ def test_a_generator_s_node_is_cut_off_and_killed(
     machines.add("far", on="second")
     labels = ["placement.learner.labels={place: head}", "placement.rollout.labels={place: 'in(near, far)'}"]
     more = [*AT_HOME, *labels, f"cluster.address={machines.address}", "rollout.num_generators=2", "rollout.spares=0"]
+    more += ["supervision.silence_s=20"]  # after a cut of 5 s TCP may ask again 12 s later only
     arguments = settings(root, *more)
     with FaultyRun(tmp_path / "far", arguments, **how(machines)) as run:
         run.wait_for(lambda: len(run.rows("steps")) >= 3)
@@ -80,7 +81,7 @@ def test_the_learner_s_node_is_killed(root: Path, tmp_path: Path, table: FaultTa
     machines.add("far", on="second")
     labels = ["placement.learner.labels={place: far}", "placement.rollout.labels={place: head}"]
     more = [*AT_HOME, *labels, f"cluster.address={machines.address}", "supervision.vacancy_timeout_s=30"]
-    arguments = settings(root, *more, "learner.start_timeout_s=150")
+    arguments = settings(root, *more, "learner.start_timeout_s=90")
     with FaultyRun(tmp_path / "learner", arguments, **how(machines)) as run:
         run.wait_for(lambda: len(run.rows("steps")) >= 6)
         strikes = Strikes(run, table)

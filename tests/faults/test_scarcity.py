@@ -102,7 +102,7 @@ def test_the_object_store_is_full(root: Path, tmp_path: Path, table: FaultTable)
 
 
 def test_the_clock_jumps(root: Path, tmp_path: Path, table: FaultTable) -> None:
-    """The wall clock of every Python process; actors are lost while it is wrong."""
+    """The wall clock of every Python process, not that of Ray's own ones; actors are lost while it is wrong."""
     arguments, skew = settings(root, "grpo.checkpoint_every=2"), tmp_path / "skew"
     environment = {"SKEW_FILE": str(skew), "PYTHONPATH": f"{HERE / 'skewed_clock'}:{PROJECT}"}
     with FaultyRun(tmp_path / "clock", arguments, timeout_s=1200, environment=environment) as run:
@@ -123,10 +123,9 @@ def test_the_clock_jumps(root: Path, tmp_path: Path, table: FaultTable) -> None:
 
 def fill(disk: Path) -> None:
     """Leaves no byte."""
-    with (disk / "filler").open("wb") as file:
+    with (disk / "filler").open("wb", buffering=0) as file:
         try:
-            while shutil.disk_usage(disk).free:
-                file.write(b"0" * min(1 << 20, shutil.disk_usage(disk).free))
-                file.flush()
+            while free := shutil.disk_usage(disk).free:
+                file.write(b"0" * min(1 << 20, free))
         except OSError:
             return
