@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from medtvt_rl.data.labels import FINDINGS
@@ -143,7 +142,7 @@ class EncoderWarmup:
             return {}
         scores, labels = np.concatenate(parts), held_out.labels
         return {
-            f"auc/{name}": float(roc_auc_score(labels[:, column], scores[:, column]))
+            f"auc/{name}": area_under_curve(labels[:, column] > 0, scores[:, column])
             for column, name in enumerate(FINDINGS[modality])
             if 0 < labels[:, column].sum() < len(labels)
         }
@@ -153,3 +152,12 @@ class EncoderWarmup:
         """Makes every rank's encoder, with its BatchNorm statistics, that of `source`."""
         for tensor in encoder.state_dict().values():
             dist.broadcast(tensor, src=source)
+
+
+def area_under_curve(truth: NDArray[np.bool_], scores: NDArray[np.float32]) -> float:
+    """The share of pairs of a true and a false one that the scores put in order, ties counting a half [N], [N]: the
+    area under the ROC curve (Hanley and McNeil, Radiology 1982)."""
+    from scipy.stats import mannwhitneyu  # half a second, for the one rank that warms an encoder
+
+    statistic = mannwhitneyu(scores[truth], scores[~truth]).statistic
+    return float(statistic / (truth.sum() * (~truth).sum()))

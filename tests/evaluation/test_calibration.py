@@ -1,9 +1,7 @@
-"""Calibration against scikit-learn's curve, and the error by hand."""
+"""Calibration against the curve that scikit-learn 1.9.1 gives, and the error by hand."""
 
 import numpy as np
 import pytest
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss
 
 from medtvt_rl.evaluation.calibration import calibration_error, reliability
 
@@ -16,15 +14,13 @@ def case(samples: int, n: int = 80):
 
 def test_bins_agree_with_scikit_learn():
     shares, truth = case(samples=64)
-    bins = reliability(shares, truth, 50, 0)
-    observed, said = calibration_curve(truth.ravel(), shares.ravel(), n_bins=10)
     # scikit-learn's bins are closed above, these below: shares of 64 samples fall on an edge at 0.5 and 1 alone
     edges = np.isclose(shares * 10, np.round(shares * 10))
     shares = np.where(edges & (shares < 1), shares + 1e-9, shares)
     bins = reliability(shares, truth, 50, 0)
-    observed, said = calibration_curve(truth.ravel(), shares.ravel(), n_bins=10)
-    assert [b.said for b in bins] == pytest.approx(list(said), abs=1e-8)
-    assert [b.observed.value for b in bins] == pytest.approx(list(observed))
+    said = [0.0885416667, 0.1610576923, 0.2312011719, 0.3203125, 0.6875, 0.7647879464, 0.8444010417, 0.921875]
+    assert [b.said for b in bins] == pytest.approx(said, abs=1e-8)
+    assert [b.observed.value for b in bins] == pytest.approx([0, 0, 0, 0, 1, 1, 1, 1])
     assert sum(b.pairs for b in bins) == truth.size
 
 
@@ -52,7 +48,6 @@ def test_one_who_knows_what_it_does_not_know_has_no_error():
     truth = generator.random(shares.shape) < shares
     measure = calibration_error(shares, truth)
     assert float(measure.statistic(measure.rows.sum(0))) < 0.01
-    assert ((shares - truth) ** 2).mean() == pytest.approx(brier_score_loss(truth.ravel(), shares.ravel()))
 
 
 def test_a_resample_equals_the_error_of_the_resampled_studies():

@@ -13,7 +13,7 @@ from torch import nn
 
 from medtvt_rl.data.labels import ALL_FINDINGS, FINDINGS
 from medtvt_rl.learner.config import EncoderWarmupConfig
-from medtvt_rl.learner.encoder_warmup import EncoderWarmup
+from medtvt_rl.learner.encoder_warmup import EncoderWarmup, area_under_curve
 
 torch.set_num_threads(1)
 
@@ -87,3 +87,8 @@ def test_unknown_findings_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"encoders\.ecg_steps: no training study has known ecg findings"):
         warmup.run()
+
+
+def test_the_area_counts_pairs_in_order_and_half_of_the_ties() -> None:
+    truth = np.array([True, True, False, False])
+    assert area_under_curve(truth, np.array([0.9, 0.5, 0.5, 0.1], dtype=np.float32)) == 3.5 / 4
