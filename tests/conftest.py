@@ -35,8 +35,15 @@ for shared in ("integration", "faults"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that two processes end at about the same time; their order is kept within a file."""
-    items.sort(key=lambda item: (not any(item.iter_markers("cluster")), not any(item.iter_markers("engine"))))
+    """Long files first, so that two processes end at about the same time, and while one makes the run that several
+    share, the other does what does not need it. The order is kept within a file."""
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
+    shares_run = "root" in getattr(item, "fixturenames", ())
+    kinds = (not any(item.iter_markers(kind)) for kind in ("cluster", "engine"))
+    return *kinds, item.path.name != "test_exactness.py", shares_run
 
 
 @pytest.fixture(scope="session")

@@ -114,8 +114,8 @@ def test_a_notice_moves_an_actor_before_its_node_goes(cluster: Cluster, tmp_path
         Metadata.seconds = 120.0
         assert await notified == 0
         await until(lambda: told, "who leaves")
-        found = re.match(r"reward 1 leaves its node: it will be taken away in (\d+) s; 1 serve", told[0])
-        assert found and 60 < int(found[1]) <= 120, told
+        left = re.match(r"(reward \d) leaves its node: it will be taken away in (\d+) s; 1 serve", told[0])
+        assert left and 60 < int(left[2]) <= 120, told
         found = await asyncio.gather(*(pool.score(f"{i}") for i in range(20)))
         assert set(found) == {nodes[0].node_id}, "it is asked nothing new, and no group is lost"
         new = cluster.add_node(**NODE)
@@ -128,7 +128,7 @@ def test_a_notice_moves_an_actor_before_its_node_goes(cluster: Cluster, tmp_path
         assert set(await asyncio.gather(*(pool.score(f"{i}") for i in range(20)))) <= {nodes[0].node_id, new.node_id}
         assert [line for line in told if "no node has room" not in line] == [
             told[0],
-            "reward 1 serves again",
+            f"{left[1]} serves again",
         ], told
         watch.cancel()
         roster.stop()
