@@ -1,5 +1,5 @@
 """A run as a submitted job, by `ray job submit` and by `medtvt-rl submit`: a local head with token authentication, a
-stop that leaves a checkpoint, and a job that goes on from it. A job of all stages: tests/integration/three_hosts."""
+stop that leaves a checkpoint, a job that goes on from it, and a job of all stages."""
 
 from __future__ import annotations
 
@@ -79,6 +79,22 @@ def _wait_for_head(environment: dict[str, str], process: subprocess.Popen[bytes]
         assert process.poll() is None, log.read_text()
         time.sleep(1)
     raise AssertionError(f"the head took no job: {asked.stderr[-2000:]} {log.read_text()[-2000:]}")
+
+
+@pytest.mark.long
+@pytest.mark.cluster
+def test_a_submitted_job_gives_what_the_same_run_gives_on_its_own(
+    head: dict[str, str], root: Path, tmp_path: Path
+) -> None:
+    entry = ["python", "-m", "pipelines.run", "-c", "configs/quickstart.yaml", f"run.root={tmp_path}", *SMALL]
+    said = _ray_job(head, "submit", "--working-dir", ".", "--", *entry, timeout_s=540)
+    assert " succeeded" in said, said[-3000:]
+    submitted, own = tmp_path / "small", root / "small"
+    assert {path.name for path in submitted.iterdir()} == {path.name for path in own.iterdir()}
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (submitted, own)]
+    assert summaries[0].keys() == summaries[1].keys() and summaries[0]["grpo"]["steps"] == 3
+    weights = Path("stages") / "sft" / "model" / "model.safetensors"
+    assert (submitted / weights).read_bytes() == (own / weights).read_bytes(), "all before GRPO is equal bit for bit"
 
 
 @pytest.mark.cluster
