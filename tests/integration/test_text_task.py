@@ -27,6 +27,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_the_text_task_runs_from_its_yaml_and_speaks_of_no_patients(tmp_path: Path) -> None:
     done = run_stage_as_a_user("configs/text_task.yaml", tmp_path, "run", *SMALL)

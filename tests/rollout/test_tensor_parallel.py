@@ -64,6 +64,7 @@ def check(policy: LlamaForCausalLM, engine: VllmEngine, group: RolloutGroup) -> 
         np.testing.assert_allclose(scored, expected.numpy(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.long
 def test_every_worker_takes_its_part_of_new_weights_and_of_an_adapter(engine: VllmEngine) -> None:
     check(model(0), engine, generate(engine, 0))
     trained = model(1)
