@@ -95,6 +95,8 @@ class FakeCluster:
         self.sick = sick
         self.waves: list[list[int]] = []
         self.checkpoints: list[int] = []
+        self.loop: GrpoLoop
+        self.wants_checkpoint_in: int | None = None
         self.states: dict[int, tuple[dict[str, object], list[FinishedGroup]]] = {}
         self.scores: dict[int, float] = {}
         self.newest: int | None = None
@@ -115,6 +117,8 @@ class FakeCluster:
 
     async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> LearnerStep:
         assert version == self.version
+        if version == self.wants_checkpoint_in:
+            assert self.loop.keep_soon() == (self.loop._config.checkpoint_every > 0)
         self.last_batch = groups
         await asyncio.sleep(self.train_s)
         culprits = tuple(sorted({group.group_id for group in groups} & self.sick))
@@ -204,7 +208,7 @@ def run_loop(
         sampler, engines, scorers = PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(equal)
         stop = Stop()
         roles = sampler, engines, scorers, cluster, cluster, told or Told(), held_out, cluster, stop
-        loop = GrpoLoop(config, 3, *roles)
+        loop = cluster.loop = GrpoLoop(config, 3, *roles)
         if state is not None:
             loop.load_state_dict(*state)
         running = asyncio.create_task(loop.run())
@@ -338,6 +342,14 @@ def test_held_out_answers_are_measured_beside_training_and_on_policy_before_it(m
     assert any(held_out.measured_while_trained) == (max_staleness > 0)
     if max_staleness == 0:
         assert versions == [0, 2, 4, 6] and all(version == jaccard for version, jaccard in measured)
+
+
+@pytest.mark.parametrize(("every", "written"), [(4, [3, 4]), (0, [])])
+def test_a_checkpoint_that_is_asked_for_follows_the_step_under_way(every: int, written: list[int]) -> None:
+    cluster = FakeCluster()
+    cluster.wants_checkpoint_in = 2
+    run_loop(cluster, checkpoint_every=every)
+    assert cluster.checkpoints == written
 
 
 def test_checkpoints_are_written_when_due_and_each_step_says_where_its_time_went() -> None:
