@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -22,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from medtvt_rl.config_checks import ConfigError
-from pipelines.command import EXIT_FAILED, EXIT_USAGE, fail, load
+from pipelines.command import EXIT_FAILED, EXIT_USAGE, fail, load, written_init
 
 if TYPE_CHECKING:
     from medtvt_rl.config import Config
@@ -76,6 +77,9 @@ def command(args: argparse.Namespace) -> int:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     try:
         with Phases(console) as phases:
+            # A source that cannot be written is one of the problems that are told below.
+            with suppress(ValueError):
+                written_init(config, console.print, lambda done, total: phases.update("model", done, total))
             report = check_data(config, quick=args.quick, progress=phases.update)
         report.write(out)
     except KeyboardInterrupt:

@@ -142,19 +142,34 @@ def _init_from(config: Config) -> tuple[Path, LlmSource]:
 
 def write_init(config: Config, reporter: Reporter) -> None:
     """Writes `model.init` from its source, where it isn't there yet."""
+
+    def begin(words: str) -> None:
+        reporter.line(words)
+        reporter.start("model", unit="part")
+
+    if written_init(config, begin, lambda done, total: reporter.update(done, total=total)):
+        reporter.finish("model")
+
+
+def written_init(config: Config, begin: Callable[[str], None], update: Callable[[int, int], None]) -> bool:
+    """Whether `model.init` had to be written from its source; `begin` is told so first, `update` parts done of all.
+
+    Raises:
+        ValueError: the source is none, or its package is missing.
+    """
     if config.model.init_from is None:
-        return
+        return False
     from medtvt_rl.learner.process_group import prepare_environment
     from medtvt_rl.model.llm_source import is_ready, write_folder
 
     prepare_environment(config.pretrain.num_threads)
     folder, source = _init_from(config)
     if is_ready(source, folder):
-        return
-    reporter.line(f"model: writing {source.name} to {folder}, once")
-    reporter.start("model", unit="part")
-    write_folder(source, folder, lambda done, total: reporter.update(done, total=total))
-    reporter.finish("model")
+        return False
+    source.check()
+    begin(f"model: writing {source.name} to {folder}, once")
+    write_folder(source, folder, update)
+    return True
 
 
 def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool) -> int:
