@@ -58,6 +58,9 @@ def run_variant(args: argparse.Namespace, folder: Path, name: str, staleness: in
         f"grpo.updates_per_batch={args.updates}",
         "grpo.loss.kl.coefficient=0",
         "grpo.held_out.every_steps=0",
+        # Spare processes import for a minute; a run of hours does not see it, one of sixteen steps does.
+        "learner.spares=0",
+        "rollout.spares=0",
     ]
     command = [sys.executable, "-m", "pipelines.grpo", "-c", str(args.run / "config.yaml"), *settings]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
