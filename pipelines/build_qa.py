@@ -37,7 +37,7 @@ from medtvt_rl.data.qa.endpoint import Endpoint, EndpointSettings, check_url
 from medtvt_rl.data.qa.icd import Icd10, IcdRules
 from medtvt_rl.data.qa.labels import Labelled, LabelSources, read_labels
 from medtvt_rl.data.qa.templates import Item, chat_messages
-from pipelines.command import EXIT_USAGE, fail, in_session, load
+from pipelines.command import EXIT_USAGE, fail, in_session, load, positive
 from pipelines.reporter import Reporter
 
 KEY_VARIABLE = "MEDTVT_ENDPOINT_KEY"
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tables.add_argument("--icd9", choices=("leave-out", "map"), default="leave-out", help="what to do with ICD-9 codes")
     parser.add_argument("--kinds", default=",".join(QA_KINDS), help="kinds of questions, default %(default)s")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N studies of each split")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N studies of each split")
     parser.add_argument("--seed", type=int, default=0, help="of the choice between wordings")
     parser.add_argument("--dry-run", action="store_true", help="count items and tokens; send and write nothing")
     model = parser.add_argument_group("a language model, instead of templates")
@@ -72,12 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="NAME", help="the model there")
     model.add_argument("--key-variable", default=KEY_VARIABLE, metavar="NAME", help="environment variable of the key")
     model.add_argument("--request", default="{}", metavar="JSON", help='more of the request, as {"temperature": 0.7}')
-    model.add_argument("--max-tokens", type=_positive, default=1024, metavar="N", help="longest answer")
-    model.add_argument("--attempts", type=_positive, default=3, metavar="N", help="answers per item until one is right")
-    model.add_argument("--concurrency", type=_positive, default=8, metavar="N", help="calls under way at once")
-    model.add_argument(
-        "--tries", type=_positive, default=6, metavar="N", help="calls per answer where the server fails"
-    )
+    model.add_argument("--max-tokens", type=positive, default=1024, metavar="N", help="longest answer")
+    model.add_argument("--attempts", type=positive, default=3, metavar="N", help="answers per item until one is right")
+    model.add_argument("--concurrency", type=positive, default=8, metavar="N", help="calls under way at once")
+    model.add_argument("--tries", type=positive, default=6, metavar="N", help="calls per answer where the server fails")
     model.add_argument("--call-timeout-s", type=float, default=120.0, metavar="S", help="deadline of one call")
     model.add_argument("--price-in", type=float, default=0.0, metavar="P", help="per million tokens of prompts")
     model.add_argument("--price-out", type=float, default=0.0, metavar="P", help="per million tokens of answers")
@@ -96,13 +94,6 @@ def command(args: argparse.Namespace) -> int:
         return fail(str(error), EXIT_USAGE)
     print(_announcement(args, settings), flush=True)
     return in_session(config, lambda reporter: _run(args, config, kinds, settings, folder, reporter), with_ray=False)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return value
 
 
 def _kinds(text: str) -> tuple[QAKind, ...]:

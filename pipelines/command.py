@@ -6,6 +6,7 @@ does.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
@@ -213,6 +214,13 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
 def unwritable(config: Config, error: OSError) -> str:
     """What is said of a run folder in which nothing can be written."""
     return f"run.root is {config.run.root!r}: {error}; choose a folder that can be written"
+
+
+def positive(text: str) -> int:
+    """The type of an argument that counts something, for argparse."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
 
 
 def fail(text: str, code: int) -> int:

@@ -23,7 +23,7 @@ from medtvt_rl.data.labs import PERCENTILES_FILE
 from medtvt_rl.data.simulate.texts import QUESTIONS
 from medtvt_rl.model.config import UNTRAINED_STAND_INS
 from medtvt_rl.types import MODALITIES, Study
-from pipelines.command import EXIT_USAGE, fail
+from pipelines.command import EXIT_USAGE, fail, positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -229,14 +229,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--percentiles", type=Path, help="percentiles.json of a study store, if the model has none")
     parser.add_argument("--question", default=DEFAULT_QUESTION, help="what to ask (default: %(default)s)")
     parser.add_argument("--crop", choices=get_args(Crop), help="in place of data.film.crop of the training")
-    parser.add_argument("--max-new-tokens", type=_positive, help="cut the answer there, not where the training did")
+    parser.add_argument("--max-new-tokens", type=positive, help="cut the answer there, not where the training did")
     parser.add_argument("--json", action="store_true", help="print json")
-
-
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of tokens, at least 1")
-    return int(text)
 
 
 def command(args: argparse.Namespace) -> int:

@@ -13,19 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
-from test_node_loss import NODE, Scorer, cluster, until
+from scorer_nodes import NODE, cluster, ended, join_two_nodes, start_scorers, until
 
 from actors import spot_notice
 from actors.cluster_view import draining, nodes_now
 from actors.drain import Drain
-from actors.member import Member
-from actors.placement import place, plan
-from actors.scoring_pools import ScorerPool, ScorerRoster
-from actors.supervision import Incidents
-from medtvt_rl.config import Config, RunConfig
-from medtvt_rl.roles import RoleResources
 
 __all__ = ["cluster"]
 TOKEN = "a token of the service"
@@ -85,53 +78,35 @@ def test_nothing_answers(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.cluster
 def test_a_notice_moves_an_actor_before_its_node_goes(cluster: Cluster, tmp_path: Path, metadata: str) -> None:
-    nodes = [cluster.add_node(**NODE), cluster.add_node(**NODE)]
-    ray.init(address=cluster.address, log_to_driver=False)
-    config = Config(run=RunConfig(name="r", root=str(tmp_path)), num_scorers=2, score_timeout_s=60.0)
-    config.placement.reward = RoleResources(cpus=1, labels={"role": "reward"})
+    config, nodes = join_two_nodes(cluster, tmp_path)
+    leaving = nodes[1].node_id
+    notice = ["aws", "--metadata", metadata, "--node-id", leaving, "--address", cluster.address, "--every", "0.2"]
 
     async def run() -> None:
-        told: list[str] = []
-        placement = place(plan(config, {"reward": 2}), 60)
-
-        def make(index: int) -> Any:
-            return Scorer.options(**placement.options("reward", index)).remote()  # type: ignore[attr-defined]
-
-        handles = [make(0), make(1)]
-        members = [Member(index=i, handle=each, where=await each.ready.remote()) for i, each in enumerate(handles)]
-        roster = ScorerRoster(config, members, Incidents(told.append), make, bundles=placement)
-        pool: Any = ScorerPool(config, roster)
-        watch = asyncio.create_task(Drain({"reward": pool}, placement, lambda: False, 30.0, told.append).run())
-        leaving = nodes[1].node_id
-        notice = ["aws", "--metadata", metadata, "--node-id", leaving, "--address", cluster.address, "--every", "0.2"]
-        notified = asyncio.create_task(asyncio.to_thread(spot_notice.main, notice))
-        # What fails before the notice would else wait for the watcher for ever.
-        asyncio.get_running_loop().call_later(60, lambda: setattr(Metadata, "seconds", Metadata.seconds or 1.0))
-        assert {await pool.score("a"), *await asyncio.gather(pool.score("b"), pool.score("c"))} == {
-            node.node_id for node in nodes
-        }
-        assert not draining() and not notified.done()
-        Metadata.seconds = 120.0
-        assert await notified == 0
-        await until(lambda: told, "who leaves")
-        left = re.match(r"(reward \d) leaves its node: it will be taken away in (\d+) s; 1 serve", told[0])
-        assert left and 60 < int(left[2]) <= 120, told
-        found = await asyncio.gather(*(pool.score(f"{i}") for i in range(20)))
-        assert set(found) == {nodes[0].node_id}, "it is asked nothing new, and no group is lost"
-        new = cluster.add_node(**NODE)
-        await until(lambda: len(roster.serving) == 2, told)
-        assert new.node_id in await asyncio.gather(pool.score("d"), pool.score("e"))
-        # Empty as it is, the node may have ended by itself already.
-        await until(
-            lambda: leaving not in {node.node_id for node in nodes_now()} or not draining(), "the end of the node"
-        )
-        assert set(await asyncio.gather(*(pool.score(f"{i}") for i in range(20)))) <= {nodes[0].node_id, new.node_id}
-        assert [line for line in told if "no node has room" not in line] == [
-            told[0],
-            f"{left[1]} serves again",
-        ], told
-        watch.cancel()
-        roster.stop()
-        placement.release()
+        with ended(await start_scorers(config, nodes)) as scorers:
+            told, pools = scorers.told, {"reward": scorers.pool}
+            watch = asyncio.create_task(Drain(pools, scorers.placement, lambda: False, 30.0, told.append).run())
+            notified = asyncio.create_task(asyncio.to_thread(spot_notice.main, notice))
+            # What fails before the notice would else wait for the watcher for ever.
+            asyncio.get_running_loop().call_later(60, lambda: setattr(Metadata, "seconds", Metadata.seconds or 1.0))
+            await scorers.score(2)
+            assert not draining() and not notified.done()
+            Metadata.seconds = 120.0
+            assert await notified == 0
+            await until(lambda: told, "who leaves")
+            left = re.match(r"(reward \d) leaves its node: it will be taken away in (\d+) s; 1 serve", told[0])
+            assert left and 60 < int(left[2]) <= 120, told
+            assert set(await scorers.score(20)) == {nodes[0].node_id}, "it is asked nothing new, and no group is lost"
+            new = cluster.add_node(**NODE)
+            await until(lambda: len(scorers.roster.serving) == 2, told)
+            assert new.node_id in await scorers.score(2)
+            # Empty as it is, the node may have ended by itself already.
+            await until(
+                lambda: leaving not in {node.node_id for node in nodes_now()} or not draining(), "the end of the node"
+            )
+            assert set(await scorers.score(20)) <= {nodes[0].node_id, new.node_id}
+            words = [line for line in told if "no node has room" not in line]
+            assert words == [told[0], f"{left[1]} serves again"], told
+            watch.cancel()
 
     asyncio.run(run())

@@ -91,7 +91,7 @@ class StandIn:
 
     def rewards(self, group: RolloutGroup) -> GroupRewards:
         size = len(group.completions)
-        values = np.arange(size, dtype=np.float32) / size
+        values = np.arange(size, dtype=np.float32) / np.float32(size)
         names = ("jaccard", "format")
         none = np.zeros(size, dtype=bool)
         return GroupRewards(components=dict.fromkeys(names, values), total=values, failed=none, reasons=(None,) * size)
@@ -200,8 +200,8 @@ def main() -> None:
         ray.get([call("stats", 1) for call in calls], timeout=120)
     bind_to_one_core()
     with tempfile.TemporaryDirectory(prefix="bench_controller_") as folder:
-        profile = cProfile.Profile() if args.profile else nullcontext()
-        with profile, rare_collections():
+        profile = cProfile.Profile()
+        with profile if args.profile else nullcontext(), rare_collections():
             ends = asyncio.run(run(args, Path(folder), calls))
     found = print_table(ends, args.groups)
     print(verdict(*found, args.generators, with_ray=not args.in_process))

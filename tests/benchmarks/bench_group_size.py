@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from medtvt_rl.learner.step_record import STEPS_FOLDER, read_step, step_file
-from medtvt_rl.types import TrainingSequence
+from medtvt_rl.types import Completion
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
             train(args.run, folder, f"engines{engines}", *settings)
             steps.append(completions(folder / f"engines{engines}"))
         pairs = list(zip(*steps, strict=True))
-        same = [(one, other) for one, other in pairs if np.array_equal(one.completion_ids, other.completion_ids)]
+        same = [(one, other) for one, other in pairs if np.array_equal(one.token_ids, other.token_ids)]
         gap = max(float(np.abs(one.behaviour_logprobs - other.behaviour_logprobs).max()) for one, other in same)
         print(f"one engine against two: {len(same)} of {len(pairs)} completions have the same text")
         print(f"largest difference of the log-probs of those: {gap:.2g}")
@@ -53,6 +53,9 @@ def train(run: Path, folder: Path, name: str, *settings: str) -> None:
     common = [
         *(f"run.root={folder}", f"run.name={name}", "run.stages=[grpo]", "grpo.held_out.every_steps=0"),
         f"model.init={run.resolve() / 'stages' / 'sft' / 'model'}",
+        # Spare processes import for a minute: the longer run would be measured with them, the shorter one without.
+        "learner.spares=0",
+        "rollout.spares=0",
     ]
     command = [sys.executable, "-m", "pipelines.grpo", "-c", str(run / "config.yaml"), *common, *settings]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -60,9 +63,10 @@ def train(run: Path, folder: Path, name: str, *settings: str) -> None:
         raise SystemExit(f"{' '.join(command)}\nended with {found.returncode}:\n{found.stdout}{found.stderr}")
 
 
-def completions(run: Path) -> list[TrainingSequence]:
+def completions(run: Path) -> list[Completion]:
     """Those of the first step, by group and place in it, as the learner got them."""
-    return list(read_step(step_file(run / "journal" / STEPS_FOLDER, 0, 0)).sequences)
+    record = read_step(step_file(run / "journal" / STEPS_FOLDER, 0, 0))
+    return [sequence.completion for sequence in record.sequences]
 
 
 if __name__ == "__main__":

@@ -29,17 +29,11 @@ def settings(root: Path, *more: str) -> list[str]:
     ]
 
 
-def conclude(
-    run: FaultyRun,
-    arguments: Sequence[str],
-    timeout_s: float = 900,
-    max_staleness: int = MAX_STALENESS,
-    **how: Any,
-) -> None:
+def conclude(run: FaultyRun, arguments: Sequence[str], **how: Any) -> None:
     """Stops a run without end, goes on from its checkpoint for some steps, and looks at all it has left."""
     assert run.stop() == 143, run.said[-3000:]
     assert run.leftovers() == []
-    go_on(run.folder, arguments, timeout_s, max_staleness, **how)
+    go_on(run.folder, arguments, **how)
 
 
 def go_on(

@@ -156,7 +156,7 @@ def test_the_command(model_folder: Path, labs: Path, capsys: pytest.CaptureFixtu
     assert content["missing"] == ["cxr"] and content["remarks"] == []
     with pytest.raises(SystemExit, match="2"):
         parsed("--model", model_folder, "--max-new-tokens", "0")
-    assert "'0', expected a number of tokens" in capsys.readouterr().err
+    assert "'0' is not a number from 1 up" in capsys.readouterr().err
     assert command(parsed("--model", model_folder, "--cxr", labs)) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("medtvt-rl: diagnose: ") and captured.err.count("\n") == 1
