@@ -7,8 +7,9 @@ names; an unknown key is an error that names the nearest.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -29,6 +30,7 @@ from medtvt_rl.roles import PlacementConfig
 from medtvt_rl.rollout.config import RolloutConfig, WeightsConfig
 
 LONGEST_KEY, LONGEST_LINE = 100, 500
+A_LIST, A_MAPPING = "expected a list, e.g. [a, b]", "expected a mapping, e.g. {a: b}"
 SHORT_KEYS = {"metrics": "evaluation.metrics"}
 """What may be written shorter on the command line."""
 
@@ -210,16 +212,22 @@ def _with_file(base: DictConfig, path: Path, within: tuple[Path, ...] = ()) -> D
 def _merge(base: DictConfig, read: Any, source: str) -> DictConfig:
     try:
         given = read()
+        content = OmegaConf.to_container(given)
+        if misshapen := next(_misshapen(content), None):
+            raise ConfigError(f"{source}: {misshapen}: {_container(misshapen)}")
         merged: DictConfig = OmegaConf.merge(base, given)  # type: ignore[assignment]
-        for key in _emptied(OmegaConf.to_container(given)):
+        for key in _emptied(content):
             if get_origin(_type_at(key.split("."))) is dict:
                 OmegaConf.update(merged, key, {}, merge=False)
         return merged
     except ConfigKeyError as error:
         key = str(error.full_key)
-        raise ConfigError(f"{source}: unknown key {key[:LONGEST_KEY]!r}{_nearest(key)}") from error
+        raise ConfigError(f"{source}: unknown key {key[:LONGEST_KEY]!r}{_nearest(key, error.object_type)}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {str(error.full_key)[:LONGEST_KEY]}: {_expected(error)}") from error
+        wrong = _container(str(error.full_key)) or _first_line(error)
+        raise ConfigError(f"{source}: {str(error.full_key)[:LONGEST_KEY]}: {wrong}") from error
+    except ConfigError:
+        raise
     except Exception as error:  # what does not parse fails in many ways; YAML's own words name line and column
         what = "valid YAML" if type(error).__module__.startswith("yaml") else "a file of key: value settings"
         raise ConfigError(f"{source}: not {what}: {' '.join(str(error).split())[:300]}") from error
@@ -233,20 +241,32 @@ def _emptied(content: Any, key: str = "") -> list[str]:
     return below if content or not key else [key]
 
 
-def _expected(error: OmegaConfBaseException) -> str:
-    """What should have stood at a key; OmegaConf's own words where it isn't a list or a mapping."""
-    kind = get_origin(_type_at(str(error.full_key).split(".")))
-    return {list: "expected a list, e.g. [a, b]", dict: "expected a mapping, e.g. {a: b}"}.get(kind, _first_line(error))
+def _misshapen(content: Any, *keys: str) -> Iterator[str]:
+    """The dotted keys at which a mapping stands in the place of a list, or the other way round."""
+    wanted = _container(".".join(keys))
+    if (wanted == A_LIST and isinstance(content, dict)) or (wanted == A_MAPPING and isinstance(content, list)):
+        yield ".".join(keys)
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            yield from _misshapen(value, *keys, str(name))
+
+
+def _container(key: str) -> str:
+    """What is expected at a dotted key where that is a list or a mapping; else ""."""
+    kind = _type_at(key.split(".")) if key else Config
+    if is_dataclass(kind):
+        return A_MAPPING
+    return {list: A_LIST, dict: A_MAPPING}.get(get_origin(kind), "")
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:LONGEST_LINE]
 
 
-def _nearest(full_key: str) -> str:
-    """The nearest valid name beside an unknown key, as text for the error."""
+def _nearest(full_key: str, owner: Any) -> str:
+    """The nearest valid name beside an unknown key, as text for the error; `owner` is the type that lacks it."""
     parent_key, _, name = full_key.rpartition(".")
-    parent = _type_at(parent_key.split(".") if parent_key else [])
+    parent = owner if is_dataclass(owner) else _type_at(parent_key.split(".") if parent_key else [])
     candidates = [one.name for one in fields(parent)] if is_dataclass(parent) else []
     matches = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
     if matches:
@@ -254,11 +274,14 @@ def _nearest(full_key: str) -> str:
     return f"; valid names are {', '.join(candidates)}" if candidates else ""
 
 
+_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+
+
 def _type_at(keys: Sequence[str]) -> Any:
     """The declared type at a path of keys, also where there is no value yet; None for a path that leads nowhere."""
     kind: Any = Config
     for key in keys:
-        kind = get_type_hints(kind).get(key) if is_dataclass(kind) else next(iter(get_args(kind)[1:]), None)
+        kind = _hints(kind).get(key) if is_dataclass(kind) else next(iter(get_args(kind)[1:]), None)
         if get_origin(kind) is UnionType:
             kind = next(one for one in get_args(kind) if one is not NoneType)
     return kind

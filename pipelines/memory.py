@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
 
 SAMPLE_EVERY_S = 4.0
+SAMPLE_SHARE = 0.01
+"""Of a core, at most: the kernel walks all pages of a process for its proportional set size."""
 COLLECT_EVERY = 20_000
 
 
@@ -48,8 +51,11 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_EVERY_S):
+        pause_s = SAMPLE_EVERY_S
+        while not self._stop.wait(pause_s):
+            began = time.thread_time()
             self.peak_bytes = max(self.peak_bytes, _sample())
+            pause_s = max(SAMPLE_EVERY_S, (time.thread_time() - began) / SAMPLE_SHARE)
 
 
 def _sample() -> int:

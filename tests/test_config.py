@@ -18,6 +18,9 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
     ("override", "message"),
     [
         ("placement.rollout.accelerator=L4", "placement.rollout.accelerator: expected a list, e.g. [a, b]"),
+        ("placement.rollout.fallbacks={market: spot}", "placement.rollout.fallbacks: expected a list, e.g. [a, b]"),
+        ("placement.rollout.fallbacks=[{markt: spot}]", "unknown key 'markt'; did you mean 'market'?"),
+        ("placement.rollout=[1]", "placement.rollout: expected a mapping, e.g. {a: b}"),
         ("rewards=3", "rewards: expected a mapping"),
         ("grpo.grop_size=3", "did you mean 'grpo.group_size'"),
         ("rewards.jaccard.functin=a:b", "did you mean 'rewards.jaccard.function'"),
