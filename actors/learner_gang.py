@@ -28,6 +28,7 @@ from actors.weight_transfer import BroadcastWeights, LearnerSender
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
+from medtvt_rl.faults import TooFewCompletionsError
 from medtvt_rl.storage import Digest
 from medtvt_rl.types import GroupHeader, LearnerStep
 
@@ -279,12 +280,12 @@ def shard_groups(groups: Sequence[GroupWithAdvantages], num_ranks: int) -> list[
     """The completions of a batch as one list of shards a rank, see balanced_shards.
 
     Raises:
-        ValueError: fewer completions than ranks.
+        TooFewCompletionsError: fewer completions than ranks.
     """
     lengths = [[max(1, length) for length in group.group.header.lengths] for group in groups]
     num_completions = sum(map(len, lengths))
     if num_completions < num_ranks:
-        raise ValueError(
+        raise TooFewCompletionsError(
             f"learner.num_workers: {num_ranks} ranks for {num_completions} completions; "
             "raise grpo.groups_per_step or grpo.group_size, or lower learner.num_workers"
         )

@@ -62,7 +62,7 @@ class Timeline:
 
     def _events(self) -> list[dict[str, Any]]:
         rows: dict[str, list[Span]] = defaultdict(list)
-        for span in self._spans:
+        for span in list(self._spans):  # calls end meanwhile
             rows[span.row].append(span)
         events: list[dict[str, Any]] = []
         for pid, row in enumerate(sorted(rows), start=1):

@@ -15,6 +15,9 @@ from medtvt_rl.roles import check_placement, node_kinds
 if TYPE_CHECKING:
     from medtvt_rl.config import Config
 
+LOWEST_TEMPERATURE = 0.01
+"""vLLM takes it in the place of a lower one (SamplingParams); the learner would divide by the lower one."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the key, the value, what was expected, and the mend."""
@@ -143,10 +146,11 @@ def _check_batches(config: Config) -> None:
 def _check_sampling(config: Config) -> None:
     sampling, engine = config.rollout.sampling, config.rollout.engine
     _require(
-        sampling.temperature > 0,
+        sampling.temperature >= LOWEST_TEMPERATURE,
         "rollout.sampling.temperature",
         sampling.temperature,
-        "training samples; set it above 0 (evaluation adds the greedy answer by itself)",
+        f"training samples, and vLLM samples at {LOWEST_TEMPERATURE} where less is asked for; set that or more "
+        "(evaluation adds the greedy answer by itself)",
     )
     _require(
         sampling.top_p == 1.0,

@@ -37,6 +37,10 @@ class Incident:
     groups: int
 
 
+class TooFewCompletionsError(ValueError):
+    """A step has fewer completions than the learner has ranks."""
+
+
 class RoleLostError(RuntimeError):
     """A role has no actor left and gets none any more, so that the run ends.
 

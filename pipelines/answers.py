@@ -20,6 +20,7 @@ from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.evaluation.rewards import RewardEvaluator
 from medtvt_rl.types import Prompt, RolloutGroup
 from medtvt_rl.user_code import task_evaluator
+from pipelines.stopping import cancelled
 
 FIRST_GROUP_ID = 1 << 40
 
@@ -103,7 +104,11 @@ class Asker:
                 on_answer(answered)
             return prompt.prompt_id, StudyAnswers(sampled=sampled, greedy=greedy[0])
 
-        return dict(await asyncio.gather(*(ask(index, prompt) for index, prompt in enumerate(prompts))))
+        tasks = [asyncio.create_task(ask(index, prompt)) for index, prompt in enumerate(prompts)]
+        try:
+            return dict(await asyncio.gather(*tasks))
+        finally:
+            await cancelled(tasks)  # where one fails, nobody waits for the others
 
     async def _texts(self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool) -> tuple[str, ...]:
         _, payload = await self._pool.generate(prompt, group_id, num_completions, greedy)

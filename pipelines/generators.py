@@ -6,8 +6,7 @@ that is (actors/elastic.py, actors/drain.py).
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from actors.placement import Placement
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
 from medtvt_rl.rollout.balance import Share
-from pipelines.stopping import cancelled
+from pipelines.beside import beside
 
 LINES = 16
 
@@ -38,7 +37,7 @@ async def elastic(
         return
     keeper = Elastic(config, rollouts, placement, tell)
     steps.listener = keeper.observe
-    async with _beside(keeper.run(), lambda why: tell(f"no more generators come or go: {why}")):
+    async with beside(keeper.run(), lambda why: tell(f"no more generators come or go: {why}")):
         yield
 
 
@@ -57,24 +56,8 @@ async def drained(
         keep_soon: asks for a checkpoint; whether there will be one.
     """
     drain = Drain(pools, placement, keep_soon, config.rollout.generate_timeout_s, tell)
-    async with _beside(drain.run(), lambda why: tell(f"nodes that will be taken away are not emptied any more: {why}")):
+    async with beside(drain.run(), lambda why: tell(f"nodes that will be taken away are not emptied any more: {why}")):
         yield
-
-
-@asynccontextmanager
-async def _beside(work: Coroutine[Any, Any, None], ended: Callable[[str], None]) -> AsyncIterator[None]:
-    """Does work beside what is within; `ended` is told why it ended where it should not have."""
-
-    def look(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            ended(f"{type(error).__name__}: {error}")
-
-    task = asyncio.create_task(work)
-    task.add_done_callback(look)
-    try:
-        yield
-    finally:
-        await cancelled([task])
 
 
 def generators_summary(shares: Sequence[Share], kinds: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from medtvt_rl.privacy import hashed, shows_samples
 from medtvt_rl.rollout.balance import Share
 from medtvt_rl.types import Prompt
 from medtvt_rl.user_code import task_prompts
+from pipelines.beside import beside
 from pipelines.checkpoint_keeper import CheckpointKeeper
 from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.failure import forget_failure, write_failure
@@ -49,6 +50,7 @@ from pipelines.resume import find_resume
 from pipelines.stages import start_model
 from pipelines.step_metrics import generator_metrics
 from pipelines.stopping import Stop, Stopped, stop_on_signals
+from pipelines.timeline_file import TimelineFile
 
 GOES_ON = "The same command goes on from there"
 
@@ -93,6 +95,7 @@ class Layout:
         self._prompts = load_prompts(config, self._tokenizer, "train")
         self._store = CheckpointStore.of(config)
         self._timeline, self._incidents = Timeline(), Incidents(self._tell)
+        self._timeline_file = TimelineFile(self._timeline, config.folder, self._tell)
 
     async def run(self) -> dict[str, Any]:
         """Returns what the summary says of the stage."""
@@ -104,6 +107,7 @@ class Layout:
         self._tell(f"starting {len(bundles)} actors")
         self._reporter.forget("grpo", _first(found))
         forget_failure(config)
+        self._timeline_file.begin(_first(found))
         placement = await self._stop.unless(placed(bundles, config.placement, self._tell), None)
         if placement is None:
             raise Stopped(self._stop.number, f"no step was taken. {GOES_ON}")
@@ -128,7 +132,7 @@ class Layout:
             raise write_failure(config, self._store, error) from error
         finally:
             placement.release()
-            self._write_timeline()
+            self._timeline_file.write()
         return {"summary": {"grpo": {**summary, **self._best()}}}
 
     @staticmethod
@@ -141,13 +145,6 @@ class Layout:
     ) -> RunningScoring:
         """Who scores finished groups."""
         return await ScorerPool.start(config, placement, model_folder, incidents, timeline)
-
-    def _write_timeline(self) -> None:
-        """Only told where it fails: it must not hide what ended the run."""
-        try:
-            self._timeline.write(self._config.folder / "timeline.json")
-        except OSError as error:
-            self._tell(f"no timeline: {error}")
 
     def _start(self, placement: Placement, found: Checkpoint | None) -> Awaitable[Any]:
         where, told = (self._config, placement, self._folder), (self._incidents, self._timeline)
@@ -191,6 +188,7 @@ class Layout:
             async with (
                 elastic(config, rollouts, placement, report, self._tell),
                 drained(config, pools, placement, loop.keep_soon, self._tell),
+                beside(self._timeline_file.keep(), lambda why: self._tell(f"no timeline: {why}")),
             ):
                 result = await loop.run()
             if self._stop.requested:
@@ -352,6 +350,11 @@ class StepReport:
         for group in groups:
             header = group.group.header
             self._journal.discarded(header.group_id, header.prompt_id, f"step {step}: {reason}")
+
+    def unmeasured(self, version: int, what: str, error: Exception) -> None:
+        """A line for the reader; training does not hang on it."""
+        why = (str(error).splitlines() or [""])[0]
+        self._reporter.line(f"grpo: version {version}: {what} could not be measured: {type(error).__name__}: {why}")
 
 
 def _shown(reason: str) -> str:

@@ -22,15 +22,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
 from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.data.sampler import PromptSampler
-from medtvt_rl.faults import RoleLostError
+from medtvt_rl.faults import RoleLostError, TooFewCompletionsError
 from medtvt_rl.learner.schedule import linear_decay
 from medtvt_rl.types import LearnerStep, Prompt
 from pipelines.group_ledger import GroupLedger
@@ -47,11 +48,12 @@ from pipelines.grpo_roles import (
     TrainedStep,
     TrainingGroup,
 )
-from pipelines.measuring import Measuring, Probe, engine_gap
+from pipelines.measuring import Measuring, Probe, engine_gap, unless_failed
 from pipelines.step_metrics import StepClock, role_metrics, rollout_metrics
 from pipelines.stopping import Stop, cancelled
 from pipelines.training_groups import with_advantages
 
+T = TypeVar("T")
 MAX_DISCARDED_IN_A_ROW = 8
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -90,7 +92,7 @@ class GrpoLoop:
         self._on_policy = config.max_staleness == 0
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._measuring = Measuring(held_out, config.held_out, config.steps, self._on_policy)
+        self._measuring = Measuring(held_out, config.held_out, config.steps, self._on_policy, observer.unmeasured)
         self._conclusion: asyncio.Task[None] | None = None
         self._stats: list[dict[str, float]] = []
         self._discarded_in_a_row = self._skipped_in_a_row = 0
@@ -308,9 +310,16 @@ class GrpoLoop:
     async def _learn(
         self, groups: list[TrainingGroup], rate: float, step: int
     ) -> tuple[list[TrainingGroup], LearnerStep]:
-        """One optimizer step; where it is not finite it is tried again without the groups that caused it."""
+        """One optimizer step; where it is not finite it is tried again without the groups that caused it, as long as
+        the ranks of the learner have a completion each."""
+        outcome: LearnerStep | None = None
         while True:
-            outcome = await self._learner.train_step(groups, rate, step)
+            try:
+                outcome = await self._learner.train_step(groups, rate, step)
+            except TooFewCompletionsError:
+                if outcome is None:
+                    raise
+                return groups, outcome
             culprits = [group for group in groups if group.group_id in outcome.culprits]
             if not culprits:
                 return groups, outcome
@@ -344,18 +353,25 @@ class GrpoLoop:
     async def _conclude(self, trained: TrainedStep, outcome: LearnerStep, probe: Probe | None) -> None:
         """What is measured of the weights of a step, beside the next one; on-policy before it, since nothing else may
         then run on the engines."""
-        metrics = {"sync_gap_max": 0.0}
+        version, metrics = trained.step + 1, dict[str, float]()
         try:
-            metrics = {"sync_gap_max": await self._stop.unless(engine_gap(self._rollouts, probe), 0.0)}
-            measured = await self._stop.unless(self._measuring.ready(trained.step + 1), {})
+            gap = await self._measured(version, "engines against the learner", engine_gap(self._rollouts, probe), None)
+            metrics |= {} if gap is None else {"sync_gap_max": gap}
+            measured = await self._stop.unless(self._measuring.ready(version), {})
             if measured and self._checkpoints is not None:
                 self._checkpoints.scored(measured)
-            before, self._stats = self._stats, await self._stop.unless(self._rollouts.stats(), self._stats)
+            before = self._stats
+            self._stats = await self._measured(version, "the engines' counters", self._rollouts.stats(), before)
             metrics |= measured | role_metrics(before, self._stats, trained.groups, trained.metrics)
         except RoleLostError as error:
             self._lost = error
         self._tell(replace(trained, metrics={**trained.metrics, **metrics}))
         self._count_skipped(trained, outcome)
+
+    async def _measured(self, version: int, what: str, measurement: Awaitable[T], otherwise: T) -> T:
+        """What a measurement gives; `otherwise` where it fails, or a stop is requested."""
+        failed = partial(self._observer.unmeasured, version, what)
+        return await self._stop.unless(unless_failed(measurement, otherwise, failed), otherwise)
 
     def _tell(self, trained: TrainedStep) -> None:
         """Adds a step to the result, with what its groups say, and tells the observer."""
@@ -367,15 +383,7 @@ class GrpoLoop:
             "groups/discarded": float(result.discarded - before[0]),
             "groups/replaced": float(result.replaced - before[1]),
         }
-        result.steps = trained.step + 1
-        result.completions += sum(len(g.group.header.lengths) for g in trained.groups)
-        result.empty_completions += int(metrics["length/empty"])
-        result.one_token_completions += int(metrics["length/one_token"])
-        result.unscored_completions += int(metrics["reward/failed"])
-        result.max_staleness_seen = max(result.max_staleness_seen, int(metrics["staleness/max"]))
-        result.rewards.append(metrics["reward/total"])
-        gaps = (result.logprob_max_abs_diff, metrics["sync_gap_max"], metrics.get("fresh_gap_max", 0.0))
-        result.logprob_max_abs_diff = max(gaps)
+        result.add(trained.step, sum(len(g.group.header.lengths) for g in trained.groups), metrics)
         self._observer.step(replace(trained, metrics=metrics))
 
     def _count_skipped(self, trained: TrainedStep, outcome: LearnerStep) -> None:

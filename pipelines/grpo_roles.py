@@ -76,6 +76,18 @@ class LoopResult:
     logprob_max_abs_diff: float = 0.0
     rewards: list[float] = field(default_factory=list)
 
+    def add(self, step: int, num_completions: int, metrics: Mapping[str, float]) -> None:
+        """One step more, by its metrics."""
+        self.steps = step + 1
+        self.completions += num_completions
+        self.empty_completions += int(metrics["length/empty"])
+        self.one_token_completions += int(metrics["length/one_token"])
+        self.unscored_completions += int(metrics["reward/failed"])
+        self.max_staleness_seen = max(self.max_staleness_seen, int(metrics["staleness/max"]))
+        self.rewards.append(metrics["reward/total"])
+        gaps = (metrics.get(name, 0.0) for name in ("sync_gap_max", "fresh_gap_max"))
+        self.logprob_max_abs_diff = max(self.logprob_max_abs_diff, *gaps)
+
 
 class Rollouts(Protocol):
     """The generators."""
@@ -162,3 +174,6 @@ class Observer(Protocol):
 
     def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str) -> None:
         """Groups were left out of a step that was not finite because of them."""
+
+    def unmeasured(self, version: int, what: str, error: Exception) -> None:
+        """What should have been measured of a version was not."""

@@ -115,16 +115,14 @@ class Journal:
 
     def _sample_line(self, step: int, group: TrainingGroup) -> dict[str, Any]:
         if not self._with_texts:
-            rewards = [{"reward": float(reward)} for reward in group.group.rewards.total]
-            return {"step": step, "prompt_id": group.group.header.prompt_id, "completions": rewards}
+            return {"step": step, "prompt_id": group.group.header.prompt_id, "completions": _rewards(group)}
         payload = self._fetch(group.group.payload)
         return {
             "step": step,
             "prompt_id": payload.prompt.prompt_id,
             "ground_truth": payload.prompt.ground_truth,
             "completions": [
-                {"text": self._text(c), "reward": float(reward)}
-                for c, reward in zip(payload.completions, group.group.rewards.total)
+                {"text": self._text(c), **rewards} for c, rewards in zip(payload.completions, _rewards(group))
             ],
         }
 
@@ -132,6 +130,15 @@ class Journal:
         file = self._files[name]
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
+
+
+def _rewards(group: TrainingGroup) -> list[dict[str, Any]]:
+    """Of each completion: the total, and what it is made of."""
+    rewards = group.group.rewards
+    return [
+        {"reward": float(total), "components": {name: float(of[place]) for name, of in rewards.components.items()}}
+        for place, total in enumerate(rewards.total)
+    ]
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:

@@ -347,6 +347,8 @@ def _completion(completion: Mapping[str, Any]) -> str:
     text = re.sub(r"\b(ECG|CXR|LAB):", r"<b>\1:</b>", text)
     reward = estimate(completion.get("reward"))
     words = f"reward {reward.value:.2f}" if reward is not None else "no reward"
+    parts = [f"{escape(str(name))} {value:.2f}" for name, value in (completion.get("components") or {}).items()]
+    words += f" ({', '.join(parts)})" if parts else ""
     return f'<div class="sample"><p class="soft">{words}</p><p>{text}</p></div>'
 
 

@@ -156,6 +156,7 @@ class Told:
         self.given_up: list[tuple[int, str, str]] = []
         self.made_way: list[int] = []
         self.left_out: list[int] = []
+        self.unknown: list[tuple[int, str, str]] = []
 
     def step(self, trained: TrainedStep) -> None:
         assert trained.step == self.first_step + len(self.metrics)
@@ -166,6 +167,9 @@ class Told:
 
     def nonfinite(self, step: int, groups: list[TrainingGroup], reason: str) -> None:
         self.left_out.extend(group.group_id for group in groups)
+
+    def unmeasured(self, version: int, what: str, error: Exception) -> None:
+        self.unknown.append((version, what, str(error)))
 
     def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
         self.given_up.append((group_id, prompt_id, reason))

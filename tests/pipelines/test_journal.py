@@ -80,7 +80,11 @@ def test_every_tenth_step_leaves_a_sample(tmp_path: Path) -> None:
             journal.write(trained_step(step, training_group(step), updates=float(step != 3)))
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 10]
-    assert samples[1]["completions"][2] == {"text": "102 102", "reward": 0.5}
+    assert samples[1]["completions"][2] == {
+        "text": "102 102",
+        "reward": 0.5,
+        "components": {"jaccard": 0.5},
+    }
     steps = read_steps(tmp_path)
     assert steps[3] == {"step": 3, "learning_rate": 0.5, "skipped": True, "group_ids": [3], "checksum": 80}
     assert [line["skipped"] for line in steps].count(True) == 1
