@@ -59,6 +59,12 @@ def parse_answer(text: str) -> ParsedAnswer | None:
     return ParsedAnswer(reasoning=match["reasoning"].strip(), names=split_names(match["answer"]))
 
 
+def parsed_reward(completion: str, ground_truth: str = "") -> float:
+    """1 if `parse_answer` can read the completion, else 0; with weight 0 it changes no reward, and its mean is the
+    parse rate of every step. The ground truth is not looked at."""
+    return 0.0 if parse_answer(completion) is None else 1.0
+
+
 def first_answer(text: str) -> str | None:
     """What stands between the first `<answer>` and the next `</answer>`, whatever surrounds them; None without both.
 

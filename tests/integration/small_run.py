@@ -23,6 +23,7 @@ SMALL = [
     "grpo.steps=3",
     "grpo.groups_per_step=4",
     "grpo.group_size=4",
+    "grpo.checkpoint_every=2",
     "rewards.flaky.function=tests.integration.flaky_reward:flaky_reward",
     "evaluation.num_samples=2",
     "evaluation.bootstrap_resamples=200",

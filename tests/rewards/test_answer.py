@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medtvt_rl.data.labels import DISEASES
-from medtvt_rl.rewards.answer import first_answer, normalise, normalised_names, parse_answer
+from medtvt_rl.rewards.answer import first_answer, normalise, normalised_names, parse_answer, parsed_reward
 from medtvt_rl.rewards.synonyms import SYNONYMS
 
 
@@ -23,6 +23,7 @@ def test_an_empty_answer_is_an_answer():
     parsed = parse_answer("<think></think><answer></answer>")
     assert parsed is not None
     assert parsed.names == ()
+    assert parsed_reward("<think></think><answer></answer>") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,7 @@ def test_an_empty_answer_is_an_answer():
 )
 def test_rejects_what_breaks_the_format(text):
     assert parse_answer(text) is None
+    assert parsed_reward(text) == 0.0
 
 
 @pytest.mark.parametrize(
