@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,10 @@ def command(args: argparse.Namespace) -> int:
     try:
         config = load_run(args.run)
         check_named(config)
-        lines = check(config, args.from_step, args.to_step)
+        lines, ranks = check(config, args.from_step, args.to_step)
     except (ValueError, ReplayError) as error:
         return fail(str(error), EXIT_USAGE)
+    config = replace(config, learner=replace(config.learner, num_workers=ranks))
     return in_session(config, lambda reporter: run(config, lines, reporter), with_ray=True)
 
 
@@ -56,8 +59,9 @@ def load_run(folder: Path) -> Config:
     return load_config(str(path), [f"run.root={place.parent}", f"run.name={place.name}"])
 
 
-def check(config: Config, first: int, last: int | None) -> list[dict[str, Any]]:
-    """The journal's lines of the steps first to last - 1. Raises ReplayError for what is missing, before any start."""
+def check(config: Config, first: int, last: int | None) -> tuple[list[dict[str, Any]], int]:
+    """The journal's lines of the steps first to last - 1, and the ranks that learnt them, which a resume may have
+    changed. Raises ReplayError for what is missing, before any start."""
     lines = read_steps(config.folder / "journal")
     last = len(lines) if last is None else last
     if not 0 <= first < last <= len(lines):
@@ -73,13 +77,18 @@ def check(config: Config, first: int, last: int | None) -> list[dict[str, Any]]:
             store.read(first)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ReplayError(f"--from-step {first}: {store.place(first)} is damaged: {error}") from error
-    folder = config.folder / "journal" / STEPS_FOLDER
-    for line in lines[first:last]:
-        for rank in range(config.learner.num_workers):
-            path = step_file(folder, line["step"], rank)
-            if not line["skipped"] and not path.is_file():
-                raise ReplayError(f"there is no {path}; runs with grpo.record_steps=true keep the learners' inputs")
-    return lines[first:last]
+    folder, ranks = config.folder / "journal" / STEPS_FOLDER, 0
+    for step in (line["step"] for line in lines[first:last] if not line["skipped"]):
+        found = next(rank for rank in count() if not step_file(folder, step, rank).is_file())
+        if found == 0:
+            path = step_file(folder, step, 0)
+            raise ReplayError(f"there is no {path}; runs with grpo.record_steps=true keep the learners' inputs")
+        if ranks not in (0, found):
+            raise ReplayError(
+                f"step {step} was learnt by {found} ranks, those before it by {ranks}; end with step {step}"
+            )
+        ranks = found
+    return lines[first:last], ranks or config.learner.num_workers
 
 
 def run(config: Config, lines: list[dict[str, Any]], reporter: Reporter) -> None:
