@@ -214,8 +214,8 @@ class FaultyRun:
 
     def _left(self) -> list[str]:
         alive = [process for process in self._seen.values() if process.is_running() and not is_zombie(process)]
-        if self._roots is not None:  # what Ray keeps ready belongs to the cluster
-            alive = [process for process in alive if title(process.pid).startswith("ray::") and not is_idle(process)]
+        if self._roots is not None:  # what Ray keeps for every node belongs to the cluster
+            alive = [process for process in alive if title(process.pid).startswith("ray::") and not is_ray_s(process)]
         shared = sorted(path for path in self._shared if Path(path).exists())
         return [f"{process.pid} {title(process.pid)}" for process in alive] + shared
 
@@ -241,9 +241,9 @@ def title(pid: int) -> str:
         return ""
 
 
-def is_idle(process: psutil.Process) -> bool:
-    """Whether it waits for an actor that it may become."""
-    return title(process.pid) == "ray::IDLE"
+def is_ray_s(process: psutil.Process) -> bool:
+    """Whether it is of the node, not of a run: it serves the node, or waits for an actor that it may become."""
+    return title(process.pid) in ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 def is_zombie(process: psutil.Process) -> bool:
