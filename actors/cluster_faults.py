@@ -47,7 +47,7 @@ def ray_faults(cluster: Mapping[str, Any]) -> list[str]:
 def overlooked_faults(cluster: Mapping[str, Any], table: MachineTable) -> list[str]:
     """What Ray's validator accepts and a cluster does not."""
     found: list[str] = []
-    for node_type in node_types(cluster):
+    for node_type in node_types(cluster, table):
         raw = cluster["available_node_types"][node_type.name]
         place = f"available_node_types.{node_type.name}"
         checks = [
@@ -162,7 +162,7 @@ def _tokens(cluster: Mapping[str, Any]) -> Iterator[str]:
 def _images(cluster: Mapping[str, Any]) -> Iterator[str]:
     """Containers of another Ray than the one that reads the file."""
     sections = {"docker": cluster.get("docker") or {}}
-    for name, node_type in cluster["available_node_types"].items():
+    for name, node_type in (cluster.get("available_node_types") or {}).items():
         sections[f"available_node_types.{name}.docker"] = node_type.get("docker") or {}
     for place, section in sections.items():
         for key in ("image", "head_image", "worker_image"):

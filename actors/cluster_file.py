@@ -121,13 +121,20 @@ def is_spot(node_config: Mapping[str, Any], provider: str) -> bool:
     return any(entry.get("preemptible") or entry.get("provisioningModel") == "SPOT" for entry in entries)
 
 
-def node_types(cluster: Mapping[str, Any]) -> list[NodeType]:
-    """The node types of a file that Ray's validator has accepted, the head's first."""
+def node_types(cluster: Mapping[str, Any], table: MachineTable | None = None) -> list[NodeType]:
+    """The node types of a file that Ray's validator has accepted, the head's first; none where it names machines that
+    are there already.
+
+    Args:
+        table: says what a machine of AWS has where `resources` doesn't, as Ray asks AWS itself.
+    """
     provider = provider_of(cluster)
     head = cluster.get("head_node_type")
     found = []
-    for name, node_type in cluster["available_node_types"].items():
+    known = table.machines.get(provider, {}) if table is not None and provider == "aws" else {}
+    for name, node_type in (cluster.get("available_node_types") or {}).items():
         resources, node_config = node_type.get("resources") or {}, node_type.get("node_config") or {}
+        machine = known.get(str(node_config.get(MACHINE_KEY.get(provider, ""), "")), Machine(cpus=0, on_demand=0))
         found.append(
             NodeType(
                 name=name,
@@ -136,8 +143,8 @@ def node_types(cluster: Mapping[str, Any]) -> list[NodeType]:
                 is_spot=is_spot(node_config, provider),
                 min_nodes=1 if name == head else int(node_type.get("min_workers") or 0),
                 max_nodes=1 if name == head else int(node_type.get("max_workers") or 0),
-                cpus=float(resources.get("CPU", 0)),
-                gpus=float(resources.get("GPU", 0)),
+                cpus=float(resources.get("CPU", machine.cpus)),
+                gpus=float(resources.get("GPU", machine.gpus)),
                 labels={str(key): str(value) for key, value in (node_type.get("labels") or {}).items()},
             )
         )

@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 ANSWER_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 30.0
-STOP_WAIT_S = 120
-"""What a job that is asked to stop may take for its checkpoint; after Ray's own 3 s it would be killed."""
+STOP_WAIT_S = 300
+"""What a job that is asked to stop may take for its checkpoint; after Ray's own 3 s it would be killed. The job's own
+environment goes before that of the head."""
 POLL_S = 1.0
 FIRST_TELL_S, TELL_S = 10.0, 60.0
 EXIT_STOPPED = 143
-# Beside what .gitignore, .rayignore and Ray itself leave out.
-EXCLUDES = ("runs/", "data/", ".venv/", ".git/", "*.egg-info/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/")
+# Beside what .gitignore, .rayignore and Ray itself leave out. Without a slash at its beginning a pattern would leave
+# out folders of that name anywhere, e.g. medtvt_rl/data.
+EXCLUDES = ("/runs/", "/data/", "/.venv/", ".git/", "*.egg-info/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/")
 
 
 def read_token(path: str | None) -> str | None:
@@ -126,15 +128,16 @@ def connect(address: str, token: str | None) -> JobSubmissionClient:
     return JobSubmissionClient(address, headers=_headers(token))
 
 
-def submit(client: JobSubmissionClient, entry: str, excludes: Sequence[str]) -> str:
-    """The id of the job. A head that has just started has no agent yet: it is asked again for END_TIMEOUT_S."""
+def submit(client: JobSubmissionClient, entry: str, excludes: Sequence[str], stop_wait_s: int = STOP_WAIT_S) -> str:
+    """The id of the job, which may take `stop_wait_s` for its checkpoint when it is asked to stop. A head that has just
+    started has no agent yet: it is asked again for END_TIMEOUT_S."""
     deadline = time.monotonic() + END_TIMEOUT_S
     while True:
         try:
             environment = {
                 "working_dir": ".",
                 "excludes": list(excludes),
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s)},
             }
             return str(client.submit_job(entrypoint=entry, runtime_env=environment))
         except RuntimeError as error:

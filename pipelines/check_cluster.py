@@ -53,10 +53,13 @@ def command(args: argparse.Namespace) -> int:
     logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)
     faults = ray_faults(cluster)
     if not faults:
-        types, limit = node_types(cluster), cluster.get("max_workers")
-        print("\n".join(describe(config, cluster, types, table)))
+        types, limit = node_types(cluster, table), cluster.get("max_workers")
         faults = [f"{cluster_file}: {fault}" for fault in overlooked_faults(cluster, table)]
-        faults += [f"{path}: {fault}" for fault in placement_faults(config, types, limit)]
+        if types:
+            print("\n".join(describe(config, cluster, types, table)))
+            faults += [f"{path}: {fault}" for fault in placement_faults(config, types, limit)]
+        else:
+            print("no forecast: what machines of your own offer is known once Ray runs on them (`ray status`)")
     else:
         faults = [f"{cluster_file}: {fault}" for fault in faults]
     for fault in faults:

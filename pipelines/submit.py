@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 
 from medtvt_rl.config_checks import ConfigError
-from pipelines.command import EXIT_FAILED, EXIT_USAGE, check_named, fail, load
+from pipelines.command import EXIT_FAILED, EXIT_USAGE, check_named, fail, load, positive
 
 ADDRESS = "http://127.0.0.1:8265"
 EXIT_INTERRUPTED = 130
@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token-file", help="the cluster's token (default RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)")
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="not sent, as in .gitignore")
     parser.add_argument("--python", default="python", help="interpreter on the cluster's head (default python)")
+    parser.add_argument(
+        "--stop-wait-s",
+        type=positive,
+        default=300,
+        metavar="S",
+        help="to write a checkpoint when stopped (default 300)",
+    )
     parser.add_argument("--no-follow", action="store_true", help="return as soon as the job is accepted")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
 
@@ -50,7 +57,7 @@ def command(args: argparse.Namespace) -> int:
     print(f"sending {size / 2**20:.1f} MiB to {address}", flush=True)
     try:
         client = connect(address, token)
-        job = submit(client, entry, excludes)
+        job = submit(client, entry, excludes, args.stop_wait_s)
     except (OSError, RuntimeError, ValueError) as error:
         return fail(f"the job was not accepted: {' '.join(str(error).split())}", EXIT_FAILED)
     known = f"--address {address} {job}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster_view import nodes_now, offers
 from actors.placement import Bundle, place, plan
@@ -209,7 +210,9 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
     encoders = config.encoders
     encoder_steps = encoders.ecg_steps + encoders.cxr_steps + encoders.lab_steps if warm_encoders else 0
     board: Any = ProgressBoard
-    board = board.remote()
+    # Beside the driver, whose node stays when others are taken away.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = board.options(scheduling_strategy=here).remote()
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"task": task, "board": board, "folder": os.getcwd()},

@@ -33,6 +33,7 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
         ("learner.num_workers=3", "does not divide by learner.num_workers = 3"),
         ("rollout.sampling.top_p=0.9", "would bias the importance ratio"),
         ("rollout.sampling.temperature=0", "rollout.sampling.temperature"),
+        ("rollout.num_generators=0", "rollout.num_generators is 0: "),
         ("rollout.sampling.temperature=0.005", "vLLM samples at 0.01 where less is asked for"),
         ("data.film.size=64", "data.film.size is 64"),
         ("num_references=0", "needs a reference policy"),

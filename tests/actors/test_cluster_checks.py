@@ -170,6 +170,28 @@ def test_the_cost_is_a_sum_over_nodes(cluster: dict[str, Any]) -> None:
     assert hourly_cost(counts, on_demand, TABLE, "aws") == pytest.approx(0.192 + 10.493 + 8 * 0.978)
 
 
+def test_machines_of_one_s_own_have_no_forecast(
+    cluster: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {key: cluster[key] for key in ("cluster_name", "head_start_ray_commands", "worker_start_ray_commands")}
+    own["provider"] = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}
+    own["auth"] = {"ssh_user": "me"}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(own))
+    assert main(["check-cluster", str(path), "-c", str(CONFIG), "--machines", str(MACHINES)]) == 0
+    said = capsys.readouterr().out
+    assert "no forecast: " in said and f"{path}: no fault found" in said
+
+
+def test_what_ray_asks_aws_for_is_taken_from_the_table(cluster: dict[str, Any], config: Config) -> None:
+    for name in ("learner", "rollout", "scoring"):
+        types_of(cluster, name).pop("resources")
+    assert overlooked_faults(cluster, TABLE) == []
+    types = {one.name: (one.cpus, one.gpus) for one in node_types(cluster, TABLE)}
+    assert types["learner"] == (48, 4) and types["rollout"] == (8, 1) and types["head"][0] == 0
+    assert placement_faults(config, node_types(cluster, TABLE), cluster["max_workers"]) == []
+
+
 def test_selectors_mean_what_ray_means() -> None:
     labels = {"role": "rollout", "ray.io/accelerator-type": "L4"}
     assert matches({"ray.io/accelerator-type": "in(L4, A10G)", "role": "!learner"}, labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,6 +15,8 @@ import ray
 
 from actors import jobs
 from medtvt_rl.config_checks import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 class JobServer(BaseHTTPRequestHandler):
@@ -85,6 +88,23 @@ def test_a_folder_that_is_too_large_names_what_fills_it(tmp_path: Path) -> None:
         jobs.check_working_folder(tmp_path, jobs.EXCLUDES, limit_bytes=2000)
     sent = jobs.check_working_folder(tmp_path, [*jobs.EXCLUDES, "weights/"], limit_bytes=2000)
     assert sent == 10 + len("ignored.bin\n")
+
+
+def test_every_file_of_the_project_is_sent() -> None:
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    sent = set[str]()
+    _dir_travel(
+        ROOT,
+        [_get_excludes(ROOT, list(jobs.EXCLUDES))],
+        lambda path: sent.add(path.relative_to(ROOT).as_posix()),
+        include_gitignore=True,
+    )
+    assert {name for name in tracked if name} <= sent
+    assert not any(name.startswith(("runs/", ".venv/", ".git/")) for name in sent)
 
 
 def test_the_token_comes_from_where_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

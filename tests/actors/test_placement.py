@@ -100,15 +100,18 @@ def test_every_role_lands_where_it_is_declared_and_the_plan_is_drawn(cluster: Cl
         rollout=RoleResources(gpus=1, accelerator=["L4", "A10G"]),
         learner=RoleResources(gpus=1, accelerator=["A10G", "H100"]),
         reward=RoleResources(labels={"role": "in(other, scoring)"}),
+        reference=RoleResources(labels={"role": "scoring"}),
     )
-    placement = place(plan(config, {"learner": 2, "rollout": 2, "reward": 1}), 60, fallback_after_s=1.0)
-    seats = [("learner", 0), ("learner", 1), ("rollout", 0), ("rollout", 1), ("reward", 0)]
+    numbers = {"learner": 2, "rollout": 2, "reference": 1, "reward": 1}
+    placement = place(plan(config, numbers), 60, fallback_after_s=1.0)
+    seats = [(role, index) for role, number in numbers.items() for index in range(number)]
     found = landed(placement, seats)
     assert [found[seat] for seat in seats if seat[0] == "learner"] == [("h100", 1)] * 2, "all learners on one kind"
     assert {found["rollout", 0], found["rollout", 1]} == {("l4", 1), ("a10g", 1)} and found["reward", 0] == ("cpu", 0)
+    assert found["reference", 0] == ("cpu", 0)
     drawing = placement.drawing()
     assert "H100, on-demand, 4 CPU, 2 GPU\n  GPU [learner 0] [learner 1]" in drawing
-    assert "CPU, 4 CPU, 0 GPU\n  CPU [reward 0]" in drawing
+    assert "CPU, 4 CPU, 0 GPU\n  CPU [reference 0] [reward 0]" in drawing
     assert sorted(kind.partition(" at ")[0] for kind in placement.kinds("rollout").values()) == [
         "A10G, on-demand",
         "L4, spot",
@@ -146,8 +149,9 @@ def test_what_has_no_room_falls_back_and_a_broad_engine_gets_its_gpus_on_one_nod
     ],
 )
 def test_what_fits_nowhere_is_named_with_what_the_cluster_offers(
-    cluster: Cluster, wanted: RoleResources, expected: str
+    cluster: Cluster, wanted: RoleResources, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("actors.placement.SAY_AFTER_S", 0.1)
     config = declared(rollout=wanted)
     told: list[str] = []
     with pytest.raises(PlacementError) as caught:
@@ -156,6 +160,8 @@ def test_what_fits_nowhere_is_named_with_what_the_cluster_offers(
     assert said.startswith("placement waited 0.5 s (placement.timeout_s): rollout 0: ") and "\n" not in said
     assert f"fits on no node: {expected}. The cluster has " in said
     assert f"{ACCELERATOR} H100" in said and "4 CPU, 2 GPU" in said
+    early = told[0].removeprefix("placement waits, for at most 0.5 s in all: rollout 0: ")
+    assert early != told[0] and f"fits on no node: {expected}. The cluster has " in early
 
 
 @pytest.mark.cluster

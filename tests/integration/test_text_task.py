@@ -1,4 +1,4 @@
-"""A plain text task, whole and small, from its YAML alone: SFT of a fresh text model, GRPO, evaluation, report."""
+"""A plain text task from its YAML alone: SFT of a fresh text model, GRPO that learns, evaluation, report."""
 
 from __future__ import annotations
 
@@ -29,18 +29,16 @@ SMALL = [
 
 @pytest.mark.long
 @pytest.mark.cluster
-def test_the_text_task_runs_from_its_yaml_and_speaks_of_no_patients(tmp_path: Path) -> None:
-    done = run_stage_as_a_user("configs/text_task.yaml", tmp_path, "run", *SMALL)
+def test_the_text_task_learns_and_speaks_of_no_patients(tmp_path: Path) -> None:
+    done = run_stage_as_a_user("configs/text_task.yaml", tmp_path, "run", timeout_s=1100)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     run = tmp_path / "text_task"
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["stages"]) == {"sft", "grpo", "evaluate"}
-    assert summary["grpo"]["steps"] == 2 and summary["grpo"]["completions"] == 32
     assert summary["grpo"]["logprob_max_abs_diff"] <= 1e-4
     for policy in ("sft", "grpo"):
-        assert summary["evaluation"][policy]["num_prompts"] == 12
         assert set(summary["evaluation"][policy]["reward"]) == {"value", "low", "high"}
-    assert set(summary["evaluation"]["gain"]) == {"value", "low", "high"}
+    assert summary["evaluation"]["gain"]["low"] > 0.1, "it learns"
     assert summary["evaluation"]["ablations"] == {}
     assert {path.name for path in (run / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     report = (run / "report.html").read_text()
