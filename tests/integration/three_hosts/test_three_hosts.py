@@ -1,5 +1,5 @@
-"""A head and four hosts in namespaces: `ray up`, a job that is stopped and goes on, who ran where, `ray down`. SFT and
-the learners of GRPO span two of them."""
+"""A head and four hosts in namespaces: `ray up`, a job that is stopped and goes on, who ran where, a spot notice,
+`ray down`. SFT and the learners of GRPO span two of them."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ def test_a_job_runs_on_the_hosts_declared_for_its_roles(folder: Path) -> None:
         for role, declared in HOSTS_OF.items():
             assert found[role] and found[role] <= declared, f"{role} ran on {found[role]}"
         assert found["supervised"] == found["learner"] == LEARNERS
+        walk.notice("scoring")
         walk.down()
         processes = walk.world.processes()
     assert running(processes) == []

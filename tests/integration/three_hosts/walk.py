@@ -97,6 +97,18 @@ class Walk:
                 found.setdefault(ROLES.get(kind, kind), set()).add(names[nodes[actor["node_id"]]])
         return found
 
+    def notice(self, host: str) -> None:
+        """A host is told that it will be taken away; returns when Ray takes nothing more there."""
+        reach = ["ssh", "-i", PRIVATE_KEY.replace("~", "/root"), "-o", "StrictHostKeyChecking=no"]
+        told = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token; cd ~/medtvt-rl && "
+        told += ".venv/bin/python tests/integration/three_hosts/notice.py"
+        self.run("notice", [*reach, f"root@{self.world.addresses[host]}", told], 120)
+        deadline = time.monotonic() + 150
+        while any(node["node_name"] == self.world.addresses[host] for node in self._alive()):
+            if time.monotonic() > deadline:
+                raise CommandError(f"150 s after the notice {host} is still a node of the cluster")
+            time.sleep(2)
+
     def down(self) -> None:
         """`ray down`; it returns 0 even when it fails, so the hosts are looked at afterwards."""
         self.run("down", ["ray", "down", "--yes", CLUSTER_FILE], 180)
@@ -132,7 +144,7 @@ class Walk:
         deadline, told = time.monotonic() + 300, ""
         while time.monotonic() < deadline:
             try:
-                alive = [node for node in self._listed("nodes") if node["state"] == "ALIVE"]
+                alive = self._alive()
             except CommandError as error:  # the forwarded port is not open yet
                 told = str(error)
             else:
@@ -142,6 +154,9 @@ class Walk:
             time.sleep(5)
         said = self.on_head("tail -n 40 /tmp/ray/session_latest/logs/monitor.{log,out,err}")
         raise CommandError(f"waited 300 s for {count} nodes to be alive: {told}; {said[-6000:]}")
+
+    def _alive(self) -> list[dict[str, Any]]:
+        return [node for node in self._listed("nodes") if node["state"] == "ALIVE"]
 
     def _ray_processes(self) -> list[str]:
         names = []
