@@ -101,7 +101,8 @@ class Elastic:
             generators=serving,
             starting=max(0, self._count() - serving),
         )
-        self._wish = self._policy.decide(time.monotonic(), signals)
+        # Steps may be shorter than the time between two looks: a decision waits for the next one.
+        self._wish = self._policy.decide(time.monotonic(), signals) or self._wish
 
     async def run(self) -> None:
         """Goes on until it is cancelled; whoever is on the way then is left to `stop` of pool and placement."""

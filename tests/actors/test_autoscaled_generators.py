@@ -1,5 +1,5 @@
-"""A generator more, and the autoscaler starts a node for it; one less, and its node goes: Ray's own autoscaler, made-up
-nodes, stand-in generators in the real pool."""
+"""The learner waits: the policy asks for a generator more, and the autoscaler starts a node for it; the generators are
+idle: one less, and its node goes. Ray's own autoscaler, made-up nodes, stand-in generators in the real pool."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import ray
 
 from actors.bundles import plan
 from actors.cluster_view import nodes_now
-from actors.elastic import Elastic, Signals
+from actors.elastic import Elastic
 from actors.member import Member
 from actors.placement import place
 from actors.process import Whereabouts, whereabouts
@@ -30,6 +30,7 @@ from actors.rollout_pool import RolloutPool
 from actors.supervision import Incidents
 from medtvt_rl.config import Config, RunConfig
 from medtvt_rl.roles import ACCELERATOR, RoleResources
+from medtvt_rl.rollout.config import ElasticConfig
 
 pytestmark = [pytest.mark.cluster, pytest.mark.hosts]
 HEAD_ID = "f" * 51 + "00000"
@@ -126,17 +127,6 @@ async def until(condition: Callable[[], bool], what: Any) -> None:
     raise AssertionError(what() if callable(what) else what)
 
 
-WISHES: list[int] = []
-
-
-def wishes(config: Config) -> Any:
-    class Policy:
-        def decide(self, now: float, signals: Signals) -> int:
-            return WISHES.pop(0) if WISHES else 0
-
-    return Policy()
-
-
 def join(address: str) -> None:
     """Joins once the head is there."""
     deadline = time.monotonic() + 120
@@ -152,7 +142,8 @@ def join(address: str) -> None:
 def test_nodes_come_and_go_with_their_generators(address: str, tmp_path: Path) -> None:
     join(address)
     config = Config(run=RunConfig(name="r", root=str(tmp_path)))
-    config.rollout.max, config.rollout.scaling, config.rollout.scaling_interval_s = 2, f"{__name__}:wishes", 0.2
+    config.rollout.max, config.rollout.scaling, config.rollout.scaling_interval_s = 2, "need", 0.2
+    config.rollout.elastic = ElasticConfig(window_s=3.0, min_steps=2, cooldown_s=0.5)
     config.placement.rollout = RoleResources(gpus=1, accelerator=["L4"])
     config.placement.timeout_s = 180.0
 
@@ -173,14 +164,26 @@ def test_nodes_come_and_go_with_their_generators(address: str, tmp_path: Path) -
         keeper = Elastic(config, pool, placement, told.append)
         task = asyncio.create_task(keeper.run())
         assert nodes() == 1
-        WISHES[:] = [1]
-        keeper.observe({})
-        await until(lambda: pool.serving == [0, 1], lambda: told)
+
+        async def steps_until(condition: Callable[[], bool], **seconds: float) -> None:
+            """Steps of a second, in which learner or generators wait, until something is so."""
+
+            async def steps() -> None:
+                while True:
+                    keeper.observe(
+                        {"seconds/step": 1.0, **{f"seconds/{name}": value for name, value in seconds.items()}}
+                    )
+                    await asyncio.sleep(0.1)
+
+            stepping = asyncio.create_task(steps())
+            await until(condition, lambda: told)
+            stepping.cancel()
+
+        await steps_until(lambda: pool.serving == [0, 1], wait_groups=0.9, rollout_idle=0.0)
         assert nodes() == 2 and "rollout 1 joins, from version 3 on; 2 serve" in told
         assert len(await pool.stats()) == 2
-        WISHES[:] = [-1]
-        keeper.observe({})
-        await until(lambda: len(pool.serving) == 1 and len(placement.indices("rollout")) == 1, lambda: told)
+        gone = lambda: len(pool.serving) == 1 and len(placement.indices("rollout")) == 1  # noqa: E731
+        await steps_until(gone, wait_groups=0.0, rollout_idle=0.9)
         await until(lambda: nodes() == 1, "the node that nobody needs goes")
         assert len(await pool.stats()) == 1 and not task.done()
         task.cancel()

@@ -165,6 +165,20 @@ def test_a_policy_is_obeyed_within_the_limits_and_the_slowest_goes() -> None:
     assert SEEN[0] == Signals(seconds=4.0, learner_waited_s=1.5, generator_idle_s=0.25, generators=3, starting=0)
 
 
+def test_a_decision_is_carried_out_however_short_the_steps_are() -> None:
+    pool, nodes = Pool(1), Nodes(taken=1, room=9)
+    config = configured(max=2, scaling=f"{__name__}:Wishes", scaling_interval_s=0.2)
+
+    async def play(keeper: Elastic, told: list[str]) -> None:
+        await asyncio.sleep(0.05)
+        WISHES[:] = [1]
+        for _ in range(5):
+            keeper.observe(STEP)
+        await until(lambda: pool.serving == [0, 1], told)
+
+    played(config, pool, nodes, play)
+
+
 def test_by_need_one_comes_while_the_learner_waits_and_goes_while_generators_are_idle() -> None:
     pool, nodes = Pool(2), Nodes(taken=2, room=9)
     config = configured(min=1, num_generators=2, max=3, scaling="need")
