@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from medtvt_rl.logs import last_lines
 
-LOG_LINES = 5
+LOG_LINES = 12
+LONGEST_CAUSE = 400
+WHY_DEAD, ADVICE = "The actor is dead because ", " Some common causes include"
+"""Ray's words before what is known of a death, and before what it might have been."""
 
 
 class ActorError(RuntimeError):
@@ -23,11 +26,15 @@ def cause_of(error: BaseException) -> str:
     if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         return cause_of(error.cause)
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    _, _, known = str(error).partition(WHY_DEAD) if isinstance(error, RayActorError) else ("", "", "")
+    why = " ".join(known.partition(ADVICE)[0].split())
+    return f"{type(error).__name__}: {lines[0]}{f' {why}' if why else ''}"[:LONGEST_CAUSE]
 
 
 def log_tail(log: Path) -> tuple[str, ...]:
-    """The last lines of a log, if there are any."""
+    """The last lines of a log, if there are any; to be read at the loss, for successors write into the same file."""
     return tuple(last_lines(log, LOG_LINES))
 
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from actors.failure import log_tail
 from actors.learner_gang import GroupWithAdvantages, LearnerError, LearnerGang
 from actors.learner_worker import RankHealth
-from actors.member import Bundles
+from actors.member import Bundles, Loss
 from actors.roster import PLACE_POLL_S
 from actors.spares import Spares
 from actors.supervision import Incidents, Restarts
@@ -165,6 +165,10 @@ class LearnerSupervisor:
             if self._gang is not failed:
                 return
             self._incidents.report(f"learner is lost: {error.cause}; {self._fate(last)}")
+            loss = Loss(
+                cause=error.cause, node=error.node, groups=groups, log_tail=log_tail(self._log(error.rank)), at=began
+            )
+            first = error
             reason = "it failed at the same call each time"
             while not last:
                 if not self._restarts.allowed:
@@ -183,13 +187,15 @@ class LearnerSupervisor:
                     reason = str(final)
                     break
                 else:
-                    self._close(error, "replaced", began, groups)
+                    self._close(first, loss, "replaced")
                     self._incidents.report(f"learner goes on after {time.monotonic() - began:.1f} s, {words}")
                     self._order_spares()
                     return
-            self._close(error, "given up", began, groups)
+            if error is not first:
+                loss = replace(loss, cause=f"{loss.cause}; then, on its way back, {error.cause}")
+            self._close(first, loss, "given up")
             raise RoleLostError(
-                f"the learner is lost: rank {error.rank}, {error.cause}; {reason}", self._incidents.of(ROLE)
+                f"the learner is lost: rank {first.rank}, {loss.cause}; {reason}", self._incidents.of(ROLE)
             ) from error
 
     async def _has_node(self) -> bool:
@@ -263,18 +269,20 @@ class LearnerSupervisor:
             ", to the same weights" if expected is not None else ""
         )
 
-    def _close(self, error: LearnerError, outcome: Outcome, began: float, groups: int) -> None:
-        log = self._config.folder / "logs" / f"{ROLE}_{error.rank}.log"
+    def _log(self, rank: int) -> Path:
+        return self._config.folder / "logs" / f"{ROLE}_{rank}.log"
+
+    def _close(self, error: LearnerError, loss: Loss, outcome: Outcome) -> None:
         incident = Incident(
             role=ROLE,
             index=error.rank,
-            node=error.node,
-            cause=error.cause,
-            log=str(log),
-            log_tail=log_tail(log),
+            node=loss.node,
+            cause=loss.cause,
+            log=str(self._log(error.rank)),
+            log_tail=loss.log_tail,
             outcome=outcome,
-            seconds=time.monotonic() - began,
-            groups=groups,
+            seconds=time.monotonic() - loss.at,
+            groups=loss.groups,
         )
         self._incidents.add(incident)
 

@@ -65,4 +65,5 @@ class Loss:
     cause: str
     node: str
     groups: int
+    log_tail: tuple[str, ...] = ()
     at: float = field(default_factory=time.monotonic)

@@ -29,7 +29,7 @@ class RewardScorer:
     def __init__(self, config: Config, tokenizer_folder: str, index: int = 0) -> None:
         redirect_output(config.folder / "logs" / f"reward_{index}.log")
         open_for(config.privacy, config.folder)
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
         self._scorer = Scorer(config.rewards)
 
     def ready(self) -> Whereabouts:

@@ -239,7 +239,8 @@ class Roster:
         index = member.index
         if self.serving.get(index) is member:
             del self.serving[index]
-            self._open[index] = Loss(cause=cause_of(error), node=member.node, groups=member.groups)
+            tail = log_tail(self._log(index))
+            self._open[index] = Loss(cause=cause_of(error), node=member.node, groups=member.groups, log_tail=tail)
             self._discard(index, member.handle, error)
             member.gone.set()
             if self._may_restart(index):
@@ -316,7 +317,8 @@ class Roster:
             node=loss.node,
             cause=cause or loss.cause,
             log=str(log),
-            log_tail=log_tail(log),
+            # Where a successor failed, too, its own last words count.
+            log_tail=log_tail(log) if cause else loss.log_tail,
             outcome=outcome,
             seconds=time.monotonic() - loss.at,
             groups=loss.groups,

@@ -125,7 +125,8 @@ def _flush_streams() -> None:
 
 
 def last_lines(path: str | Path, count: int = 20, max_bytes: int = 65536) -> list[str]:
-    """The last `count` lines of a log, for the report of a dead actor; empty if the file does not exist."""
+    """The last `count` lines of a log that say something, for the report of a dead actor; of a bar of progress how far
+    it came. Empty if the file does not exist."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
@@ -133,4 +134,5 @@ def last_lines(path: str | Path, count: int = 20, max_bytes: int = 65536) -> lis
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
-    return text.splitlines()[-count:]
+    lines = (line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
+    return [line for line in lines if line][-count:]

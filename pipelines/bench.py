@@ -94,7 +94,7 @@ async def _measure(config: Config, model: Path, reporter: Reporter) -> Timings:
     from pipelines.bench_roles import PHASES, RoleBench
     from pipelines.grpo import load_prompts
 
-    prompts = load_prompts(config, AutoTokenizer.from_pretrained(model), "train")
+    prompts = load_prompts(config, AutoTokenizer.from_pretrained(model, trust_remote_code=False), "train")
     placement = place(plan(config, grpo_roles(config)), config.placement.timeout_s)
     where, told = (config, placement, model), (Incidents(reporter.line), Timeline())
     roles = []

@@ -13,8 +13,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
-
 from medtvt_rl.config import Config
 from medtvt_rl.storage import Digest
 from pipelines.checkpoints import LEARNER, CheckpointStore
@@ -91,7 +89,7 @@ class CheckpointKeeper:
                 place = await asyncio.to_thread(self._store.begin, version)
                 files = await self._learners.write_snapshot(f"{place}/{LEARNER}")
                 await asyncio.to_thread(self._finish, version, state, groups, files)
-        except (OSError, RuntimeError, SafetensorError) as error:  # the disk, the store behind a URL, a learner
+        except Exception as error:  # the disk, a learner, or the store behind a URL, whose client has errors of its own
             kept = "there is none yet" if self.newest is None else f"the newest is that of step {self.newest}"
             late = f"not done in {timeout_s:g} s (grpo.checkpoint_timeout_s)"
             reason = " ".join(str(error).split()) or late

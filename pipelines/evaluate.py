@@ -55,7 +55,7 @@ def judge_again(config: Config, reporter: Reporter, done: dict[str, Any]) -> dic
             f"evaluate is finished, and its answers are not in {config.stage_folder('evaluate')}; "
             "delete that folder to ask the model again"
         )
-    tokenizer = AutoTokenizer.from_pretrained(start_model(config))
+    tokenizer = AutoTokenizer.from_pretrained(start_model(config), trust_remote_code=False)
     prompts = load_prompts(config, tokenizer, config.evaluation.split)
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
     summary, _ = judged(config, evaluator, answers, reporter.start, reporter.update)
@@ -68,7 +68,7 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     names, before_folder = evaluated_policies(config), start_model(config)
     after_folder = trained_model("grpo", config) if "grpo" in names else before_folder
     first, last = next(iter(names)), list(names)[-1]
-    tokenizer = AutoTokenizer.from_pretrained(before_folder)
+    tokenizer = AutoTokenizer.from_pretrained(before_folder, trust_remote_code=False)
     prompts = held_out_prompts(config, load_prompts(config, tokenizer, config.evaluation.split), reporter)
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
     reporter.line("evaluate: starting the engines")
@@ -99,7 +99,7 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     publish_model(config, after_folder)
     summary, results = judged(config, evaluator, answers, reporter.start, reporter.update)
     summary["ablations"] = _ablations(evaluator, ablated, results[last])
-    if getattr(AutoConfig.from_pretrained(after_folder), "untrained_stand_ins", False):
+    if getattr(AutoConfig.from_pretrained(after_folder, trust_remote_code=False), "untrained_stand_ins", False):
         summary["remarks"] = [UNTRAINED_STAND_INS]
     return {"summary": {"evaluation": summary}}
 

@@ -91,7 +91,7 @@ class Layout:
     def __init__(self, config: Config, reporter: Reporter, stop: Stop) -> None:
         self._config, self._reporter, self._stop = config, reporter, stop
         self._folder = start_model(config)
-        self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
         self._prompts = load_prompts(config, self._tokenizer, "train")
         self._store = CheckpointStore.of(config)
         self._timeline, self._incidents = Timeline(), Incidents(self._tell)

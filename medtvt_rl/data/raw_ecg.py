@@ -34,7 +34,7 @@ _PARSER_FAULTS = (
 _RECORD_LINE = re.compile(r"(?P<name>[^\s/]+)\s+(?P<leads>\d+)\s+(?P<rate>[\d.]+)\s+(?P<samples>\d+)(?:\s.*)?")
 _SIGNAL_LINE = re.compile(
     r"(?P<file>\S+)\s+16\s+(?P<gain>[\d.]+)(?:\((?P<baseline>-?\d+)\))?(?:/(?P<unit>\S+))?"
-    r"\s+\d+\s+(?P<zero>-?\d+)\s+-?\d+\s+-?\d+\s+0\s+(?P<lead>\S.*)"
+    r"\s+\d+\s+(?P<zero>-?\d+)\s+-?\d+\s+(?P<checksum>-?\d+)\s+0\s+(?P<lead>\S.*)"
 )
 
 
@@ -131,6 +131,7 @@ def _read_format_16(folder: Path, lines: list[str]) -> RawEcg | None:
     samples = np.fromfile(folder / found[0]["file"], dtype="<i2")
     if samples.size != shape[0] * shape[1]:
         raise ValueError(f"{found[0]['file']} holds {samples.size} samples, the header says {shape[0]} x {shape[1]}")
+    _check_sums(samples.reshape(shape), found)
     gain = np.array([float(signal["gain"]) or _DEFAULT_GAIN for signal in found])
     baseline = np.array([float(signal["baseline"] or signal["zero"]) for signal in found])
     frames = samples.reshape(shape)
@@ -138,6 +139,17 @@ def _read_format_16(folder: Path, lines: list[str]) -> RawEcg | None:
     signal[frames == _INVALID_SAMPLE] = np.nan
     leads, units = [match["lead"] for match in found], [match["unit"] or "mV" for match in found]
     return RawEcg(signal=signal, rate_hz=float(head["rate"]), leads=leads, units=units)
+
+
+def _check_sums(frames: NDArray[np.int16], signals: Sequence[re.Match[str]]) -> None:
+    """Raises ValueError where the samples [N, L] are not those that were written: a lead's checksum is the sum of its
+    samples, modulo 2^16 (header(5) of the WFDB applications guide). Where all are 0 the writer has left them out."""
+    written = np.array([int(signal["checksum"]) for signal in signals]) % 65536
+    if written.any():
+        found = frames.sum(axis=0, dtype=np.int64) % 65536
+        wrong = [signal["lead"] for signal, is_wrong in zip(signals, found != written) if is_wrong]
+        if wrong:
+            raise ValueError(f"the checksum of {', '.join(wrong)} differs: the samples are not those that were written")
 
 
 def _read_by_package(record: Path) -> RawEcg:

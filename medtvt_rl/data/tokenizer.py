@@ -120,7 +120,7 @@ def load_tokenizer(folder: str | Path, key: str) -> PreTrainedTokenizerBase:
         ValueError: it cannot be loaded; the message names the damaged file.
     """
     try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder))
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # `tokenizers` raises a bare Exception for a damaged file
         damaged = next((path for name in FILES if _is_damaged(path := Path(folder) / name)), Path(folder))
         raise ValueError(

@@ -169,7 +169,9 @@ def _local_folder(model: BertScoreModel) -> str:
 
     try:
         config = cached_file(model.name, "config.json", local_files_only=True)
-        num_layers = AutoConfig.from_pretrained(model.name, local_files_only=True).num_hidden_layers
+        num_layers = AutoConfig.from_pretrained(
+            model.name, local_files_only=True, trust_remote_code=False
+        ).num_hidden_layers
     except (OSError, ValueError) as error:
         raise MissingFiles(
             f"the files of {model.name} are not here: hf download {model.name}, "

@@ -79,9 +79,10 @@ class EncoderWarmup:
         if self._world_size > 1:
             for index, encoder in enumerate(self._tower.encoders):
                 self._send(encoder.to(self._device), index % self._world_size)
-            gathered: list[dict[str, float]] = [{} for _ in range(self._world_size)]
-            dist.all_gather_object(gathered, found)
-            found = {name: auc for part in gathered for name, auc in part.items()}
+            names = [f"auc/{name}" for modality in MODALITIES for name in FINDINGS[modality]]
+            values = torch.tensor([found.get(name, -1.0) for name in names], dtype=torch.float64, device=self._device)
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+            found = {name: value for name, value in zip(names, values.tolist()) if value >= 0}
         return found
 
     def _train(self, modality: str, encoder: nn.Module, steps: int) -> dict[str, float]:

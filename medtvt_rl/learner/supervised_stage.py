@@ -71,7 +71,7 @@ class StageRank:
 
     def __init__(self, task: StageTask, device: torch.device, observer: StageObserver) -> None:
         self._task, self._config, self._device, self._observer = task, task.config, device, observer
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(task.start_folder)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(task.start_folder, trust_remote_code=False)
         self._items: Any = task_items(self._config)
 
     def run(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def write(folder: Path, progress: Progress) -> None:
 
     disable_progress_bar()
     progress(2, NUM_PARTS)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     # The file says so only by name ("smollm"), which the conversion does not read: every digit is a token.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_llama import tiny_llama
+from wfdb_files import read_samples, write_samples
 
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.data.check import studies
@@ -124,11 +125,11 @@ def film_file(root: Path, number: int = 0) -> Path:
 
 
 def swap_signals(root: Path, number: int = 0) -> None:
-    """The samples of aVF and aVL change places, the header stays."""
+    """The samples of aVF and aVL change places, their names stay."""
     path = ecg_file(root, ".dat", number)
-    samples = np.fromfile(path, "<i2").reshape(-1, 12)
+    samples = read_samples(path)
     samples[:, [4, 5]] = samples[:, [5, 4]]
-    samples.tofile(path)
+    write_samples(path, samples)
 
 
 def edit_header(old: str, new: str) -> Callable[[Path], None]:
@@ -211,9 +212,9 @@ def contradict(root: Path) -> None:
 
 def flatten_lead(root: Path) -> None:
     path = ecg_file(root, ".dat")
-    samples = np.fromfile(path, "<i2").reshape(-1, 12)
+    samples = read_samples(path)
     samples[:, 9] = 0
-    samples.tofile(path)
+    write_samples(path, samples)
 
 
 def leak_a_patient_with(ending: str) -> Callable[[Path], None]:

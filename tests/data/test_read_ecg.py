@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pydicom.data
 import pytest
 import wfdb
 from scipy.ndimage import uniform_filter1d
+from wfdb_files import read_samples, write_samples
 
 from medtvt_rl.data.ecg import LEADS, read_ecg, standard_ecg
 from medtvt_rl.data.errors import DataError
@@ -41,13 +43,25 @@ def test_round_trip_through_wfdb(tmp_path: Path) -> None:
 
 def test_own_reader_agrees_with_the_wfdb_package(tmp_path: Path) -> None:
     record = written(tmp_path)
-    samples = np.fromfile(record.with_suffix(".dat"), dtype="<i2")
-    samples[[5, 77]] = -32768
-    samples.tofile(record.with_suffix(".dat"))
+    samples = read_samples(record)
+    samples.flat[[5, 77]] = -32768
+    write_samples(record, samples)
     ours, theirs = read_raw_ecg(record), wfdb.rdrecord(str(record))
     np.testing.assert_array_equal(ours.signal, theirs.p_signal)
     assert (list(ours.leads), list(ours.units), ours.rate_hz) == (theirs.sig_name, theirs.units, theirs.fs)
     assert np.isnan(ours.signal).sum() == 2
+
+
+def test_samples_that_are_not_those_that_were_written_are_refused_where_the_header_knows_them(tmp_path: Path) -> None:
+    record = written(tmp_path)
+    samples = read_samples(record)
+    samples[100, 3] += 1
+    samples.tofile(record.with_suffix(".dat"))
+    with pytest.raises(DataError, match="the checksum of aVR differs"):
+        read_ecg(record)
+    header = record.with_suffix(".hea")
+    header.write_text(re.sub(r" -?\d+ 0 (\S+)\n", r" 0 0 \1\n", header.read_text()))
+    assert read_ecg(record).shape == (12, 1000), "writers that know no sums write 0"
 
 
 def test_another_wfdb_format_is_read_by_the_package(tmp_path: Path) -> None:

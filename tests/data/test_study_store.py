@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from wfdb_files import read_samples, write_samples
 
 from medtvt_rl.data import parallel
 from medtvt_rl.data.config import DataConfig, FilmConfig
@@ -130,13 +131,13 @@ def _eleven_leads(root: Path, row: dict[str, str]) -> None:
     header = root / f"{row['ecg_path']}.hea"
     lines = header.read_text().splitlines()
     header.write_text("\n".join([lines[0].replace(" 12 500 5000", " 11 500 5000"), *lines[1:12]]))
-    np.zeros(55000, "<i2").tofile(root / f"{row['ecg_path']}.dat")
+    write_samples(root / row["ecg_path"], np.zeros((5000, 11), np.int16))
 
 
 def _invalid_lead(root: Path, row: dict[str, str]) -> None:
-    samples = np.fromfile(root / f"{row['ecg_path']}.dat", "<i2").reshape(5000, 12)
+    samples = read_samples(root / row["ecg_path"])
     samples[:4000, 6] = -32768
-    samples.tofile(root / f"{row['ecg_path']}.dat")
+    write_samples(root / row["ecg_path"], samples)
 
 
 def _wrong_rate(root: Path, row: dict[str, str]) -> None:

@@ -78,6 +78,18 @@ def test_wfdb_signals(samples: Path, tmp_path: Path, data: st.DataObject) -> Non
 
 
 @CASES
+@given(place=st.integers(0, 2**40), bit=st.integers(0, 7))
+def test_one_flipped_bit_of_a_signal_is_found(samples: Path, tmp_path: Path, place: int, bit: int) -> None:
+    source = next((samples / "ecg" / "train").glob("*.hea"))
+    (tmp_path / source.name).write_bytes(source.read_bytes())
+    content = bytearray(source.with_suffix(".dat").read_bytes())
+    content[place % len(content)] ^= 1 << bit
+    (tmp_path / f"{source.stem}.dat").write_bytes(content)
+    with pytest.raises(DataError, match=r"the checksum of \w+ differs"):
+        read_ecg(tmp_path / source.stem)
+
+
+@CASES
 @given(
     data=st.data(), format=st.sampled_from(["16", "16x3", "16:2", "16+8", "212", "80", "8", "24", "32", "516", "61"])
 )

@@ -162,7 +162,7 @@ def test_faults_are_still_told_of(closed: Run) -> None:
     groups = (closed.folder / "journal" / "groups.jsonl").read_text()
     assert MARK in groups, "the journal is data: it holds what the terminal does not say"
     samples = [json.loads(line) for line in (closed.folder / "journal" / "samples.jsonl").read_text().splitlines()]
-    assert samples and all(set(one) == {"reward"} for row in samples for one in row["completions"])
+    assert samples and all(set(one) == {"reward", "components"} for row in samples for one in row["completions"])
 
 
 @pytest.mark.cluster

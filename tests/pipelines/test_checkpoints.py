@@ -66,6 +66,22 @@ def test_a_damaged_one_is_passed_over_with_a_line(root: str, damage: str) -> Non
     assert store.newest(said.append).version == 10  # type: ignore[union-attr]
 
 
+def test_a_damaged_one_takes_no_whole_one_s_place(root: str) -> None:
+    store = CheckpointStore(root)
+    for version in (2, 9):
+        write(store, version)
+    Storage(store.place(9)).write("learner/rank_00000.safetensors", b"damaged")
+    found = store.newest(lambda told: None)
+    assert found is not None and found.version == 2
+    write(store, 4)
+    store.rotate(keep=1)
+    assert store.versions() == [4] and store.has(9), "what is damaged stays for who wants to look"
+    assert CheckpointStore(root).newest(lambda told: None).version == 4  # type: ignore[union-attr]
+    write(store, 9)
+    store.rotate(keep=1)
+    assert store.versions() == [9]
+
+
 def test_the_best_on_held_out_answers_is_never_rotated_away(root: str) -> None:
     store = CheckpointStore(root)
     for version, score in ((5, 0.4), (10, 0.6), (15, 0.5), (20, None), (25, None)):
