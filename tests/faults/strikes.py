@@ -42,10 +42,14 @@ MAX_NEAR_MISSES = 200
 
 
 class Strikes:
-    """What is done to a run, with a row of the table for each."""
+    """What is done to a run, with a row of the table for each.
 
-    def __init__(self, run: FaultyRun, table: FaultTable) -> None:
-        self._run, self._table = run, table
+    Args:
+        remark: behind the phase in every row, where the run is another than usual.
+    """
+
+    def __init__(self, run: FaultyRun, table: FaultTable, remark: str = "") -> None:
+        self._run, self._table, self._remark = run, table, remark
         self._actors: list[tuple[str, int]] = []
         self._listed_at = 0.0
         self._serving: dict[str, int] = {}
@@ -121,7 +125,7 @@ class Strikes:
             seconds, outcome = back.get(role, (None, "replaced"))
             row = Row(
                 fault=name(role),
-                phase=phase,
+                phase=phase + self._remark,
                 seconds=seconds,
                 lost=len(run.rows("discarded")) - lost,
                 repeated=count_repeated(run) - repeated,

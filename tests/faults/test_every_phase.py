@@ -33,6 +33,20 @@ def test_every_role_at_every_phase(root: Path, tmp_path: Path, table: FaultTable
     assert all(row.is_fine for row in strikes.rows), table.text()
 
 
+def test_one_of_two_ranks(root: Path, tmp_path: Path, table: FaultTable) -> None:
+    """The gang is ended and started again as a whole."""
+    arguments = settings(root, "learner.num_workers=2", "learner.spares=0")
+    with FaultyRun(tmp_path / "gang", arguments, timeout_s=1800) as run:
+        run.wait_for(lambda: len(run.rows("steps")) >= 3)
+        strikes = Strikes(run, table, ", one of two ranks")
+        for phase in ("backward", "optimizer step", "before publishing"):
+            for sent in SIGNALS:
+                strikes.at_phase(["learner"], sent, phase)
+        conclude(run, arguments)
+    assert len(strikes.rows) == 3 * len(SIGNALS)
+    assert all(row.is_fine for row in strikes.rows), table.text()
+
+
 def test_checkpoints_that_are_being_written(root: Path, tmp_path: Path, table: FaultTable) -> None:
     """At ten random moments of their writing."""
     arguments, chance = settings(root, "grpo.checkpoint_every=2"), random.Random(SEED)
