@@ -58,6 +58,9 @@ class Said:
     def line(self, text: str) -> None:
         self.lines.append(text)
 
+    def forget(self, stage: str, from_step: int) -> None:
+        assert from_step == 0
+
     def scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         if "loss" in values:
             self.steps.setdefault(stage, []).append(step)
@@ -87,7 +90,10 @@ def trained(config: Config) -> dict[str, Any]:
     said = Said()
     found: dict[str, Any] = {"said": said, "pretrain": pretrain.run(config, said)}
     write_json(config.stage_folder("pretrain") / "finished.json", {})
-    return {**found, "sft": sft.run(config, said)}
+    found["sft"] = sft.run(config, said)
+    for stage in (pretrain, sft):
+        stage.finished(config)
+    return found
 
 
 def test_a_place_that_is_lost_before_ray_train_takes_it_is_told(
@@ -133,7 +139,7 @@ def test_the_folders_are_whole_and_differ_where_training_was(trained: dict[str, 
         # What `diagnose` goes by.
         assert (kept["film_crop"], kept["max_answer_tokens"]) == ("center", 96)
         assert AutoTokenizer.from_pretrained(folder).eos_token_id is not None
-        assert not folder.with_name("model.writing").exists()
+        assert not folder.with_name("checkpoint").exists()
 
 
 def test_a_failing_worker_is_named_with_its_cause(config: Config, trained: dict[str, Any]) -> None:
