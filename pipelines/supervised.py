@@ -348,6 +348,8 @@ def _failure(config: Config, stage: str, chosen: Bundle, num_workers: int, error
     """The first worker's own error, not Ray Train's report of it, and the end of that worker's log."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+    from pipelines.stage_resume import checkpoints_of, where_it_goes_on
+
     if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
         return (
             f"{stage}: the place of its {num_workers} workers ({chosen.needs} each) was lost before they started, and "
@@ -358,4 +360,6 @@ def _failure(config: Config, stage: str, chosen: Bundle, num_workers: int, error
     cause = str(failures.get(rank, error)).strip().splitlines() or [repr(error)]
     log = config.folder / "logs" / f"{stage}_{rank}.log"
     tail = "".join(f"\n  {line}" for line in last_lines(log, 5))
-    return f"{stage}: worker {rank} of {num_workers} failed: {cause[-1]}" + (f"\nend of {log}:{tail}" if tail else "")
+    goes_on = f"; {where_it_goes_on(config, stage)}" if checkpoints_of(config, stage).epochs else ""
+    words = f"{stage}: worker {rank} of {num_workers} failed: {cause[-1]}{goes_on}"
+    return words + (f"\nend of {log}:{tail}" if tail else "")

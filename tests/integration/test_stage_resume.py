@@ -1,0 +1,106 @@
+"""A supervised stage that is stopped, loses a worker, and goes on each time by the same command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from harness import title
+from small_run import PROJECT, SMALL
+
+# What trains encoders after their warm-up has more to keep than any other.
+SETTINGS = [
+    *(*SMALL, "encoders.ecg_steps=6", "encoders.cxr_steps=6", "encoders.lab_steps=6"),
+    *("pretrain.epochs=3", "pretrain.train_encoders=true", "pretrain.batch_size=16", "pretrain.num_workers=2"),
+]
+
+
+class Run:
+    """`pretrain` as a process of its own, as a user starts it."""
+
+    def __init__(self, root: Path, name: str, *overrides: str) -> None:
+        self.folder, self._log = root / name, root / f"{name}.log"
+        root.mkdir(exist_ok=True)
+        with self._log.open("a") as log:
+            self._said_from = log.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pipelines.pretrain", "-c", "configs/quickstart.yaml", f"run.root={root}"]
+                + [*SETTINGS, f"run.name={name}", *overrides],
+                cwd=PROJECT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+            )
+
+    def after_epoch(self, number: int) -> None:
+        """Returns when the checkpoint of an epoch is there."""
+        place, deadline = (
+            self.folder / "stages" / "pretrain" / "checkpoint" / f"epoch_{number:06d}",
+            time.monotonic() + 200,
+        )
+        while not place.is_dir():
+            assert self._process.poll() is None and time.monotonic() < deadline, self.said[-3000:]
+            time.sleep(0.01)
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill_worker(self) -> None:
+        """SIGKILL to one of the two that train."""
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        next(child for child in children if "TrainWorker" in title(child.pid)).kill()
+
+    def end(self) -> int:
+        """Its exit code."""
+        return self._process.wait(timeout=200)
+
+    @property
+    def said(self) -> str:
+        return self._log.read_bytes()[self._said_from :].decode(errors="replace")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The curves, without the time of each row."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time"} for row in found]
+
+
+@pytest.mark.long
+@pytest.mark.cluster
+def test_a_stage_that_is_cut_short_twice_ends_in_the_weights_and_curves_of_one_that_was_not(tmp_path: Path) -> None:
+    whole = Run(tmp_path, "whole")
+    assert whole.end() == 0, whole.said[-3000:]
+    stopped = Run(tmp_path, "struck")
+    stopped.after_epoch(1)
+    stopped.signal(signal.SIGTERM)
+    assert stopped.end() == 143, stopped.said[-3000:]
+    assert "medtvt-rl: SIGTERM: the same command goes on after epoch 1 of 3 of pretrain\n" in stopped.said
+    bereft = Run(tmp_path, "struck")
+    bereft.after_epoch(2)
+    bereft.kill_worker()
+    assert bereft.end() == 1, bereft.said[-3000:]
+    assert "pretrain: goes on after epoch 1 of 3\n" in bereft.said and "encoders" not in bereft.said
+    assert "; the same command goes on after epoch 2 of 3 of pretrain" in bereft.said
+    other = Run(tmp_path, "struck", "pretrain.learning_rate=1e-3")
+    assert other.end() == 1 and "pretrain.learning_rate: 0.002 then, 0.001 now" in other.said, other.said[-3000:]
+    last = Run(tmp_path, "struck")
+    assert last.end() == 0, last.said[-3000:]
+    assert "pretrain: goes on after epoch 2 of 3\n" in last.said
+    summaries = []
+    for run in (whole, last):
+        stage = run.folder / "stages" / "pretrain"
+        assert {path.name for path in stage.iterdir()} == {"start", "model", "finished.json"}
+        found = json.loads((run.folder / "summary.json").read_text())["pretrain"]
+        summaries.append({key: value for key, value in found.items() if key != "seconds"})
+    assert summaries[0] == summaries[1] and summaries[0]["encoder_auc"]
+    weights = [run.folder / "stages" / "pretrain" / "model" / "model.safetensors" for run in (whole, last)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert rows(whole.folder) == rows(last.folder)
