@@ -241,13 +241,12 @@ def _fit(task: StageTask, chosen: Bundle, encoder_steps: int, reporter: Reporter
     # It reserves for itself what was found to have a place.
     os.environ[PLACE_TIMEOUT] = str(config.placement.timeout_s)
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
 
-    from pipelines.train_meeting import MeetingConfig
+    from pipelines.train_meeting import MeetingConfig, Trainer
 
     board: Any = ProgressBoard
     board = board.remote()
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _worker,
         train_loop_config={"task": task, "board": board, "folder": os.getcwd()},
         torch_config=MeetingConfig(),

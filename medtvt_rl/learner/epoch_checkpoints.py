@@ -117,10 +117,11 @@ class EpochCheckpoints:
         """Removes what was written since `begin`."""
         shutil.rmtree(self.unfinished(epochs), ignore_errors=True)
 
-    def complete(self, progress: Progress, content: dict[str, Any]) -> None:
-        """Lets the one that was begun appear, and removes those before it."""
+    def complete(self, progress: Progress, num_ranks: int, content: dict[str, Any]) -> None:
+        """Lets the one that was begun appear, and removes those before it. Raises OSError if a file is missing."""
         folder, name, best = self.unfinished(progress.epochs), _name(progress.epochs), self.best(progress.best_epoch)
-        files = {path.name: digest_of(path) for path in sorted(folder.iterdir())}
+        paths = [*(rank_file(folder, rank) for rank in range(num_ranks)), folder / REST]
+        files = {path.name: digest_of(path) for path in paths}
         seal = digest_of(best / SEAL) if progress.best_epoch >= 0 else None
         write_manifest(
             self._storage, folder.name, FORMAT, files, {**content, "progress": asdict(progress), "best": seal}
@@ -181,7 +182,7 @@ class EpochKeeper:
 
     def _complete(self, progress: Progress) -> None:
         if self._engine.rank == 0:
-            self._checkpoints.complete(progress, self._content)
+            self._checkpoints.complete(progress, self._engine.world_size, self._content)
 
     def _succeeds(self, phase: Callable[[Progress], None], progress: Progress) -> bool:
         """Whether it did on every rank (all ranks)."""

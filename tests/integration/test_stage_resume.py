@@ -29,11 +29,11 @@ class Run:
     def __init__(self, root: Path, name: str, *overrides: str) -> None:
         self.folder, self._log = root / name, root / f"{name}.log"
         root.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "pipelines.pretrain", "-c", "configs/quickstart.yaml", f"run.root={root}"]
         with self._log.open("a") as log:
             self._said_from = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipelines.pretrain", "-c", "configs/quickstart.yaml", f"run.root={root}"]
-                + [*SETTINGS, f"run.name={name}", *overrides],
+                [*command, *SETTINGS, f"run.name={name}", *overrides],
                 cwd=PROJECT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=log,

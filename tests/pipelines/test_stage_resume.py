@@ -35,9 +35,11 @@ def a_config(tmp_path: Path, *overrides: str) -> Config:
 def leave(config: Config, start: Path, epochs: int) -> None:
     """A checkpoint after so many epochs, none of which was measured."""
     checkpoints, facts = checkpoints_of(config, "sft"), facts_of(config, start)
-    (checkpoints.begin(epochs) / "rank_00000.safetensors").write_bytes(b"state")
-    identity = {**facts["identity"], "examples": "e1"}
-    checkpoints.complete(Progress(epochs=epochs, steps=epochs * 10), {**facts, "identity": identity, "encoder_auc": {}})
+    folder = checkpoints.begin(epochs)
+    for name in ("rank_00000.safetensors", "rest.safetensors"):
+        (folder / name).write_bytes(b"state")
+    content = {**facts, "identity": {**facts["identity"], "examples": "e1"}, "encoder_auc": {}}
+    checkpoints.complete(Progress(epochs=epochs, steps=epochs * 10), 1, content)
 
 
 def found(tmp_path: Path, start: Path, *overrides: str, examples: str = "e1") -> list[str]:
