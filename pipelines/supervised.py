@@ -10,7 +10,6 @@ Does not own: the training, or whether a stage goes on (stage_resume.py).
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from medtvt_rl.learner.config import SupervisedConfig
 from medtvt_rl.logs import last_lines, redirect_output
 from medtvt_rl.privacy import open_for
 from pipelines.stages import StageError
-from pipelines.stopping import Stopped
+from pipelines.stopping import stopped_at_once
 
 if TYPE_CHECKING:
     from medtvt_rl.learner.supervised_stage import StageTask
@@ -227,9 +226,8 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
         reporter.forget("encoders", 0)
     try:
         return _fit(task, chosen, encoder_steps, reporter)
-    except (Stopped, KeyboardInterrupt) as stop:
-        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        raise Stopped(number, where_it_goes_on(config, stage)) from stop
+    except KeyboardInterrupt:
+        raise stopped_at_once(where_it_goes_on(config, stage)) from None
 
 
 def _fit(task: StageTask, chosen: Bundle, encoder_steps: int, reporter: Reporter) -> dict[str, Any]:
@@ -262,8 +260,6 @@ def _fit(task: StageTask, chosen: Bundle, encoder_steps: int, reporter: Reporter
         with Relay(board, reporter, stage, encoder_steps) as relay:
             try:
                 trainer.fit()
-            except Stopped:
-                raise
             except Exception as error:
                 raise StageError(_failure(config, stage, chosen, task.settings.num_workers, error)) from error
         return relay.fetch_result()

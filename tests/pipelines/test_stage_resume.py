@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,8 +13,8 @@ from medtvt_rl.config import Config, load_config
 from medtvt_rl.learner.supervised import Progress
 from pipelines import sft, supervised
 from pipelines.resume import ResumeError
-from pipelines.stage_resume import checkpoints_of, facts_of, find_epoch, where_it_goes_on
-from pipelines.stopping import Stopped
+from pipelines.stage_resume import checkpoints_of, facts_of, find_epoch
+from pipelines.stopping import SIGNALS, Stopped, stop_at_once
 
 TEXT_TASK = str(Path(__file__).parents[2] / "configs" / "text_task.yaml")
 
@@ -113,32 +113,31 @@ class Said:
         self.forgotten.append((stage, from_step))
 
 
-@pytest.fixture
-def stopped_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """What a stage is ended by while it trains."""
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_stop_says_where_the_same_command_goes_on(
+    tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fit(*_: Any) -> NoReturn:
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal came too late")
 
-    def end_with(error: BaseException) -> None:
-        def fit(*_: Any) -> NoReturn:
-            raise error
-
-        monkeypatch.setattr(supervised, "_fit", fit)
-
+    monkeypatch.setattr(supervised, "_fit", fit)
     monkeypatch.setattr(supervised, "_placeable", lambda *_: None)
     monkeypatch.setattr(supervised, "_examples_checksum", lambda *_: "e1")
-    yield end_with
-
-
-@pytest.mark.parametrize(("error", "code"), [(Stopped(signal.SIGTERM, "somewhere"), 143), (KeyboardInterrupt(), 130)])
-def test_a_stop_says_where_the_same_command_goes_on(
-    tmp_path: Path, start: Path, stopped_by: Any, error: BaseException, code: int
-) -> None:
-    config, reporter, name = a_config(tmp_path), Said(), "SIGTERM" if code == 143 else "SIGINT"
-    stopped_by(error)
-    with pytest.raises(Stopped, match=f"^{name}: no epoch of sft was finished; the same command begins it anew$"):
-        supervised.train(config, "sft", start, False, reporter)  # type: ignore[arg-type]
-    leave(config, start, 3)
-    with pytest.raises(Stopped, match=f"^{name}: the same command goes on after epoch 3 of 8 of sft$") as stopped:
-        supervised.train(config, "sft", start, False, reporter)  # type: ignore[arg-type]
-    assert stopped.value.exit_code == code
+    config, reporter, name = a_config(tmp_path), Said(), signal.Signals(number).name
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    try:
+        for each, words in {
+            0: "no epoch of sft was finished; the same command begins it anew",
+            3: "the same command goes on after epoch 3 of 8 of sft",
+        }.items():
+            if each:
+                leave(config, start, each)
+            stop_at_once()
+            with pytest.raises(Stopped, match=f"^{name}: {words}$") as stopped:
+                supervised.train(config, "sft", start, False, reporter)  # type: ignore[arg-type]
+            assert stopped.value.exit_code == 128 + number
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert reporter.forgotten == [("sft", 0), ("sft", 31)], "the rows of what is made again"
-    assert where_it_goes_on(config, "pretrain").startswith("no epoch of pretrain")
