@@ -97,14 +97,14 @@ def trained(config: Config) -> dict[str, Any]:
 
 
 def test_a_place_that_is_lost_before_ray_train_takes_it_is_told(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    config: Config, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = Bundle(role="learner", index=0, cpus=9, gpus=0, labels={})
     monkeypatch.setattr(supervised, "_placeable", lambda *_: gone)
     hasty = dataclasses.replace(config, placement=dataclasses.replace(config.placement, timeout_s=1.0))
     expected = r"pretrain: the place of its 2 workers \(9 CPU each\) was lost .* in 1 s .* The cluster has .*3 CPU"
     with pytest.raises(StageError, match=expected):
-        supervised.train(hasty, "pretrain", config.folder, False, Said())
+        supervised.train(hasty, "pretrain", config.stage_folder("pretrain") / "start", False, Said())
 
 
 def test_each_stage_reports_while_it_runs(trained: dict[str, Any]) -> None:
