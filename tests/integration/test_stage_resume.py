@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from medtvt_rl.data.simulate.cohort import write_cohort
 
 # What trains encoders after their warm-up has more to keep than any other.
 SETTINGS = [
-    *(*SMALL, "encoders.ecg_steps=6", "encoders.cxr_steps=6", "encoders.lab_steps=6"),
+    *(*SMALL, "cohort.num_train=48", "cohort.num_validation=8", "cohort.num_test=4"),
+    *("encoders.ecg_steps=6", "encoders.cxr_steps=6", "encoders.lab_steps=6"),
     *("pretrain.epochs=2", "pretrain.train_encoders=true", "pretrain.batch_size=16", "pretrain.num_workers=2"),
 ]
 
@@ -27,14 +29,14 @@ SETTINGS = [
 class Run:
     """`pretrain` as a process of its own, as a user starts it."""
 
-    def __init__(self, root: Path, name: str, *overrides: str) -> None:
+    def __init__(self, root: Path, name: str) -> None:
         self.folder, self._log = root / name, root / f"{name}.log"
         root.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "pipelines.pretrain", "-c", "configs/quickstart.yaml", f"run.root={root}"]
         with self._log.open("a") as log:
             self._said_from = log.tell()
             self._process = subprocess.Popen(
-                [*command, *SETTINGS, f"run.name={name}", *overrides],
+                [*command, *SETTINGS, f"run.name={name}"],
                 cwd=PROJECT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=log,
@@ -43,10 +45,8 @@ class Run:
 
     def after_epoch(self, number: int) -> None:
         """Returns when the checkpoint of an epoch is there."""
-        place, deadline = (
-            self.folder / "stages" / "pretrain" / "checkpoint" / f"epoch_{number:06d}",
-            time.monotonic() + 200,
-        )
+        place = self.folder / "stages" / "pretrain" / "checkpoint" / f"epoch_{number:06d}"
+        deadline = time.monotonic() + 200
         while not place.is_dir():
             assert self._process.poll() is None and time.monotonic() < deadline, self.said[-3000:]
             time.sleep(0.01)
@@ -81,10 +81,11 @@ def test_a_stage_that_is_stopped_ends_in_the_weights_and_curves_of_one_that_was_
     stopped.after_epoch(1)
     stopped.signal(signal.SIGTERM)
     assert stopped.end() == 143, stopped.said[-3000:]
-    assert "medtvt-rl: SIGTERM: the same command goes on after epoch 1 of 2 of pretrain\n" in stopped.said
+    # A slow end may leave the checkpoint of the next epoch, too.
+    assert re.search(r"medtvt-rl: SIGTERM: the same command goes on after epoch [12] of 2 of pretrain\n", stopped.said)
     last = Run(tmp_path, "struck")
     assert last.end() == 0, last.said[-3000:]
-    assert "pretrain: goes on after epoch 1 of 2\n" in last.said and "encoders" not in last.said
+    assert re.search(r"pretrain: goes on after epoch [12] of 2\n", last.said) and "encoders" not in last.said
     summaries = []
     for run in (whole, last):
         stage = run.folder / "stages" / "pretrain"

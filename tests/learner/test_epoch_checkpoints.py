@@ -143,6 +143,21 @@ def test_what_a_checkpoint_says_comes_back(tmp_path: Path) -> None:
     assert early is not None and early.progress.best == -float("inf") and early.progress.best_epoch == -1
 
 
+def test_encoders_that_were_warmed_up_and_frozen_come_back(tmp_path: Path) -> None:
+    def policy() -> TinyPolicy:
+        found = TinyPolicy()
+        found.study_tower = torch.nn.Linear(2, 2).requires_grad_(False)
+        return found
+
+    warm, checkpoints = policy(), EpochCheckpoints(tmp_path / "checkpoint", tmp_path / "model")
+    warm.study_tower.weight += 1
+    EpochKeeper(checkpoints, PlainEngine(warm), True, CONTENT, pytest.fail).keep(Progress(epochs=1))
+    found, fresh = checkpoints.newest(pytest.fail), policy()
+    assert found is not None and not torch.equal(fresh.study_tower.weight, warm.study_tower.weight)
+    found.restore_rest(fresh)
+    assert torch.equal(fresh.study_tower.weight, warm.study_tower.weight)
+
+
 @pytest.mark.parametrize(
     "damage", ["rank_00000.safetensors", "rest.safetensors", "manifest.json", "best", "no best", "cut"]
 )
