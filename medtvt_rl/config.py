@@ -108,7 +108,7 @@ class Config:
     """Everything a run needs. See the areas' dataclasses for each key.
 
     Attributes:
-        resume: "auto" goes on from the newest whole checkpoint of an interrupted GRPO stage, "never" starts it anew.
+        resume: "auto" goes on from the newest whole checkpoint of an interrupted stage, "never" starts it anew.
     """
 
     run: RunConfig = field(default_factory=RunConfig)

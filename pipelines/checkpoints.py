@@ -8,14 +8,13 @@
     finished.json                                the stage is done: nothing goes on from here
 
 On a local disk a checkpoint is written beside its place and renamed; behind a URL its manifest is written last, and
-what has none is no checkpoint. Owns: the manifest, the search for the newest whole one, which ones are kept. Does not
-own: what the learners write (medtvt_rl/learner/training_state.py), the loop's state (group_ledger.py), when one is
-written (checkpoint_keeper.py), or whether a run may go on from it (resume.py).
+what has none is no checkpoint. Owns: the search for the newest whole one, which ones are kept. Does not own: the form
+of the manifest (medtvt_rl/manifest.py), what the learners write (medtvt_rl/learner/training_state.py), the loop's state
+(group_ledger.py), when one is written (checkpoint_keeper.py), or whether a run may go on from it (resume.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from medtvt_rl.config import Config
+from medtvt_rl.manifest import MANIFEST, read_manifest, write_manifest
 from medtvt_rl.storage import Digest, Storage
 from medtvt_rl.types import Prompt
 from pipelines.grpo_roles import FinishedGroup
@@ -31,7 +31,7 @@ from pipelines.stages import resolved_settings
 from pipelines.stored_groups import read_groups, write_groups
 
 FORMAT = 2
-LEARNER, GROUPS, LOOP, MANIFEST = "learner", "groups.safetensors", "loop.json", "manifest.json"
+LEARNER, GROUPS, LOOP = "learner", "groups.safetensors", "loop.json"
 SCORE, FINISHED = "held_out.json", "finished.json"
 PACKAGES = (
     *(
@@ -129,16 +129,13 @@ class CheckpointStore:
         self._storage.write(f"{name}/{LOOP}", json.dumps(loop).encode())
         files = {f"{LEARNER}/{file}": digest for file, digest in learner_files.items()}
         files |= {file: self._storage.digest(f"{name}/{file}") for file in (GROUPS, LOOP)}
-        manifest = {
-            "format": FORMAT,
+        content = {
             "version": version,
-            "files": files,
             "settings": resolved_settings(config),
             "packages": packages(),
             "identity": dict(identity),
         }
-        manifest["digest"] = _own_digest(manifest)
-        self._storage.write(f"{name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
+        write_manifest(self._storage, name, FORMAT, files, content)
         if self._storage.is_local:
             self._storage.remove(folder_name(version))
             self._storage.rename(name, folder_name(version))
@@ -171,18 +168,7 @@ class CheckpointStore:
         """The checkpoint of a version. Raises OSError or ValueError if a file is missing, or not the one that was
         written."""
         name = folder_name(version)
-        if not self.has(version):
-            raise ValueError(f"{MANIFEST} is missing")
-        manifest = json.loads(self._storage.read(f"{name}/{MANIFEST}"))
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
-        if manifest.pop("digest", None) != _own_digest(manifest):
-            raise ValueError(f"{MANIFEST} is not what was written (SHA-256 differs)")
-        for file, digest in manifest["files"].items():
-            if not self._storage.exists(f"{name}/{file}"):
-                raise ValueError(f"{file} is missing")
-            if self._storage.digest(f"{name}/{file}") != digest:
-                raise ValueError(f"{file} is not what was written (size or SHA-256 differ)")
+        manifest = read_manifest(self._storage, name, FORMAT)
         return Checkpoint(
             version=manifest["version"],
             place=self.place(version),
@@ -249,11 +235,6 @@ class CheckpointStore:
 def folder_name(version: int) -> str:
     """Of the checkpoint of a version, below the root."""
     return f"{PREFIX}{version:06d}"
-
-
-def _own_digest(manifest: dict[str, Any]) -> str:
-    """Of the manifest without its digest."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def packages() -> dict[str, str]:

@@ -189,7 +189,7 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
     from actors.run_folder import mark_run_folder
     from actors.session import ray_session
     from pipelines.reporter import Reporter
-    from pipelines.stopping import Stopped, stop_at_once
+    from pipelines.stopping import Stopped, stop_at_once, stopped_at_once
 
     try:
         session = ray_session(config, logical_cpus(config)) if with_ray else nullcontext()
@@ -203,7 +203,8 @@ def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool)
                     mark_run_folder(config.folder)
                 work(reporter)
     except KeyboardInterrupt:
-        return fail("interrupted; finished stages are kept, and the same command goes on from there", EXIT_INTERRUPTED)
+        stopped = stopped_at_once()
+        return fail(str(stopped), stopped.exit_code)
     except Stopped as stopped:
         return fail(str(stopped), stopped.exit_code)
     except Exception as error:

@@ -1,6 +1,7 @@
-"""Checksums of what a GRPO stage is trained from and on: of content, wherever it lies.
+"""Checksums of what a stage is trained from and on: of content, wherever it lies.
 
-Owns: the checksums of model folder, prompts and items. Does not own: what is made of a difference (resume.py).
+Owns: the checksums of model folder, prompts and items. Does not own: that of supervised examples
+(medtvt_rl/learner/examples.py), what is made of a difference (resume.py).
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ THREADS = 4
 
 
 def identity_of(config: Config, model_folder: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Model and tokenizer, prompts in their order, and the items behind them where their source has a method
-    `fingerprint() -> str`."""
-    found = {"model": _of_folder(model_folder), "prompts": _of_prompts(prompts)}
+    """Model and tokenizer, prompts in their order, and the items behind them."""
+    return {**model_and_items(config, model_folder), "prompts": _of_prompts(prompts)}
+
+
+def model_and_items(config: Config, model_folder: Path) -> dict[str, str]:
+    """Model and tokenizer, and the task's items where their source has a method `fingerprint() -> str`."""
+    found = {"model": _of_folder(model_folder)}
     items = task_items(config)
     fingerprint = items.fingerprint() if hasattr(items, "fingerprint") else None
     if fingerprint is not None:

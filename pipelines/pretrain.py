@@ -25,6 +25,13 @@ def run(config: Config, reporter: Reporter) -> dict[str, Any]:
     return {"summary": {"pretrain": result}}
 
 
+def finished(config: Config) -> None:
+    """Removes the checkpoint of the last epoch, once the stage is marked as done."""
+    from pipelines.stage_resume import checkpoints_of
+
+    checkpoints_of(config, "pretrain").clear()
+
+
 def _start(config: Config, reporter: Reporter) -> tuple[Path, bool]:
     """A folder with model and tokenizer to start from, and whether its encoders are fresh."""
     import torch

@@ -1,13 +1,14 @@
-"""Whether and where an interrupted GRPO stage goes on.
+"""Whether and where an interrupted GRPO stage goes on, and whether a checkpoint is of the same training.
 
 Owns: which settings may differ, what else must be the same (model, tokenizer, data), the words for the reader. Does not
-own: which checkpoints are whole (checkpoints.py), or taking their state over (grpo.py).
+own: which checkpoints are whole (checkpoints.py), taking their state over (grpo.py), or the supervised stages
+(stage_resume.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from medtvt_rl.config import Config
 from pipelines.checkpoints import Checkpoint, CheckpointStore, packages
@@ -27,12 +28,33 @@ BINDING = (
     "learner.dtype",
 )
 # Places and speeds; content is compared instead.
-PLACES = (("data", "root"), ("data", "store"), ("data", "num_workers"), ("model", "init"))
+PLACES = (
+    *(("data", "root"), ("data", "store"), ("data", "num_workers"), ("model", "init")),
+    *(
+        (stage, name)
+        for stage in ("pretrain", "sft")
+        for name in ("num_workers", "num_threads", "zero_stage", "timeout_s")
+    ),
+)
 WORDS = {
     "model": "the model or tokenizer that the run started from",
     "prompts": "the prompts that the data and the tokenizer give",
     "items": "the data behind the prompts",
+    "examples": "the examples that the data and the tokenizer give",
 }
+
+
+class Kept(Protocol):
+    """What a checkpoint says of the run that wrote it."""
+
+    @property
+    def place(self) -> str: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    @property
+    def packages(self) -> dict[str, str]: ...
+    @property
+    def identity(self) -> dict[str, str]: ...
 
 
 class ResumeError(RuntimeError):
@@ -65,27 +87,35 @@ def check_same(checkpoint: Checkpoint, config: Config, identity: Mapping[str, st
     Raises:
         ResumeError: something differs that its state depends on.
     """
-    mend = "take that back, choose another run.name, or start anew with resume=never"
-    before, now = checkpoint.settings, resolved_settings(config)
-    binding = differences(_binding(before), _binding(now))
-    if binding:
-        raise ResumeError(
-            f"checkpoint {checkpoint.place} is of a run with other settings ({'; '.join(binding[:5])}); {mend}"
-        )
-    other = [WORDS[key] for key, value in identity.items() if checkpoint.identity.get(key, value) != value]
-    if other:
-        raise ResumeError(f"checkpoint {checkpoint.place}: {' and '.join(other)} changed since then; {mend}")
+    check_binding(checkpoint, config, identity, BINDING)
     if checkpoint.version > config.grpo.steps:
         raise ResumeError(
             f"checkpoint {checkpoint.place} has {checkpoint.version} steps, and grpo.steps is {config.grpo.steps}; "
             f"set at least {checkpoint.version}, or start anew with resume=never"
         )
-    libraries = {name: value for name, value in packages().items() if name in checkpoint.packages}
-    return differences(before, now) + differences({name: checkpoint.packages[name] for name in libraries}, libraries)
+    return differences(checkpoint.settings, resolved_settings(config)) + other_packages(checkpoint)
 
 
-def _binding(settings: dict[str, Any]) -> dict[str, Any]:
-    found = selected(settings, BINDING)
+def check_binding(kept: Kept, config: Config, identity: Mapping[str, str], keys: Sequence[str]) -> None:
+    """Raises ResumeError where content, or a setting below one of the keys, is another than that of a checkpoint."""
+    mend = "take that back, choose another run.name, or start anew with resume=never"
+    binding = differences(_binding(kept.settings, keys), _binding(resolved_settings(config), keys))
+    if binding:
+        raise ResumeError(f"checkpoint {kept.place} is of a run with other settings ({'; '.join(binding[:5])}); {mend}")
+    other = [WORDS[key] for key, value in identity.items() if kept.identity.get(key, value) != value]
+    if other:
+        raise ResumeError(f"checkpoint {kept.place}: {' and '.join(other)} changed since then; {mend}")
+
+
+def other_packages(kept: Kept) -> list[str]:
+    """The libraries of which another version wrote a checkpoint."""
+    libraries = {name: value for name, value in packages().items() if name in kept.packages}
+    return differences({name: kept.packages[name] for name in libraries}, libraries)
+
+
+def _binding(settings: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    found = selected(settings, keys)
     for key, name in PLACES:
-        found[key].pop(name, None)
+        if key in found:
+            found[key].pop(name, None)
     return found

@@ -21,6 +21,13 @@ def run(config: Config, reporter: Reporter) -> dict[str, Any]:
     return {"summary": {"sft": result}}
 
 
+def finished(config: Config) -> None:
+    """Removes the checkpoint of the last epoch, once the stage is marked as done."""
+    from pipelines.stage_resume import checkpoints_of
+
+    checkpoints_of(config, "sft").clear()
+
+
 def _start_folder(config: Config) -> Path:
     if config.model.init and "pretrain" not in config.run.stages and not is_finished("pretrain", config):
         return Path(config.model.init)

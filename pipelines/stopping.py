@@ -79,14 +79,27 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
         stop_at_once()
 
 
+_came: int = signal.SIGINT
+
+
 def stop_at_once() -> None:
-    """From now on SIGTERM raises Stopped in the main thread, as SIGINT raises KeyboardInterrupt."""
+    """From now on SIGTERM raises KeyboardInterrupt in the main thread, as SIGINT does: what else a handler raises does
+    not end a wait of Ray's."""
+    global _came
+    _came = signal.SIGINT
     signal.signal(signal.SIGTERM, _raise)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(number, "finished stages are kept, and the same command goes on from there")
+    global _came
+    _came = number
+    raise KeyboardInterrupt
+
+
+def stopped_at_once(message: str = "finished stages are kept, and the same command goes on from there") -> Stopped:
+    """What a KeyboardInterrupt was raised for."""
+    return Stopped(_came, message)
 
 
 def cancelled(leftover: list[asyncio.Task[Any]]) -> Awaitable[Any]:

@@ -3,7 +3,8 @@
     driver: TorchTrainer.fit  ->  N workers: StageRank.run (medtvt_rl/learner/supervised_stage.py)
        ^ reporter  <- relay thread polls <-  ProgressBoard (actor)  <- rank observers
 
-Owns: resources of the workers, live progress, the error that names a worker and its log. Does not own: the training.
+Owns: resources of the workers, live progress, the error that names a worker and its log, how a stop ends the stage.
+Does not own: the training, or whether a stage goes on (stage_resume.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -26,6 +27,10 @@ from medtvt_rl.learner.config import SupervisedConfig
 from medtvt_rl.logs import last_lines, redirect_output
 from medtvt_rl.privacy import open_for
 from pipelines.stages import StageError
+from pipelines.stopping import stopped_at_once
+
+if TYPE_CHECKING:
+    from medtvt_rl.learner.supervised_stage import StageTask
 
 POLL_S, SEND_S = 0.5, 0.5
 PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -45,6 +50,7 @@ class Reporter(Protocol):
     def update(self, done: int, *, total: int | None = None, **metrics: float) -> None: ...
     def line(self, text: str) -> None: ...
     def scalars(self, stage: str, step: int, values: dict[str, float]) -> None: ...
+    def forget(self, stage: str, from_step: int) -> None: ...
 
 
 @ray.remote(num_cpus=0)
@@ -85,6 +91,10 @@ class BoardObserver:
     def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
         """Sends at once."""
         self._add("epoch", epoch=epoch, metrics=metrics, now=True)
+
+    def line(self, text: str) -> None:
+        """Sends at once."""
+        self._add("line", text=text, now=True)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Sends the rest, and returns when it has arrived."""
@@ -141,6 +151,7 @@ class Relay:
             "encoders": self._on_encoders,
             "step": self._on_step,
             "epoch": self._on_epoch,
+            "line": self._on_line,
         }
         try:
             last = False
@@ -179,41 +190,64 @@ class Relay:
         )
         self._reporter.line(f"{self._stage}: epoch {epoch + 1}  {shown}")
 
+    def _on_line(self, text: str) -> None:
+        self._reporter.line(f"{self._stage}: {text}")
+
 
 def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, reporter: Reporter) -> dict[str, Any]:
-    """Runs a stage on its Ray Train workers; returns what rank 0 said at its end.
+    """Runs a stage on its Ray Train workers, from its checkpoint if there is one; returns what rank 0 said at its end.
 
     Raises:
         StageError: a worker failed; the message holds its cause and the end of its log.
         PlacementError: no node can take a worker within `placement.timeout_s`.
+        ResumeError: there is a checkpoint that this run must not go on from.
+        Stopped: a signal asked for the end; the message says where the same command goes on.
     """
     from medtvt_rl.learner.supervised_stage import StageTask
+    from pipelines.stage_resume import facts_of, find_epoch, where_it_goes_on
 
+    facts = facts_of(config, start_folder)
+    found = find_epoch(
+        config, stage, facts["identity"], lambda: _examples_checksum(config, stage, start_folder), reporter.line
+    )
+    task = StageTask(
+        stage=stage,
+        config=config,
+        start_folder=Path(start_folder).resolve(),
+        folder=config.stage_folder(stage).resolve(),
+        warm_encoders=warm_encoders,
+        facts=facts,
+        found=found,
+    )
+    chosen = _placeable(config, task.settings.num_workers, reporter)
+    encoders = config.encoders
+    encoder_steps = encoders.ecg_steps + encoders.cxr_steps + encoders.lab_steps if task.warms_encoders else 0
+    reporter.forget(stage, 0 if found is None else found.progress.steps + 1)
+    if encoder_steps:
+        reporter.forget("encoders", 0)
+    try:
+        return _fit(task, chosen, encoder_steps, reporter)
+    except KeyboardInterrupt:
+        raise stopped_at_once(where_it_goes_on(config, stage)) from None
+
+
+def _fit(task: StageTask, chosen: Bundle, encoder_steps: int, reporter: Reporter) -> dict[str, Any]:
+    """The Ray Train job."""
     assert ray.is_initialized()
+    config, stage = task.config, task.stage
     for name, value in QUIET_RAY_TRAIN.items():
         os.environ.setdefault(name, value)
     # It reserves for itself what was found to have a place.
     os.environ[PLACE_TIMEOUT] = str(config.placement.timeout_s)
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
 
-    from pipelines.train_meeting import MeetingConfig
+    from pipelines.train_meeting import MeetingConfig, Trainer
 
-    task = StageTask(
-        stage=stage,
-        config=config,
-        start_folder=Path(start_folder).resolve(),
-        output=(config.stage_folder(stage) / "model").resolve(),
-        warm_encoders=warm_encoders,
-    )
-    chosen = _placeable(config, task.settings.num_workers, reporter)
-    encoders = config.encoders
-    encoder_steps = encoders.ecg_steps + encoders.cxr_steps + encoders.lab_steps if warm_encoders else 0
     board: Any = ProgressBoard
     # Beside the driver, whose node stays when others are taken away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = board.options(scheduling_strategy=here).remote()
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _worker,
         train_loop_config={"task": task, "board": board, "folder": os.getcwd()},
         torch_config=MeetingConfig(),
@@ -234,6 +268,15 @@ def train(config: Config, stage: Any, start_folder: Path, warm_encoders: bool, r
         return relay.fetch_result()
     finally:
         ray.kill(board)
+
+
+def _examples_checksum(config: Config, stage: str, start_folder: Path) -> str:
+    from transformers import AutoTokenizer
+
+    from medtvt_rl.learner.examples import checksum_of, stage_examples
+
+    tokenizer = AutoTokenizer.from_pretrained(start_folder, trust_remote_code=False)
+    return checksum_of(stage_examples(config, tokenizer, stage, "train"))
 
 
 def _placeable(config: Config, num_workers: int, reporter: Reporter) -> Bundle:
@@ -304,6 +347,8 @@ def _failure(config: Config, stage: str, chosen: Bundle, num_workers: int, error
     """The first worker's own error, not Ray Train's report of it, and the end of that worker's log."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+    from pipelines.stage_resume import checkpoints_of, where_it_goes_on
+
     if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
         return (
             f"{stage}: the place of its {num_workers} workers ({chosen.needs} each) was lost before they started, and "
@@ -314,4 +359,6 @@ def _failure(config: Config, stage: str, chosen: Bundle, num_workers: int, error
     cause = str(failures.get(rank, error)).strip().splitlines() or [repr(error)]
     log = config.folder / "logs" / f"{stage}_{rank}.log"
     tail = "".join(f"\n  {line}" for line in last_lines(log, 5))
-    return f"{stage}: worker {rank} of {num_workers} failed: {cause[-1]}" + (f"\nend of {log}:{tail}" if tail else "")
+    goes_on = f"; {where_it_goes_on(config, stage)}" if checkpoints_of(config, stage).epochs else ""
+    words = f"{stage}: worker {rank} of {num_workers} failed: {cause[-1]}{goes_on}"
+    return words + (f"\nend of {log}:{tail}" if tail else "")

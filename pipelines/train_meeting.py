@@ -1,7 +1,8 @@
 """Where the workers of a Ray Train job meet: an address and a port of worker 0, told to all.
 
 Owns: the backend that Ray Train is given in place of its own, whose meeting point listens on every address of the
-machine. Does not own: joining (medtvt_rl/learner/process_group.py), which the workers do themselves.
+machine, and that Ctrl-C stays the driver's. Does not own: joining (medtvt_rl/learner/process_group.py), which the
+workers do themselves.
 """
 
 from __future__ import annotations
@@ -12,11 +13,18 @@ from typing import Any
 
 import ray
 from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from medtvt_rl.network import LOOPBACK
 
 ADDRESS, PORT = "MEDTVT_RL_MEETING_ADDRESS", "MEDTVT_RL_MEETING_PORT"
+
+
+class Trainer(TorchTrainer):
+    """Ray Train's own, but for its handler of SIGINT, which ends the driver with the exit code 0."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leaves the driver's (stopping.py)."""
 
 
 class MeetingConfig(TorchConfig):

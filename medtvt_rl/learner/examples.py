@@ -1,12 +1,13 @@
 """Supervised examples of an epoch: questions and answers as token ids.
 
 Owns: where a stage's examples come from (the task, or the study store), which modalities one of a study goes without,
-and what its answer then says. Does not own: the questions and answers, the wording of prompts (data/task.py), batching
-(supervised.py).
+what its answer then says, and the checksum of the examples. Does not own: the questions and answers, the wording of
+prompts (data/task.py), batching (supervised.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,16 @@ def stage_examples(config: Config, tokenizer: Any, stage: str, split: str) -> Ex
     withholding = Withholding(probability=dropout, seed=config.run.seed)
     tokens = config.model.perception.tokens_per_modality
     return QaExamples(examples, lambda question: prompt_token_ids(tokenizer, question, tokens), tokenizer, withholding)
+
+
+def checksum_of(source: ExampleSource) -> str:
+    """Of the content of the first epoch's examples, in their order: a source with other examples has another."""
+    checksum = hashlib.sha256()
+    for example in source.epoch(0):
+        for ids in (example.prompt_ids, example.completion_ids):
+            checksum.update(ids.astype(np.int64).tobytes() + b"|")
+        checksum.update(f"{example.item_id}\n".encode())
+    return checksum.hexdigest()
 
 
 class TaskExamples:

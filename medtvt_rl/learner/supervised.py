@@ -1,8 +1,8 @@
 """Supervised training (PT and SFT): next-token loss on the answers, over any training engine.
 
-Owns: the order of examples, batches and their shards, the schedule, early stopping on a validation score, and that
-the best weights are kept. Does not own: examples (examples.py), how the score is computed (validation.py), processes
-(pipelines/).
+Owns: the order of examples, batches and their shards, the schedule, early stopping on a validation score, that the best
+weights are kept, and what it must know to go on after an epoch. Does not own: examples (examples.py), how the score is
+computed (validation.py), checkpoints (epoch_checkpoints.py), processes (pipelines/).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +48,30 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a stage stands between two epochs; with the engine's state, all that it needs to go on.
+
+    Attributes:
+        epochs, steps: done so far.
+        best, best_epoch: the highest score and its epoch (0-based, -1 where nothing was measured yet).
+        validation: metrics after that epoch.
+        to_beat, risen_epoch: the score that counts as a rise, and the epoch (0-based) of the last one.
+        skipped_in_a_row: the last so many steps were not finite.
+        seconds: spent so far.
+    """
+
+    epochs: int = 0
+    steps: int = 0
+    best: float = -math.inf
+    best_epoch: int = -1
+    validation: dict[str, float] = field(default_factory=dict)
+    to_beat: float = -math.inf
+    risen_epoch: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisedResult:
     """What a stage did.
 
@@ -75,7 +99,9 @@ class SupervisedTrainer:
 
     Args:
         token_budget: padded tokens of one micro-batch of one rank.
-        keep_best: writes the policy somewhere, called on all ranks after each epoch that scored higher than all before.
+        keep_best: told the epoch (0-based) after each that scored higher than all before, to write the policy somewhere
+            (all ranks).
+        keep: told where training stands after each epoch, to write it with the engine's state (all ranks).
     """
 
     def __init__(
@@ -87,48 +113,68 @@ class SupervisedTrainer:
         seed: int,
         token_budget: int,
         validate: Callable[[], Validation],
-        keep_best: Callable[[], None],
+        keep_best: Callable[[int], None],
+        keep: Callable[[Progress], None],
         observer: Observer,
     ) -> None:
         self._engine, self._items, self._source = engine, items, source
         self._config, self._seed, self._token_budget = config, seed, token_budget
-        self._validate, self._keep_best, self._observer = validate, keep_best, observer
+        self._validate, self._keep_best, self._keep, self._observer = validate, keep_best, keep, observer
         self._skipped_in_a_row = 0
         self._steps_per_epoch = 0
 
-    def run(self) -> SupervisedResult:
+    def run(self, progress: Progress | None = None) -> SupervisedResult:
         """Trains until the last epoch, or until the score has not risen for `patience` epochs and the rate has decayed.
+
+        Args:
+            progress: where training goes on; the engine holds the state that was written with it.
 
         Raises:
             NonFiniteLossError: several steps in a row were not finite; no weight was changed by them.
         """
-        started, step, best, best_epoch, kept = time.perf_counter(), 0, -math.inf, -1, dict[str, float]()
-        to_beat, risen_epoch = -math.inf, 0
+        progress = progress or Progress()
+        self._skipped_in_a_row = progress.skipped_in_a_row
         self._steps_per_epoch = len(self._plan(self._source.epoch(0), 0))
-        for epoch in range(self._config.epochs):
-            step, train_loss = self._train_epoch(epoch, step)
-            if epoch + 1 < min(self._config.validate_from, self._config.epochs):
-                self._tell(epoch, {"train_loss": train_loss})
-                continue
-            validation = self._validate()
-            if validation.score > best:
-                best, best_epoch, kept = validation.score, epoch, validation.metrics
-                self._keep_best()
-            if validation.score > to_beat:
-                to_beat, risen_epoch = validation.score + self._config.min_rise, epoch
-            self._tell(epoch, {"train_loss": train_loss, **validation.metrics})
-            patience_over = self._config.patience and epoch - risen_epoch >= self._config.patience
-            if patience_over and epoch + 1 >= self._config.decay_epochs:
-                break
-        if best_epoch < 0:
-            raise NonFiniteLossError(f"validation score was not a number in any of {epoch + 1} epochs; lower the rate")
+        while not self._is_over(progress):
+            progress = self._one_epoch(progress)
+            self._keep(progress)
+        if progress.best_epoch < 0:
+            raise NonFiniteLossError(
+                f"validation score was not a number in any of {progress.epochs} epochs; lower the rate"
+            )
         return SupervisedResult(
-            epochs=epoch + 1,
-            steps=step,
-            best_epoch=best_epoch,
-            validation=kept,
-            seconds=time.perf_counter() - started,
+            epochs=progress.epochs,
+            steps=progress.steps,
+            best_epoch=progress.best_epoch,
+            validation=progress.validation,
+            seconds=progress.seconds,
         )
+
+    def _is_over(self, progress: Progress) -> bool:
+        done, config = progress.epochs, self._config
+        if done >= config.epochs or config.patience == 0 or done < max(config.validate_from, config.decay_epochs):
+            return done >= config.epochs
+        return done - 1 - progress.risen_epoch >= config.patience
+
+    def _one_epoch(self, before: Progress) -> Progress:
+        """Trains for an epoch and measures it, where it is one to be measured."""
+        started, epoch = time.perf_counter(), before.epochs
+        steps, train_loss = self._train_epoch(epoch, before.steps)
+        progress, metrics = replace(before, epochs=epoch + 1, steps=steps), {"train_loss": train_loss}
+        if epoch + 1 >= min(self._config.validate_from, self._config.epochs):
+            validation = self._validate()
+            metrics |= validation.metrics
+            if validation.score > progress.best:
+                progress = replace(
+                    progress, best=validation.score, best_epoch=epoch, validation=dict(validation.metrics)
+                )
+                self._keep_best(epoch)
+            if validation.score > progress.to_beat:
+                to_beat = validation.score + self._config.min_rise
+                progress = replace(progress, to_beat=to_beat, risen_epoch=epoch)
+        self._tell(epoch, metrics)
+        seconds = before.seconds + time.perf_counter() - started
+        return replace(progress, skipped_in_a_row=self._skipped_in_a_row, seconds=seconds)
 
     def _tell(self, epoch: int, metrics: dict[str, float]) -> None:
         if self._engine.rank == 0:

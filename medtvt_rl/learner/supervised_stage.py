@@ -1,7 +1,8 @@
 """One rank of a supervised stage, from the start folder to the folder that the next stage starts from. No Ray in it.
 
-Owns: what PT and SFT are made of (questions, score, encoders) and that the result appears complete or not at all.
-Does not own: processes and progress (pipelines/supervised.py), the training loop (supervised.py).
+Owns: what PT and SFT are made of (questions, score, encoders), that the result appears complete or not at all, and what
+a rank takes over from a checkpoint. Does not own: processes and progress (pipelines/supervised.py), the training loop
+(supervised.py), the form of checkpoints (epoch_checkpoints.py).
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from medtvt_rl.dotted import resolve
 from medtvt_rl.learner.config import SupervisedConfig
 from medtvt_rl.learner.encoder_warmup import EncoderWarmup
 from medtvt_rl.learner.engine import EngineSettings, TrainingEngine
-from medtvt_rl.learner.examples import QUESTIONS, ExampleSource, stage_examples
+from medtvt_rl.learner.epoch_checkpoints import EpochCheckpoint, EpochCheckpoints, EpochKeeper
+from medtvt_rl.learner.examples import QUESTIONS, ExampleSource, checksum_of, stage_examples
 from medtvt_rl.learner.supervised import Observer, SupervisedTrainer, Validation, save_policy
 from medtvt_rl.learner.validation import HeldOutLoss, SampledRewards
 from medtvt_rl.model.medtvt import MedTVTConfig
 from medtvt_rl.model.policy import load_policy
 from medtvt_rl.model.seal import seal
 from medtvt_rl.model.tower import set_encoders_trainable
+from medtvt_rl.storage import sync
 from medtvt_rl.user_code import task_items, task_prompts
 
 
@@ -40,20 +43,29 @@ class StageTask:
 
     Attributes:
         start_folder: model and tokenizer to start from.
-        output: the folder to leave behind, with the best weights and the tokenizer.
+        folder: of the stage; `model` in it is what is left behind, with the best weights and the tokenizer.
         warm_encoders: the encoders are fresh and first learn the findings.
+        facts: settings, packages and identity, for the manifests of checkpoints.
+        found: the checkpoint to go on from.
     """
 
     stage: Literal["pretrain", "sft"]
     config: Config
     start_folder: Path
-    output: Path
+    folder: Path
     warm_encoders: bool
+    facts: dict[str, Any]
+    found: EpochCheckpoint | None = None
 
     @property
     def settings(self) -> SupervisedConfig:
         """The stage's own section of the configuration."""
         return self.config.pretrain if self.stage == "pretrain" else self.config.sft
+
+    @property
+    def warms_encoders(self) -> bool:
+        """Whether the warm-up is still to be done."""
+        return self.warm_encoders and self.found is None
 
 
 class StageObserver(Observer, Protocol):
@@ -64,6 +76,9 @@ class StageObserver(Observer, Protocol):
 
     def encoders(self, aucs: dict[str, float]) -> None:
         """The warm-up is done (rank 0)."""
+
+    def line(self, text: str) -> None:
+        """Something that a person should read, on the rank where it happened."""
 
 
 class StageRank:
@@ -79,27 +94,44 @@ class StageRank:
         dtype: torch.dtype = getattr(torch, self._config.learner.dtype)
         torch.manual_seed(self._config.run.seed)
         policy: Any = load_policy(self._task.start_folder, dtype=dtype, lora=self._config.model.lora)
-        aucs = self._warm_up(policy.study_tower) if self._task.warm_encoders else {}
+        found, checkpoints = self._task.found, stage_checkpoints(self._task.folder)
+        if found is None and dist.get_rank() == 0:
+            checkpoints.clear()
+        aucs = self._warm_up(policy.study_tower) if self._task.warms_encoders else {}
+        if found is not None:
+            aucs = found.encoder_auc
+            found.restore_rest(policy)
         set_encoders_trainable(policy, self._task.settings.train_encoders)
         make_engine = resolve(self._config.learner.make_engine, "learner.make_engine")
         engine: TrainingEngine = make_engine(policy, self._engine_settings(dtype), self._device)
-        writing = self._task.output.with_name(self._task.output.name + ".writing")
+        examples = self._examples("train")
         trainer = SupervisedTrainer(
             engine,
             self._items,
-            self._examples("train"),
+            examples,
             self._task.settings,
             self._config.run.seed,
             self._config.learner.token_budget,
             self._validation(engine),
-            lambda: self._keep(engine, writing),
+            lambda epoch: self._keep_best(engine, checkpoints.best(epoch)),
+            self._keeper(engine, checkpoints, examples, aucs).keep,
             self._observer,
         )
-        result = trainer.run()
+        if found is not None:
+            # Last, since it brings the random state back.
+            engine.load(Path(found.place))
+        result = trainer.run(None if found is None else found.progress)
         if engine.rank == 0:
-            shutil.rmtree(self._task.output, ignore_errors=True)
-            os.replace(writing, self._task.output)
+            _publish(checkpoints.best(result.best_epoch), checkpoints.output)
         return {**asdict(result), "encoder_auc": aucs}
+
+    def _keeper(
+        self, engine: TrainingEngine, checkpoints: EpochCheckpoints, examples: ExampleSource, aucs: dict[str, float]
+    ) -> EpochKeeper:
+        facts = self._task.facts
+        identity = {**facts["identity"], "examples": checksum_of(examples)}
+        content = {**facts, "identity": identity, "encoder_auc": aucs}
+        return EpochKeeper(checkpoints, engine, self._task.warm_encoders, content, self._observer.line)
 
     def _engine_settings(self, dtype: torch.dtype) -> EngineSettings:
         settings = self._task.settings
@@ -154,7 +186,7 @@ class StageRank:
 
         return sampled
 
-    def _keep(self, engine: TrainingEngine, folder: Path) -> None:
+    def _keep_best(self, engine: TrainingEngine, folder: Path) -> None:
         if engine.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -163,6 +195,8 @@ class StageRank:
         if engine.rank == 0:
             self._tokenizer.save_pretrained(folder)
             seal(folder)
+            for path in folder.rglob("*"):
+                sync(path)
 
     def _note_training(self, found: Any) -> None:
         """What whoever asks the model later must know of its training."""
@@ -172,3 +206,15 @@ class StageRank:
             found.untrained_stand_ins = False
         found.film_crop = self._config.data.film.crop
         found.max_answer_tokens = self._config.rollout.sampling.max_new_tokens
+
+
+def stage_checkpoints(folder: Path) -> EpochCheckpoints:
+    """Those of the stage with this folder."""
+    return EpochCheckpoints(folder / "checkpoint", folder / "model")
+
+
+def _publish(best: Path, output: Path) -> None:
+    """Moves the best policy to its place, unless that was done before the stage was cut short."""
+    if best.is_dir():
+        shutil.rmtree(output, ignore_errors=True)
+        os.replace(best, output)

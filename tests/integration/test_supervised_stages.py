@@ -58,6 +58,9 @@ class Said:
     def line(self, text: str) -> None:
         self.lines.append(text)
 
+    def forget(self, stage: str, from_step: int) -> None:
+        assert from_step == 0
+
     def scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         if "loss" in values:
             self.steps.setdefault(stage, []).append(step)
@@ -87,18 +90,21 @@ def trained(config: Config) -> dict[str, Any]:
     said = Said()
     found: dict[str, Any] = {"said": said, "pretrain": pretrain.run(config, said)}
     write_json(config.stage_folder("pretrain") / "finished.json", {})
-    return {**found, "sft": sft.run(config, said)}
+    found["sft"] = sft.run(config, said)
+    for stage in (pretrain, sft):
+        stage.finished(config)
+    return found
 
 
 def test_a_place_that_is_lost_before_ray_train_takes_it_is_told(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    config: Config, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = Bundle(role="learner", index=0, cpus=9, gpus=0, labels={})
     monkeypatch.setattr(supervised, "_placeable", lambda *_: gone)
     hasty = dataclasses.replace(config, placement=dataclasses.replace(config.placement, timeout_s=1.0))
     expected = r"pretrain: the place of its 2 workers \(9 CPU each\) was lost .* in 1 s .* The cluster has .*3 CPU"
     with pytest.raises(StageError, match=expected):
-        supervised.train(hasty, "pretrain", config.folder, False, Said())
+        supervised.train(hasty, "pretrain", config.stage_folder("pretrain") / "start", False, Said())
 
 
 def test_each_stage_reports_while_it_runs(trained: dict[str, Any]) -> None:
@@ -133,7 +139,7 @@ def test_the_folders_are_whole_and_differ_where_training_was(trained: dict[str, 
         # What `diagnose` goes by.
         assert (kept["film_crop"], kept["max_answer_tokens"]) == ("center", 96)
         assert AutoTokenizer.from_pretrained(folder).eos_token_id is not None
-        assert not folder.with_name("model.writing").exists()
+        assert not folder.with_name("checkpoint").exists()
 
 
 def test_a_failing_worker_is_named_with_its_cause(config: Config, trained: dict[str, Any]) -> None:

@@ -71,7 +71,8 @@ def _run(
         seed=1,
         token_budget=token_budget,
         validate=validate,
-        keep_best=lambda: kept.append(len(seen.epochs)),
+        keep_best=kept.append,
+        keep=lambda progress: None,
         observer=seen,
     )
     return trainer.run(), seen, kept, policy

@@ -142,6 +142,7 @@ class PlainEngine:
             reader.check_parameters(self._shapes())
             for fragment in self._fragments():
                 fragment.restore(reader.read, reader.moments, reader.steps)
+            reader.restore_random(self.rank)
 
     def _fragments(self) -> list[Fragment]:
         return held_fragments(self._optimizer, self.policy, 0, 0)

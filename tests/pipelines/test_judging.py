@@ -70,7 +70,7 @@ def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for stage in ("pretrain", "sft", "grpo"):
         (config.stage_folder(stage) / "model").mkdir(parents=True)
         finish(config, stage, {})
-    monkeypatch.setattr(pipelines.evaluate.AutoTokenizer, "from_pretrained", lambda folder: None)
+    monkeypatch.setattr(pipelines.evaluate.AutoTokenizer, "from_pretrained", lambda folder, **given: None)
     monkeypatch.setattr(pipelines.evaluate, "load_prompts", lambda config, tokenizer, split: [])
     monkeypatch.setattr(
         pipelines.evaluate, "make_evaluator", lambda config, prompts, split: DiagnosisEvaluator(config, split, Store())

@@ -68,7 +68,9 @@ def test_a_stop_ends_a_wait_and_gives_up_what_was_waited_for() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("number", "code", "words"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "inter")])
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "SIGINT")]
+)
 def test_a_signal_outside_the_loop_ends_with_its_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, code: int, words: str
 ) -> None:
@@ -77,7 +79,8 @@ def test_a_signal_outside_the_loop_ends_with_its_exit_code(
         raise AssertionError("the signal came too late")
 
     assert in_session(a_config(tmp_path), work, with_ray=False) == code
-    assert f"medtvt-rl: {words}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"medtvt-rl: {words}: finished stages are kept, and the same command goes on from there" in said
 
 
 def test_the_exit_code_says_which_signal() -> None:
