@@ -32,7 +32,7 @@ from pipelines.stopping import stopped_at_once
 if TYPE_CHECKING:
     from medtvt_rl.learner.supervised_stage import StageTask
 
-POLL_S, SEND_S = 0.5, 0.5
+POLL_S, SEND_S, SHOWN_TIMEOUT_S = 0.5, 0.5, 60.0
 PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 QUIET_RAY_TRAIN = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -59,15 +59,26 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._num_fetched = self._num_shown = 0
 
-    def put(self, events: list[Event]) -> None:
-        """Adds events, in their order."""
+    def put(self, events: list[Event]) -> int:
+        """Adds events, in their order; returns how many there were so far."""
         self._events += events
+        return self._num_fetched + len(self._events)
 
     def drain(self) -> list[Event]:
         """Every event since the last call."""
         events, self._events = self._events, []
+        self._num_fetched += len(events)
         return events
+
+    def show(self, num: int) -> None:
+        """The driver has shown and stored so many more."""
+        self._num_shown += num
+
+    def num_shown(self) -> int:
+        """How many the driver has shown and stored."""
+        return self._num_shown
 
 
 class BoardObserver:
@@ -89,8 +100,15 @@ class BoardObserver:
         self._add("step", step=step, total=total_steps, metrics=metrics)
 
     def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Sends at once."""
-        self._add("epoch", epoch=epoch, metrics=metrics, now=True)
+        """Sends at once, and returns when the driver has stored it: a run that goes on after this epoch does not make
+        its rows again. A driver that shows nothing any more holds the training up for SHOWN_TIMEOUT_S."""
+        self._waiting.append(("epoch", {"epoch": epoch, "metrics": metrics}))
+        number = ray.get(self._board.put.remote(self._waiting), timeout=SHOWN_TIMEOUT_S)
+        self._waiting, self._sent_s = [], time.monotonic()
+        while time.monotonic() < self._sent_s + SHOWN_TIMEOUT_S:
+            if ray.get(self._board.num_shown.remote(), timeout=SHOWN_TIMEOUT_S) >= number:
+                return
+            time.sleep(POLL_S / 10)
 
     def line(self, text: str) -> None:
         """Sends at once."""
@@ -162,6 +180,7 @@ class Relay:
                 for kind, what in events:
                     if kind in handlers:
                         handlers[kind](**what)
+                self._board.show.remote(len(events))
         except Exception as error:  # the training goes on without its progress; the driver says so at its end
             self.error = error
 
