@@ -92,14 +92,20 @@ def describe(config: Config, cluster: dict[str, Any], types: Sequence[NodeType],
     provider, limit = provider_of(cluster), cluster.get("max_workers")
     priced = bool(table.machines.get(provider))
     lines = []
+
+    def sums(layout: Layout) -> str:
+        counts = Counter(node.node_type.name for node in layout.nodes)
+        cost = f"; about {hourly_cost(counts, types, table, provider):.2f} $ an hour" if priced else ""
+        return f"GPUs: {layout.gpus:g}, of which {layout.idle_gpus:g} idle{cost}"
+
     for stage, roles in stage_roles(config).items():
         layout = lay_out(plan(config, roles), types, limit)
-        lines += [f"{stage}:", *_nodes(layout)]
-        end = f"  GPUs: {layout.gpus:g}, of which {layout.idle_gpus:g} idle"
-        if priced:
-            counts = Counter(node.node_type.name for node in layout.nodes)
-            end += f"; about {hourly_cost(counts, types, table, provider):.2f} $ an hour"
-        lines.append(end)
+        lines += [f"{stage}:", *_nodes(layout), f"  {sums(layout)}"]
+        asked = config.rollout.max
+        if stage == "grpo" and asked is not None and asked > roles["rollout"]:
+            grown = lay_out(plan(config, {**roles, "rollout": asked}), types, limit)
+            placed = asked - sum(bundle.role == "rollout" for bundle in grown.homeless)
+            lines.append(f"  grown to {placed} generators (rollout.max={asked}): {sums(grown)}")
     if not priced:
         return [*lines, f"no estimate of the cost: {table.path} has no machines of provider {provider!r}"]
     most = {node_type.name: node_type.max_nodes for node_type in types}

@@ -219,7 +219,10 @@ def test_the_command_prints_the_forecast_and_its_verdict(
         "4 x rollout (g6.2xlarge spot): 1 rollout each" in said
         and "1 x learner (g6e.12xlarge on-demand): 4 learner" in said
     )
-    assert f"prices of {TABLE.as_of}" in said and "no fault found" in said
+    assert f"prices of {TABLE.as_of}" in said and "no fault found" in said and "rollout.max" not in said
+    assert main([*arguments[:-2], "rollout.max=20", *arguments[-2:]]) == 0
+    # Of 20, the nodes that cluster.yaml may start have room for 8.
+    assert "  grown to 8 generators (rollout.max=20): GPUs: " in capsys.readouterr().out
     types_of(cluster, "rollout").update(min_workers=9)
     path.write_text(yaml.safe_dump(cluster))
     assert main(arguments) == 1
