@@ -50,6 +50,7 @@ class CheckpointKeeper:
         self._config, self._store, self._learners = config, store, learners
         self._identity, self._report, self._fetch = identity, report, fetch
         self._task: asyncio.Task[None] | None = None
+        self._thread: asyncio.Future[Any] | None = None
         self._scores: dict[int, float] = {}
         self._knows_metric = True
         self.newest: int | None = None
@@ -86,27 +87,43 @@ class CheckpointKeeper:
         timeout_s = self._config.grpo.checkpoint_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                place = await asyncio.to_thread(self._store.begin, version)
+                place = await self._in_thread(self._store.begin, version)
                 files = await self._learners.write_snapshot(f"{place}/{LEARNER}")
-                await asyncio.to_thread(self._finish, version, state, groups, files)
+                await self._in_thread(self._complete, version, state, groups, files)
         except Exception as error:  # the disk, a learner, or the store behind a URL, whose client has errors of its own
             kept = "there is none yet" if self.newest is None else f"the newest is that of step {self.newest}"
             late = f"not done in {timeout_s:g} s (grpo.checkpoint_timeout_s)"
             reason = " ".join(str(error).split()) or late
             self._report(f"the checkpoint of step {version} could not be written ({reason}); {kept}")
             return
-        self.newest = version
+        await self._tidied()
 
-    def _finish(
+    def _complete(
         self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup], files: Mapping[str, Digest]
     ) -> None:
         self._store.complete(self._config, version, state, groups, files, self._identity, self._fetch)
-        self.tidy()
+        self.newest = version
+
+    async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
+        """One at a time, also where the one before is late and nobody waits for it any more: a thread cannot be ended."""
+        if self._thread is not None:
+            await asyncio.wait([self._thread])
+        self._thread = asyncio.ensure_future(asyncio.to_thread(work, *args))
+        self._thread.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have no reader
+        return await asyncio.shield(self._thread)
+
+    async def _tidied(self) -> None:
+        timeout_s = self._config.grpo.checkpoint_timeout_s
+        try:
+            await asyncio.wait_for(self._in_thread(self.tidy), timeout_s)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or f"not done in {timeout_s:g} s (grpo.checkpoint_timeout_s)"
+            self._report(f"checkpoints that need not be kept could not be removed ({reason}); the next one does it")
 
     async def close(self) -> None:
         """Returns when all is written and tidy: the run is at its end."""
         await self.settle()
-        await asyncio.to_thread(self.tidy)
+        await self._tidied()
 
     def tidy(self) -> None:
         """Notes scores beside their checkpoints, and removes those that need not be kept."""

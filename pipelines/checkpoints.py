@@ -91,7 +91,8 @@ class CheckpointStore:
 
     def __init__(self, root: str) -> None:
         self._storage = Storage(root)
-        self._damaged = set[int]()
+        self.damaged = set[int]()
+        """Those that `newest` found not to be whole."""
 
     @classmethod
     def of(cls, config: Config) -> CheckpointStore:
@@ -103,7 +104,7 @@ class CheckpointStore:
         name = self._unfinished(version)
         self._storage.remove(f"{name}/{MANIFEST}")
         self._storage.remove(name)
-        self._damaged.discard(version)
+        self.damaged.discard(version)
         return self._storage.at(name)
 
     def complete(
@@ -128,6 +129,8 @@ class CheckpointStore:
             write_groups(path, groups, fetch)
         self._storage.write(f"{name}/{LOOP}", json.dumps(loop).encode())
         files = {f"{LEARNER}/{file}": digest for file, digest in learner_files.items()}
+        if missing := [file for file in files if not self._storage.exists(f"{name}/{file}")]:
+            raise FileNotFoundError(f"{', '.join(missing)}: written by the learners, and not there any more")
         files |= {file: self._storage.digest(f"{name}/{file}") for file in (GROUPS, LOOP)}
         content = {
             "version": version,
@@ -143,7 +146,7 @@ class CheckpointStore:
     def versions(self) -> list[int]:
         """Of the checkpoints that claim to be whole and were not found to be damaged, the newest first."""
         numbers = [name.removeprefix(PREFIX) for name in self._storage.names() if name.startswith(PREFIX)]
-        found = sorted({int(number) for number in numbers if number.isdigit()} - self._damaged, reverse=True)
+        found = sorted({int(number) for number in numbers if number.isdigit()} - self.damaged, reverse=True)
         return [each for each in found if self._storage.is_local or self.has(each)]
 
     def has(self, version: int) -> bool:
@@ -160,7 +163,7 @@ class CheckpointStore:
             try:
                 return self.read(each)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                self._damaged.add(each)
+                self.damaged.add(each)
                 report(f"checkpoint {self.place(each)} is damaged and passed over: {error}")
         return None
 
@@ -182,7 +185,7 @@ class CheckpointStore:
         written.
         """
         best = self.best()
-        kept = {*self.versions()[:keep], *also, *self._damaged, *([] if best is None else [best[0]])}
+        kept = {*self.versions()[:keep], *also, *self.damaged, *([] if best is None else [best[0]])}
         self._remove_all_but(kept)
 
     def mark(self, version: int, metric: str, value: float) -> None:
@@ -215,7 +218,7 @@ class CheckpointStore:
 
     def clear(self) -> int:
         """Removes every checkpoint and the mark of a finished stage; returns how many there were."""
-        self._damaged.clear()
+        self.damaged.clear()
         found = self.versions()
         self._remove_all_but(set())
         self._storage.remove(FINISHED)

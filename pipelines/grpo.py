@@ -46,13 +46,11 @@ from pipelines.journal import Journal, failures, fetch
 from pipelines.learner_start import start_learner
 from pipelines.memory import rare_collections
 from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
-from pipelines.resume import find_resume
+from pipelines.resume import AND_AUTO, find_resume
 from pipelines.stages import start_model
 from pipelines.step_metrics import generator_metrics
 from pipelines.stopping import Stop, Stopped, stop_on_signals
 from pipelines.timeline_file import TimelineFile
-
-GOES_ON = "The same command goes on from there"
 
 
 def run(config: Config, reporter: Reporter) -> dict[str, Any]:
@@ -73,7 +71,7 @@ async def _train(config: Config, reporter: Reporter) -> dict[str, Any]:
             layout = resolve(config.grpo.layout, "grpo.layout")(config, reporter, stop)
             return dict(await layout.run())
         except asyncio.CancelledError:
-            raise Stopped(stop.number, f"asked twice to stop. {GOES_ON}") from None
+            raise Stopped(stop.number, f"asked twice to stop. {_goes_on(config)}") from None
 
 
 class RunningScoring(Scoring, Protocol):
@@ -110,12 +108,12 @@ class Layout:
         self._timeline_file.begin(_first(found))
         placement = await self._stop.unless(placed(bundles, config.placement, self._tell), None)
         if placement is None:
-            raise Stopped(self._stop.number, f"no step was taken. {GOES_ON}")
+            raise Stopped(self._stop.number, f"no step was taken. {_goes_on(config)}")
         self._show(placement)
         try:
             roles = await self._stop.unless(self._start(placement, found), None)
             if roles is None:
-                raise Stopped(self._stop.number, f"no step was taken. {GOES_ON}")
+                raise Stopped(self._stop.number, f"no step was taken. {_goes_on(config)}")
             rollouts, scoring, reference, learner = roles
             if found is None:
                 await asyncio.to_thread(self._store.clear)
@@ -192,7 +190,7 @@ class Layout:
             ):
                 result = await loop.run()
             if self._stop.requested:
-                raise Stopped(self._stop.number, _where(keeper, result))
+                raise Stopped(self._stop.number, _where(config, keeper, result))
             await keeper.close()
         generators = generators_summary(rollouts.shares(), placement.kinds("rollout"))
         for line in generators_lines(generators):
@@ -224,12 +222,16 @@ def _first(found: Checkpoint | None) -> int:
     return 0 if found is None else found.version
 
 
-def _where(keeper: CheckpointKeeper, result: LoopResult) -> str:
+def _goes_on(config: Config) -> str:
+    return f"The same command {AND_AUTO[config.resume]}goes on from there"
+
+
+def _where(config: Config, keeper: CheckpointKeeper, result: LoopResult) -> str:
     """From where a stopped run goes on."""
     if keeper.newest is None:
-        return f"no checkpoint was written, {result.steps} steps are lost. {GOES_ON}"
+        return f"no checkpoint was written, {result.steps} steps are lost. {_goes_on(config)}"
     lost = f", {result.steps - keeper.newest} steps are lost" if keeper.newest < result.steps else ""
-    return f"the newest checkpoint is that of step {keeper.newest}{lost}. {GOES_ON}"
+    return f"the newest checkpoint is that of step {keeper.newest}{lost}. {_goes_on(config)}"
 
 
 def _held_out(config: Config, rollouts: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> HeldOutMeasurement | None:

@@ -19,6 +19,7 @@ from medtvt_rl.types import Prompt
 from medtvt_rl.user_code import task_items
 
 THREADS = 4
+WITH_VERSION = ("config.json", "generation_config.json")
 
 
 def identity_of(config: Config, model_folder: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
@@ -37,11 +38,20 @@ def model_and_items(config: Config, model_folder: Path) -> dict[str, str]:
 
 
 def _of_folder(folder: Path) -> str:
-    """Names and contents of the files of a model folder; weights are large, and hashing lets other threads run."""
+    """Names and contents of the files of a model folder, without the version of the library that wrote them; weights
+    are large, and hashing lets other threads run."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(digest_of, paths))
+        digests = list(pool.map(_digest, paths))
     return _checksum([[path.name, *digest] for path, digest in zip(paths, digests)])
+
+
+def _digest(path: Path) -> Sequence[Any]:
+    if path.name not in WITH_VERSION:
+        return digest_of(path)
+    content = json.loads(path.read_bytes())
+    content.pop("transformers_version", None)
+    return [_checksum(content)]
 
 
 def _of_prompts(prompts: Sequence[Prompt]) -> str:

@@ -43,6 +43,9 @@ WORDS = {
     "examples": "the examples that the data and the tokenizer give",
 }
 
+AND_AUTO = {"auto": "", "never": "with resume=auto "}
+"""By `resume`: what the command that was given needs besides to go on."""
+
 
 class Kept(Protocol):
     """What a checkpoint says of the run that wrote it."""
@@ -67,7 +70,7 @@ def find_resume(
     """The checkpoint to go on from, with a line for the reader; None where the stage starts anew.
 
     Raises:
-        ResumeError: what its state depends on has changed.
+        ResumeError: what its state depends on has changed, or there are checkpoints, none of which can be read.
     """
     if config.resume == "never":
         return None
@@ -75,10 +78,22 @@ def find_resume(
         report(f"starts anew: the checkpoints in {config.checkpoint_root} are of a finished stage")
         return None
     found = store.newest(report)
-    if found is not None:
+    if found is None:
+        check_none_lost(len(store.damaged), config.checkpoint_root)
+    else:
         changed = check_same(found, config, identity)
         report(f"goes on from step {found.version} ({found.place}){', with ' if changed else ''}{'; '.join(changed)}")
     return found
+
+
+def check_none_lost(num_damaged: int, place: str) -> None:
+    """Raises ResumeError where all checkpoints were passed over: to start anew would remove them, and the store may
+    only be out of reach."""
+    if num_damaged:
+        raise ResumeError(
+            f"none of the {num_damaged} checkpoints in {place} can be read, for the reasons above; "
+            "bring them back, or start anew with resume=never, which removes them"
+        )
 
 
 def check_same(checkpoint: Checkpoint, config: Config, identity: Mapping[str, str]) -> list[str]:

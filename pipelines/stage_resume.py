@@ -16,7 +16,7 @@ from medtvt_rl.learner.epoch_checkpoints import EpochCheckpoint, EpochCheckpoint
 from medtvt_rl.learner.supervised_stage import stage_checkpoints
 from pipelines.checkpoints import packages
 from pipelines.identity import model_and_items
-from pipelines.resume import check_binding, other_packages
+from pipelines.resume import AND_AUTO, check_binding, check_none_lost, other_packages
 from pipelines.stages import SETTINGS_OF, differences, resolved_settings, selected
 
 
@@ -48,15 +48,14 @@ def find_epoch(
         examples_checksum: of what the stage learns from; asked where there is a checkpoint.
 
     Raises:
-        ResumeError: what its state depends on has changed.
+        ResumeError: what its state depends on has changed, or there are checkpoints, none of which can be read.
     """
     if config.resume == "never":
         return None
     checkpoints = checkpoints_of(config, stage)
     found = checkpoints.newest(lambda text: report(f"{stage}: {text}"))
     if found is None:
-        if checkpoints.epochs:
-            report(f"{stage}: starts anew")
+        check_none_lost(len(checkpoints.epochs), str(checkpoints.folder))
         return None
     keys = SETTINGS_OF[stage]
     check_binding(found, config, {**identity, "examples": examples_checksum()}, keys)
@@ -73,7 +72,7 @@ def where_it_goes_on(config: Config, stage: str) -> str:
     epochs = checkpoints_of(config, stage).epochs
     if not epochs:
         return f"no epoch of {stage} was finished; the same command begins it anew"
-    return f"the same command goes on {_place(config, stage, epochs[0])} of {stage}"
+    return f"the same command {AND_AUTO[config.resume]}goes on {_place(config, stage, epochs[0])} of {stage}"
 
 
 def _place(config: Config, stage: str, epochs: int) -> str:

@@ -177,12 +177,19 @@ class Relay:
                 last = self._end.wait(POLL_S)
                 events: list[Event] = ray.get(self._board.drain.remote(), timeout=30)
                 self.result = next((what for kind, what in events if kind == "result"), self.result)
-                for kind, what in events:
-                    if kind in handlers:
-                        handlers[kind](**what)
+                self._show([(handlers[kind], what) for kind, what in events if kind in handlers])
                 self._board.show.remote(len(events))
-        except Exception as error:  # the training goes on without its progress; the driver says so at its end
+        except Exception as error:  # of the board: the driver says so at its end
             self.error = error
+
+    def _show(self, calls: list[tuple[Callable[..., None], dict[str, Any]]]) -> None:
+        try:
+            for handler, what in calls:
+                handler(**what)
+        except Exception as error:  # a full disk, say: the training goes on without its progress
+            if self.error is None:
+                self.error = error
+                self._reporter.line(f"{self._stage}: progress is not stored any more ({error}); training goes on")
 
     def _on_encoder_step(self, modality: str, step: int) -> None:
         self._encoder_done[modality] = step

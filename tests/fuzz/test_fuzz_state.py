@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from stored_examples import finished_group, prompt_of, write
 from tiny_llama import tiny_llama
 
+from medtvt_rl.learner.epoch_checkpoints import EpochCheckpoints
+from medtvt_rl.learner.supervised import Progress
 from medtvt_rl.learner.training_state import StateError, StateReader, TrainingState, rank_file
 from medtvt_rl.model.kept_adapter import read_adapter, write_adapter
 from medtvt_rl.model.policy import load_policy
@@ -60,6 +62,47 @@ def test_a_spoiled_checkpoint_is_passed_over(store: CheckpointStore, data: st.Da
     else:
         assert found.version == 2 and len(said) == 1
         assert folder_name(3) in said[0] and "\n" not in said[0] and len(said[0]) < 2000
+
+
+@pytest.fixture(scope="session")
+def epochs(tmp_path_factory: pytest.TempPathFactory) -> EpochCheckpoints:
+    """The checkpoint of a supervised stage after two epochs, of which the first was the best."""
+    root = tmp_path_factory.mktemp("stage")
+    checkpoints = EpochCheckpoints(root / "checkpoint", root / "model")
+    best = checkpoints.best(0)
+    best.mkdir(parents=True)
+    (best / "config.json").write_text("{}")
+    save_file({"a": torch.ones(3)}, best / "model.safetensors")
+    seal(best)
+    for name in ("rank_00000.safetensors", "rest.safetensors"):
+        (checkpoints.begin(2) if name.startswith("rank") else checkpoints.unfinished(2)).joinpath(name).write_bytes(
+            b"x"
+        )
+    facts = {"encoder_auc": {}, "settings": {"sft": {"epochs": 2}}, "packages": {}, "identity": {"model": "abc"}}
+    checkpoints.complete(Progress(epochs=2, steps=9, best=-1.5, best_epoch=0), 1, facts)
+    return checkpoints
+
+
+@CASES
+@given(data=st.data())
+def test_a_spoiled_checkpoint_of_an_epoch_is_passed_over(epochs: EpochCheckpoints, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(sorted(path for path in epochs.folder.rglob("*") if path.is_file())))
+    content = path.read_bytes()
+    changed = data.draw(spoiled(content))
+    whole, said = epochs.newest(said_nothing), list[str]()
+    path.write_bytes(changed)
+    found = epochs.newest(said.append)
+    path.write_bytes(content)
+    if found is None:
+        assert (
+            len(said) == 1 and "is damaged and passed over: " in said[0] and "\n" not in said[0] and len(said[0]) < 2000
+        )
+    else:
+        assert found == whole and not said
+
+
+def said_nothing(text: str) -> None:
+    raise AssertionError(text)
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stored_examples import a_config, fetch, finished_group
 
+from medtvt_rl.config import Config
 from medtvt_rl.storage import Digest, Storage
 from pipelines.checkpoint_keeper import CheckpointKeeper
 from pipelines.checkpoints import CheckpointStore
@@ -91,6 +94,57 @@ def test_one_that_cannot_be_written_is_told_and_the_one_before_stays(tmp_path: P
         assert keeper.newest == 1
         found = CheckpointStore.of(a_config(tmp_path)).newest(said.append)
         assert found is not None and found.version == 1 and len(said) == 1
+
+    asyncio.run(run())
+
+
+def test_one_that_is_late_in_its_thread_ends_before_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        learners, said, may_end = SlowLearners(), list[str](), threading.Event()
+        keeper = keeper_at(tmp_path, learners, said)
+        keeper._config.grpo.checkpoint_timeout_s = 0.2
+        learners.may_write.set()
+        complete = CheckpointStore.complete
+
+        def late(store: CheckpointStore, config: Config, version: int, *args: Any) -> None:
+            assert version != 1 or may_end.wait(10)
+            complete(store, config, version, *args)
+
+        monkeypatch.setattr(CheckpointStore, "complete", late)
+        await keeper.save(1, {}, [])
+        await keeper.settle()
+        assert said.pop().startswith("the checkpoint of step 1 could not be written (not done in 0.2 s")
+        await keeper.save(2, {}, [])
+        await keeper.settle()
+        assert said.pop().startswith("the checkpoint of step 2 could not be written (not done in 0.2 s")
+        assert learners.events.count("written") == 1, "the second was not begun"
+        may_end.set()
+        await keeper.save(3, {}, [])
+        await keeper.close()
+        store = CheckpointStore.of(a_config(tmp_path))
+        assert keeper.newest == 3 and store.versions() == [3] and store.newest(said.append) and not said
+
+    asyncio.run(run())
+
+
+def test_one_that_is_whole_is_told_as_such_where_older_ones_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        learners, said = SlowLearners(), list[str]()
+        keeper = keeper_at(tmp_path, learners, said)
+        learners.may_write.set()
+
+        def rotate(*_: object) -> None:
+            raise OSError("Stale file handle")
+
+        monkeypatch.setattr(CheckpointStore, "rotate", rotate)
+        await keeper.save(1, {}, [])
+        await keeper.settle()
+        why = "checkpoints that need not be kept could not be removed (Stale file handle); the next one does it"
+        assert said == [why] and keeper.newest == 1
 
     asyncio.run(run())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def test_where_a_stage_goes_on(tmp_path: Path) -> None:
     assert said[-1].startswith("starts anew: the checkpoints in ") and said[-1].endswith("are of a finished stage")
 
 
+def test_checkpoints_that_cannot_be_read_are_not_thrown_away(tmp_path: Path) -> None:
+    store, said, identity, config = store_at(tmp_path), list[str](), {"model": "abc"}, a_config(tmp_path)
+    for version in (3, 5):
+        write(store, version, config=config)
+        (Path(store.place(version)) / "loop.json").unlink()
+    with pytest.raises(ResumeError, match=r"none of the 2 checkpoints in \S+ can be read.*resume=never") as refused:
+        find_resume(config, store, identity, said.append)
+    assert [line.rsplit(": ", 1)[1] for line in said] == ["loop.json is missing"] * 2 and "\n" not in str(refused.value)
+    assert find_resume(a_config(tmp_path, "resume=never"), store_at(tmp_path), identity, said.append) is None
+
+
 def test_identity_is_of_content_and_not_of_places(tmp_path: Path) -> None:
     config, prompts = Config(), [prompt_of(1), prompt_of(2)]
     config.task.items = None
@@ -67,10 +79,14 @@ def test_identity_is_of_content_and_not_of_places(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"weights")
         (folder / "tokenizer.json").write_text("{}")
+        # The one was made by another release of the library than the other.
+        (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "transformers_version": folder.name}))
     before = identity_of(config, folders[0], prompts)
     assert identity_of(config, folders[1], prompts) == before and set(before) == {"model", "prompts"}
     (folders[1] / "tokenizer.json").write_text("{ }")
     assert identity_of(config, folders[1], prompts)["model"] != before["model"]
     other = [replace(prompts[0], token_ids=np.array([1, 2], dtype=np.int32)), prompts[1]]
+    (folders[0] / "config.json").write_text(json.dumps({"hidden_size": 9, "transformers_version": "a"}))
+    assert identity_of(config, folders[0], prompts)["model"] != before["model"]
     for changed in (prompts[::-1], prompts[:1], other):
         assert identity_of(config, folders[0], changed)["prompts"] != before["prompts"]

@@ -13,7 +13,7 @@ from medtvt_rl.config import Config, load_config
 from medtvt_rl.learner.supervised import Progress
 from pipelines import sft, supervised
 from pipelines.resume import ResumeError
-from pipelines.stage_resume import checkpoints_of, facts_of, find_epoch
+from pipelines.stage_resume import checkpoints_of, facts_of, find_epoch, where_it_goes_on
 from pipelines.stopping import SIGNALS, Stopped, stop_at_once
 
 TEXT_TASK = str(Path(__file__).parents[2] / "configs" / "text_task.yaml")
@@ -79,7 +79,9 @@ def test_other_examples_and_another_model_are_refused(tmp_path: Path, start: Pat
         find_epoch(config, "sft", identity, lambda: "e1", lambda text: None)
 
 
-def test_it_starts_anew_where_there_is_none_or_a_damaged_one_or_it_is_told_to(tmp_path: Path, start: Path) -> None:
+def test_it_starts_anew_where_there_is_none_or_it_is_told_to_and_not_where_one_is_damaged(
+    tmp_path: Path, start: Path
+) -> None:
     config, said = a_config(tmp_path), list[str]()
     identity = facts_of(config, start)["identity"]
     assert find_epoch(config, "sft", identity, lambda: pytest.fail("not asked"), said.append) is None and not said
@@ -88,9 +90,10 @@ def test_it_starts_anew_where_there_is_none_or_a_damaged_one_or_it_is_told_to(tm
     assert find_epoch(never, "sft", identity, lambda: "e1", said.append) is None and not said
     place = checkpoints_of(config, "sft").folder / "epoch_000002"
     (place / "rank_00000.safetensors").write_bytes(b"stale")
-    assert find_epoch(config, "sft", identity, lambda: "e1", said.append) is None
+    with pytest.raises(ResumeError, match=r"none of the 1 checkpoints in \S+ can be read.*resume=never"):
+        find_epoch(config, "sft", identity, lambda: "e1", said.append)
     wrong = "rank_00000.safetensors is not what was written (size or SHA-256 differ)"
-    assert said == [f"sft: checkpoint {place} is damaged and passed over: {wrong}", "sft: starts anew"]
+    assert said == [f"sft: checkpoint {place} is damaged and passed over: {wrong}"]
 
 
 def test_a_finished_stage_keeps_none(tmp_path: Path, start: Path) -> None:
@@ -137,6 +140,8 @@ def test_a_stop_says_where_the_same_command_goes_on(
             with pytest.raises(Stopped, match=f"^{name}: {words}$") as stopped:
                 supervised.train(config, "sft", start, False, reporter)  # type: ignore[arg-type]
             assert stopped.value.exit_code == 128 + number
+        never = a_config(tmp_path, "resume=never")
+        assert where_it_goes_on(never, "sft") == "the same command with resume=auto goes on after epoch 3 of 8 of sft"
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
