@@ -105,7 +105,7 @@ class CheckpointKeeper:
         self.newest = version
 
     async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
-        """One at a time, also where the one before is late and nobody waits for it any more: a thread cannot be ended."""
+        """One at a time, also where the one before is late and nobody waits for it any more."""
         if self._thread is not None:
             await asyncio.wait([self._thread])
         self._thread = asyncio.ensure_future(asyncio.to_thread(work, *args))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import psutil
 
 SAMPLE_EVERY_S = 4.0
-SAMPLE_SHARE = 0.01
+SAMPLE_SHARE = 0.005
 """Of a core, at most: the kernel walks all pages of a process for its proportional set size."""
 COLLECT_EVERY = 20_000
 

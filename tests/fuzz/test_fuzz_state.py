@@ -74,10 +74,9 @@ def epochs(tmp_path_factory: pytest.TempPathFactory) -> EpochCheckpoints:
     (best / "config.json").write_text("{}")
     save_file({"a": torch.ones(3)}, best / "model.safetensors")
     seal(best)
+    folder = checkpoints.begin(2)
     for name in ("rank_00000.safetensors", "rest.safetensors"):
-        (checkpoints.begin(2) if name.startswith("rank") else checkpoints.unfinished(2)).joinpath(name).write_bytes(
-            b"x"
-        )
+        (folder / name).write_bytes(b"state")
     facts = {"encoder_auc": {}, "settings": {"sft": {"epochs": 2}}, "packages": {}, "identity": {"model": "abc"}}
     checkpoints.complete(Progress(epochs=2, steps=9, best=-1.5, best_epoch=0), 1, facts)
     return checkpoints
