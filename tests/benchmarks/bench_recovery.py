@@ -9,6 +9,7 @@ the first run the generator is killed after a third of the steps, in the second 
     full rate     seconds from the signal to the end of the first step that began after the successor served and takes
                   at most a quarter longer than the median of the steps before the signal
     groups lost   groups that were discarded
+    checkpoint    the longest that a checkpoint let training wait, seconds, of those that the run wrote
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from harness import FaultyRun
 
 SLOWER = 1.25
+BLOCKED = "checkpoint/blocked_s"
 
 
 def main() -> None:
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("--spares", type=int, choices=(0, 1), default=1, help="processes with their imports done")
     parser.add_argument("overrides", nargs="*", help="further key=value settings")
     args = parser.parse_args()
-    print("role      serves again, s  full rate, s  median step before, s  groups lost")
+    print("role      serves again, s  full rate, s  median step before, s  groups lost  checkpoint, s")
     with tempfile.TemporaryDirectory(prefix="bench_recovery_") as folder:
         for role in ("rollout", "learner"):
             print(measure(args, Path(folder) / role, role), flush=True)
@@ -65,7 +67,8 @@ def measure(args: argparse.Namespace, folder: Path, role: str) -> str:
     full = [at for at, seconds in done if at - seconds > event["time"] and seconds <= SLOWER * before]
     full_s = f"{full[0] - killed_at:12.1f}" if full else "       never"
     lost = len(run.rows("discarded"))
-    return f"{role:8}  {event['time'] - killed_at:15.1f}  {full_s}  {before:21.2f}  {lost:11}"
+    blocked = max((row[BLOCKED] for row in rows if BLOCKED in row), default=float("nan"))
+    return f"{role:8}  {event['time'] - killed_at:15.1f}  {full_s}  {before:21.2f}  {lost:11}  {blocked:13.2f}"
 
 
 if __name__ == "__main__":
