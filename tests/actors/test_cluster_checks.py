@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from actors.cluster_faults import overlooked_faults, ray_faults
 from actors.bundles import grpo_bundles, logical_cpus
+from actors.cluster_faults import overlooked_faults, ray_faults
 from actors.cluster_file import matches, max_workers, node_types, read_cluster, read_machines
 from actors.cluster_layout import hourly_cost, lay_out, placement_faults
 from actors.placement import grpo_roles, plan
