@@ -5,9 +5,11 @@ Owns: how many actors of each role there are, and their bundles. Does not own: w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.config import Config
+from medtvt_rl.dotted import resolve
 from medtvt_rl.roles import node_kinds
 
 
@@ -83,6 +85,20 @@ def grpo_roles(config: Config) -> dict[str, int]:
     }
 
 
+def grpo_bundles(config: Config, num_generators: int | None = None) -> list[Bundle]:
+    """What GRPO places: by the usual layout, whose module is not imported for nothing, or by the `bundles` of the one
+    that is named.
+
+    Args:
+        num_generators: in the place of `rollout.num_generators`.
+    """
+    if num_generators is not None:
+        config = replace(config, rollout=replace(config.rollout, num_generators=num_generators))
+    usual = config.grpo.layout == GrpoConfig.layout
+    own = None if usual else getattr(resolve(config.grpo.layout, "grpo.layout"), "bundles", None)
+    return plan(config, grpo_roles(config)) if own is None else list(own(config))
+
+
 def evaluation_generators(config: Config) -> int:
     """Generators of the evaluation stage."""
     return config.evaluation.num_generators or config.rollout.num_generators
@@ -90,8 +106,7 @@ def evaluation_generators(config: Config) -> int:
 
 def logical_cpus(config: Config) -> float:
     """CPUs that the largest stage asks for; a local Ray offers at least these."""
-    roles = {**grpo_roles(config), "rollout": config.rollout.most}
-    grpo = sum(bundle.cpus for bundle in plan(config, roles))
+    grpo = sum(bundle.cpus for bundle in grpo_bundles(config, config.rollout.most))
     supervised = max(config.pretrain.num_workers, config.sft.num_workers) * config.placement.learner.cpus
     evaluation = sum(bundle.cpus for bundle in plan(config, {"rollout": evaluation_generators(config)}))
     return max(grpo, supervised, evaluation) + 1

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from actors.accelerators import known_accelerators, nearest
-from actors.cluster_file import MACHINE_KEY, MachineTable, NodeType, node_types, provider_of
+from actors.cluster_file import MACHINE_KEY, MachineTable, NodeType, max_workers, node_types, provider_of
 
 # What a provider's call for new machines takes, as far as Ray hands it on.
 NODE_CONFIG_KEYS = {
@@ -57,7 +57,7 @@ def overlooked_faults(cluster: Mapping[str, Any], table: MachineTable) -> list[s
             _machine(node_type, provider_of(cluster), table),
         ]
         found += [f"{place}.{fault}" for check in checks for fault in check]
-    return [*found, *_provider(cluster), *_totals(cluster), *_tokens(cluster), *_images(cluster), *_unfilled(cluster)]
+    return [*found, *_provider(cluster), *_tokens(cluster), *_images(cluster), *_unfilled(cluster)]
 
 
 def _labels(labels: Mapping[str, Any], node_type: NodeType) -> Iterator[str]:
@@ -91,9 +91,10 @@ def _counts(node_type: NodeType, cluster: Mapping[str, Any]) -> Iterator[str]:
         return
     if node_type.min_nodes > node_type.max_nodes:
         yield f"min_workers: {node_type.min_nodes} exceeds max_workers = {node_type.max_nodes}"
-    total = cluster.get("max_workers")
+    total = max_workers(cluster)
     if total is not None and node_type.max_nodes > total:
-        yield f"max_workers: {node_type.max_nodes} exceeds max_workers = {total} of the whole cluster"
+        usual = "" if "max_workers" in cluster else ", Ray's default"
+        yield f"max_workers: {node_type.max_nodes} exceeds max_workers = {total} of the whole cluster{usual}"
 
 
 def _node_config(node: Mapping[str, Any], provider: str) -> Iterator[str]:
@@ -139,13 +140,6 @@ def _provider(cluster: Mapping[str, Any]) -> Iterator[str]:
     for zone in filter(None, (zone.strip() for zone in zones.split(","))):
         if region and not zone.startswith(region):
             yield f"provider.availability_zone: {zone} does not lie in provider.region = {region}"
-
-
-def _totals(cluster: Mapping[str, Any]) -> Iterator[str]:
-    total = cluster.get("max_workers")
-    wanted = sum(node_type.min_nodes for node_type in node_types(cluster) if not node_type.is_head)
-    if total is not None and wanted > total:
-        yield f"max_workers: {total}, but the node types' min_workers add up to {wanted}"
 
 
 def _tokens(cluster: Mapping[str, Any]) -> Iterator[str]:

@@ -69,17 +69,19 @@ def read_cluster(path: str | Path) -> dict[str, Any]:
     """The file as it stands.
 
     Raises:
-        ConfigError: it is missing, or not a YAML mapping.
+        ConfigError: it is missing, not a YAML mapping, or made for kubectl.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        documents = list(yaml.safe_load_all(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"cluster file {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
+    if any(isinstance(one, dict) and "apiVersion" in one for one in documents):
+        raise ConfigError(f"{path}: a file for kubectl; expected one that `ray up` takes, such as cluster.yaml")
+    if len(documents) != 1 or not isinstance(documents[0], dict):
         raise ConfigError(f"{path}: expected a mapping with available_node_types; cluster.yaml is an example")
-    return content
+    return documents[0]
 
 
 def read_machines(path: str | Path) -> MachineTable:
@@ -112,6 +114,16 @@ def provider_of(cluster: Mapping[str, Any]) -> str:
     return str((cluster.get("provider") or {}).get("type", ""))
 
 
+def max_workers(cluster: Mapping[str, Any]) -> int | None:
+    """Nodes beside the head, of all types; where the file doesn't say, what Ray takes for its provider."""
+    if "max_workers" in cluster:
+        return int(cluster["max_workers"])
+    from ray.autoscaler._private.providers import _get_default_config
+
+    usual = _get_default_config(cluster["provider"]).get("max_workers")
+    return None if usual is None else int(usual)
+
+
 def is_spot(node_config: Mapping[str, Any], provider: str) -> bool:
     """Whether the machine can be taken away."""
     if provider == "aws":
@@ -130,6 +142,7 @@ def node_types(cluster: Mapping[str, Any], table: MachineTable | None = None) ->
     """
     provider = provider_of(cluster)
     head = cluster.get("head_node_type")
+    most = max_workers(cluster)  # of a type that doesn't say
     found = []
     known = table.machines.get(provider, {}) if table is not None and provider == "aws" else {}
     for name, node_type in (cluster.get("available_node_types") or {}).items():
@@ -142,7 +155,7 @@ def node_types(cluster: Mapping[str, Any], table: MachineTable | None = None) ->
                 is_head=name == head,
                 is_spot=is_spot(node_config, provider),
                 min_nodes=1 if name == head else int(node_type.get("min_workers") or 0),
-                max_nodes=1 if name == head else int(node_type.get("max_workers") or 0),
+                max_nodes=1 if name == head else int(node_type.get("max_workers", most or 0)),
                 cpus=float(resources.get("CPU", machine.cpus)),
                 gpus=float(resources.get("GPU", machine.gpus)),
                 labels={str(key): str(value) for key, value in (node_type.get("labels") or {}).items()},

@@ -6,10 +6,11 @@ started. Does not own: the real placement (placement.py).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from actors.bundles import Bundle, evaluation_generators, grpo_roles, plan
+from actors.bundles import Bundle, evaluation_generators, grpo_bundles, plan
 from actors.cluster_file import MachineTable, NodeType, matches
 from medtvt_rl.config import Config
 from medtvt_rl.roles import ACCELERATOR, GANG, MARKET
@@ -56,15 +57,15 @@ class Layout:
         return sum(node.free_gpus for node in self.nodes)
 
 
-def stage_roles(config: Config) -> dict[str, dict[str, int]]:
-    """Stage -> actors of each role that it starts, of the stages in `run.stages` that start any."""
-    roles = {
-        "pretrain": {"learner": config.pretrain.num_workers},
-        "sft": {"learner": config.sft.num_workers},
-        "grpo": grpo_roles(config),
-        "evaluate": {"rollout": evaluation_generators(config)},
+def stage_bundles(config: Config) -> dict[str, list[Bundle]]:
+    """Stage -> the actors that it starts, of the stages in `run.stages` that start any."""
+    bundles = {
+        "pretrain": plan(config, {"learner": config.pretrain.num_workers}),
+        "sft": plan(config, {"learner": config.sft.num_workers}),
+        "grpo": grpo_bundles(config),
+        "evaluate": plan(config, {"rollout": evaluation_generators(config)}),
     }
-    return {stage: roles[stage] for stage in config.run.stages if stage in roles}
+    return {stage: bundles[stage] for stage in config.run.stages if stage in bundles}
 
 
 def lay_out(bundles: Sequence[Bundle], types: Sequence[NodeType], max_workers: int | None) -> Layout:
@@ -103,11 +104,13 @@ def _seat(
 def placement_faults(config: Config, types: Sequence[NodeType], max_workers: int | None) -> list[str]:
     """One line for each role that the cluster cannot take, with what it lacks of the role's first kind of node."""
     faults: dict[str, str] = {}
-    for stage, roles in stage_roles(config).items():
-        layout = lay_out(plan(config, roles), types, max_workers)
+    for stage, bundles in stage_bundles(config).items():
+        layout = lay_out(bundles, types, max_workers)
+        counts = Counter(bundle.role for bundle in bundles)
         for role in dict.fromkeys(bundle.role for bundle in layout.homeless):
             left = [bundle for bundle in layout.homeless if bundle.role == role]
-            faults.setdefault(role, f"placement.{role}: {_why(left, roles[role], stage, types, max_workers)}")
+            place = f"placement.{role}" if hasattr(config.placement, role) else f"grpo.layout: {role}"
+            faults.setdefault(role, f"{place}: {_why(left, counts[role], stage, types, max_workers)}")
     return list(faults.values())
 
 

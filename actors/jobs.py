@@ -208,7 +208,8 @@ class Follower:
             except _broken() as error:
                 if time.monotonic() > deadline:
                     raise RuntimeError(
-                        f"the job server has not answered for {END_TIMEOUT_S:g} s; job {self._job} may go on without it"
+                        f"the job server has not told of job {self._job} for {END_TIMEOUT_S:g} s, which may go on "
+                        f"without it; at last: {type(error).__name__}: {error}"
                     ) from error
                 time.sleep(POLL_S)
 

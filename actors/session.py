@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RpcError
@@ -67,6 +68,8 @@ def _join(address: str) -> None:
     """Joins a running cluster; raises ConfigError where it does not let us in: no answer, the token, its version."""
     if os.environ.get(AUTH_MODE) == "token" and read_token(None) is None:
         raise ConfigError(f"cluster.address is {address!r}, {AUTH_MODE} is token, and there is none; {TOKEN_MEND}")
+    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does, which the probe is ahead of
     probe_address(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -134,26 +137,33 @@ def close_local_ray() -> None:
 
 
 def probe_address(address: str) -> None:
-    """Raises ConfigError if no Ray answers at HOST:PORT; Ray itself would wait for minutes. "auto" is left to Ray."""
+    """Raises ConfigError if no Ray answers at HOST:PORT; Ray itself would wait for minutes. "auto" is what Ray finds:
+    RAY_ADDRESS, a node that runs on this machine, or what the last `ray start` has left."""
+    named = f"cluster.address is {address!r}"
+    mend = "start it with `ray up cluster.yaml`, or leave the address out for a local run"
+    if address == "auto":
+        try:
+            address = services.get_ray_address_from_environment(address, None)
+        except ConnectionError as error:
+            raise ConfigError(f"{named}: no Ray runs on this machine, and RAY_ADDRESS is not set; {mend}") from error
+        named += f", here {address}"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
-    mend = "start it with `ray up cluster.yaml`, or leave the address out for a local run"
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise ConfigError(f"cluster.address is {address!r}: nothing answers there ({error}); {mend}") from error
+        raise ConfigError(f"{named}: nothing answers there ({error}); {mend}") from error
     if address.startswith("ray://"):
         return
     RayletConfig.initialize(json.dumps({"py_gcs_connect_timeout_s": GREETING_TIMEOUT_S}))
     try:
         GcsClient(address=address)
     except AuthenticationError as error:
-        raise ConfigError(f"cluster.address is {address!r}: {why_not_joined(error)}") from error
+        raise ConfigError(f"{named}: {why_not_joined(error)}") from error
     except RpcError as error:
         raise ConfigError(
-            f"cluster.address is {address!r}: what listens there is no head of a Ray cluster (its port is 6379 by "
-            f"default); {mend}"
+            f"{named}: what listens there is no head of a Ray cluster (its port is 6379 by default); {mend}"
         ) from error
     finally:
         RayletConfig.initialize("")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
-from pipelines.command import EXIT_FAILED, EXIT_USAGE, fail, load
+from pipelines.command import EXIT_FAILED, EXIT_USAGE, check_named, fail, load
 
 if TYPE_CHECKING:
     from actors.cluster_file import MachineTable, NodeType
@@ -37,15 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """0: a cluster that takes this run; 1: faults, one line each; 2: a file that cannot be read."""
-    from actors.accelerators import check_accelerators
     from actors.cluster_faults import overlooked_faults, ray_faults
-    from actors.cluster_file import node_types, read_cluster, read_machines
+    from actors.cluster_file import max_workers, node_types, read_cluster, read_machines
     from actors.cluster_layout import placement_faults
 
     try:
         path, overrides, cluster_file = _sorted(args)
         config = load(path, overrides)
-        check_accelerators(config.placement)
+        check_named(config, runs_here=False)
         cluster = read_cluster(cluster_file)
         table = read_machines(args.machines)
     except ConfigError as error:
@@ -53,7 +52,7 @@ def command(args: argparse.Namespace) -> int:
     logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)
     faults = ray_faults(cluster)
     if not faults:
-        types, limit = node_types(cluster, table), cluster.get("max_workers")
+        types, limit = node_types(cluster, table), max_workers(cluster)
         faults = [f"{cluster_file}: {fault}" for fault in overlooked_faults(cluster, table)]
         if types:
             print("\n".join(describe(config, cluster, types, table)))
@@ -85,11 +84,11 @@ def _sorted(args: argparse.Namespace) -> tuple[str, list[str], str]:
 
 def describe(config: Config, cluster: dict[str, Any], types: Sequence[NodeType], table: MachineTable) -> list[str]:
     """The forecast as lines: of each stage who runs where, the GPUs that idle, and the cost."""
-    from actors.cluster_file import provider_of
-    from actors.cluster_layout import hourly_cost, lay_out, stage_roles
-    from actors.placement import plan
+    from actors.bundles import grpo_bundles
+    from actors.cluster_file import max_workers, provider_of
+    from actors.cluster_layout import hourly_cost, lay_out, stage_bundles
 
-    provider, limit = provider_of(cluster), cluster.get("max_workers")
+    provider, limit = provider_of(cluster), max_workers(cluster)
     priced = bool(table.machines.get(provider))
     lines = []
 
@@ -98,12 +97,12 @@ def describe(config: Config, cluster: dict[str, Any], types: Sequence[NodeType],
         cost = f"; about {hourly_cost(counts, types, table, provider):.2f} $ an hour" if priced else ""
         return f"GPUs: {layout.gpus:g}, of which {layout.idle_gpus:g} idle{cost}"
 
-    for stage, roles in stage_roles(config).items():
-        layout = lay_out(plan(config, roles), types, limit)
+    for stage, bundles in stage_bundles(config).items():
+        layout = lay_out(bundles, types, limit)
         lines += [f"{stage}:", *_nodes(layout), f"  {sums(layout)}"]
-        asked = config.rollout.max
-        if stage == "grpo" and asked is not None and asked > roles["rollout"]:
-            grown = lay_out(plan(config, {**roles, "rollout": asked}), types, limit)
+        asked = config.rollout.most
+        if stage == "grpo" and asked > config.rollout.num_generators:
+            grown = lay_out(grpo_bundles(config, asked), types, limit)
             placed = asked - sum(bundle.role == "rollout" for bundle in grown.homeless)
             lines.append(f"  grown to {placed} generators (rollout.max={asked}): {sums(grown)}")
     if not priced:

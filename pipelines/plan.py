@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from actors.placement import Bundle, grpo_roles, plan
-from medtvt_rl.algorithm.config import GrpoConfig
+from actors.bundles import grpo_bundles
 from medtvt_rl.config import Config, to_yaml
-from medtvt_rl.dotted import resolve
 
 
 def describe(config: Config) -> str:
@@ -17,17 +15,9 @@ def describe(config: Config) -> str:
             "batch arithmetic",
             _indent(batch_arithmetic(config)),
             "placement",
-            _indent("\n".join(str(bundle) for bundle in _bundles(config))),
+            _indent("\n".join(str(bundle) for bundle in grpo_bundles(config))),
         ]
     )
-
-
-def _bundles(config: Config) -> list[Bundle]:
-    """Those of the usual layout, or of the one that is named, whose module is not imported for nothing."""
-    if config.grpo.layout == GrpoConfig.layout:
-        return plan(config, grpo_roles(config))
-    bundles: list[Bundle] = resolve(config.grpo.layout, "grpo.layout").bundles(config)
-    return bundles
 
 
 def batch_arithmetic(config: Config) -> str:

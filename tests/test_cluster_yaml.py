@@ -120,6 +120,17 @@ def cluster_configs() -> list[Path]:
     return [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "labels:" in path.read_text()]
 
 
+def test_who_waits_long_for_a_first_node_waits_as_long_for_the_next() -> None:
+    configs = {path.name: load_config(path) for path in sorted((ROOT / "configs").glob("*.yaml"))}
+    waiting = {name for name, one in configs.items() if one.placement.timeout_s > PlacementConfig().timeout_s}
+    assert {path.name for path in cluster_configs()} <= waiting
+    for name in waiting:
+        assert configs[name].supervision.vacancy_timeout_s >= configs[name].placement.timeout_s, name
+    example = (ROOT / "docs/cluster.md").read_text().split("```yaml\n")[1].split("```")[0]
+    shown = yaml.safe_load(example)
+    assert shown["supervision"]["vacancy_timeout_s"] >= shown["placement"]["timeout_s"]
+
+
 @pytest.mark.parametrize("path", cluster_configs(), ids=lambda path: path.stem)
 def test_configurations_for_clusters_can_be_placed(cluster: dict[str, Any], path: Path) -> None:
     config: Config = load_config(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from medtvt_rl.config import load_config
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs/cluster"
 TABLE = read_machines(FOLDER / "machines.yaml")
+DOCS = (ROOT / "docs/cluster.md").read_text()
 
 
 @pytest.fixture
@@ -95,9 +98,23 @@ def test_kubernetes_starts_the_job_on_its_own_cluster(manifests: dict[str, dict[
     assert f"ray:{ray.__version__}-py311" in (FOLDER / "Dockerfile").read_text()
 
 
+def test_the_image_takes_the_build_that_the_documented_command_names() -> None:
+    lines = (FOLDER / "Dockerfile").read_text().splitlines()
+    taken = dict(line.removeprefix("ARG ").split("=", 1) for line in lines if line.startswith("ARG "))
+    assert taken == {"EXTRA": "cuda", "TORCH_ARGS": ""}
+    run = lines.index("RUN bash requirements/setup.sh")  # which reads both from the environment
+    assert all(lines.index(f"ARG {name}={value}") < run for name, value in taken.items())
+    command = re.search(r"docker build -f configs/cluster/Dockerfile.*?medtvt-rl:cpu.*? \.\n", DOCS, re.DOTALL)
+    words = shlex.split(command[0].replace("\\\n", " "))
+    given = dict(words[i + 1].split("=", 1) for i, word in enumerate(words) if word == "--build-arg")
+    cpu = read_cluster(ROOT / "cluster.yaml")["setup_commands"][0]
+    assert given["EXTRA"] == "cpu" and f'TORCH_ARGS="{given["TORCH_ARGS"]}"' in cpu and set(given) == set(taken)
+
+
 def test_kubernetes_mounts_only_volumes_that_exist(manifests: dict[str, dict[str, Any]]) -> None:
     for group in [manifests["RayCluster"]["spec"]["headGroupSpec"], *groups(manifests)]:
         volumes = {volume["name"] for volume in group["template"]["spec"]["volumes"]}
         mounted = {mount["name"] for mount in container(group)["volumeMounts"]}
         assert mounted == volumes and "shared" in volumes
+        assert group["template"]["spec"]["securityContext"]["fsGroup"] == 1000, "`ray` may write to the claim"
         assert group.get("minReplicas", 0) <= group.get("replicas", 0) <= group.get("maxReplicas", 0)

@@ -198,8 +198,11 @@ def test_the_reward_of_a_program(written: Path, tmp_path: Path, apart: bool) -> 
     def prints(program: str, timeout_s: float = 20.0) -> float:
         return float(sandbox.prints(program, "3", timeout_s, apart))
 
-    if apart and prints("print(1 + 2)") == 0:
-        pytest.skip("this machine does not let a user make namespaces")
+    if apart:
+        try:
+            sandbox.check_apart()
+        except RuntimeError as error:
+            pytest.skip(f"this machine does not let a user make namespaces: {error}")
     assert prints("print(1 + 2)") == 1
     assert prints("print(4)") == 0
     assert prints("print(3); raise SystemExit(1)") == 0
@@ -217,3 +220,19 @@ def test_the_reward_of_a_program(written: Path, tmp_path: Path, apart: bool) -> 
     online = "import socket\ntry:\n    socket.create_connection(('127.0.0.1', {}), 2)\nexcept OSError:\n    print(3)"
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         assert prints(online.format(server.server_port)) == float(apart)
+
+
+def test_a_program_that_cannot_be_kept_apart_is_no_wrong_answer(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sandbox
+
+    refusing = tmp_path / "unshare"
+    refusing.write_text("#!/bin/sh\necho 'unshare failed: Operation not permitted' >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setattr(sandbox, "APART", [str(refusing), *sandbox.APART[1:]])
+    sandbox.check_apart.cache_clear()
+    scored = Scorer({"tests": RewardConfig(function="sandbox:prints")}).score(["print(3)"], "3")
+    assert scored.failed.tolist() == [True]
+    assert "Operation not permitted; allow user namespaces" in str(scored.reasons[0])
+    assert sandbox.prints("print(3)", "3", apart=False) == 1

@@ -107,7 +107,8 @@ class GrpoConfig:
         max_staleness: steps that a sample may lag behind the learner; 0 is on-policy training by the same code.
         advantage: group (mean and deviation, arXiv 2402.03300), mean_only (2503.20783), rloo (2402.14740), or the
             dotted path of f(rewards [G] float64) -> [G].
-        layout: dotted path of f(config, reporter, stop) -> object with `run()`, which puts actors and loop together.
+        layout: dotted path of f(config, reporter, stop) -> object with `run()`, which puts actors and loop together;
+            its `bundles(config)`, where it has one, says what is placed.
         final_lr_share: the learning rate falls linearly to this share of its start.
         max_nonfinite_groups: groups that may be left out of a run because their loss or gradient was not finite.
         record_steps: the learners' inputs are kept, so that `medtvt-rl replay` can repeat a step bit for bit.

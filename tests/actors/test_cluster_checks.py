@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from actors.bundles import grpo_bundles, logical_cpus
 from actors.cluster_faults import overlooked_faults, ray_faults
-from actors.cluster_file import matches, node_types, read_cluster, read_machines
+from actors.cluster_file import matches, max_workers, node_types, read_cluster, read_machines
 from actors.cluster_layout import hourly_cost, lay_out, placement_faults
 from actors.placement import grpo_roles, plan
 from medtvt_rl.config import Config, load_config
@@ -53,6 +54,7 @@ def test_a_filled_in_file_has_no_fault(cluster: dict[str, Any], config: Config) 
         (lambda c: types_of(c, "rollout")["labels"].update(role="a b!"), "rollout.labels.role: "),
         (lambda c: types_of(c, "rollout").update(min_workers=9), "rollout.min_workers: 9 exceeds max_workers = 8"),
         (lambda c: types_of(c, "rollout").update(max_workers=30), "rollout.max_workers: 30 exceeds"),
+        (lambda c: c.pop("max_workers"), "rollout.max_workers: 8 exceeds max_workers = 2 of the whole cluster, Ray's"),
         (lambda c: types_of(c, "learner")["node_config"].pop("ImageId"), "learner.node_config.ImageId: missing"),
         (lambda c: types_of(c, "learner")["node_config"].update(ImageId="ubuntu"), "'ubuntu' is no machine image"),
         (lambda c: types_of(c, "learner")["node_config"].update(InstnceType="x"), "did you mean 'InstanceType'?"),
@@ -83,6 +85,7 @@ def test_what_ray_overlooks_is_one_line(cluster: dict[str, Any], change: Any, ex
         (lambda c: c.update(head_node_type="hed"), "head_node_type"),
         (lambda c: types_of(c, "rollout")["resources"].update(GPU=0.5), "GPU"),
         (lambda c: c["provider"].update(type="awz"), "awz"),
+        (lambda c: (c.update(max_workers=1), types_of(c, "scoring").update(min_workers=2)), "global `max_workers`"),
     ],
 )
 def test_what_ray_refuses_is_one_line(cluster: dict[str, Any], change: Any, expected: str) -> None:
@@ -192,6 +195,60 @@ def test_what_ray_asks_aws_for_is_taken_from_the_table(cluster: dict[str, Any], 
     assert placement_faults(config, node_types(cluster, TABLE), cluster["max_workers"]) == []
 
 
+@pytest.mark.parametrize(("total", "expected"), [(7, 7), (None, 2)])
+def test_a_node_type_without_a_maximum_has_that_of_the_cluster(
+    cluster: dict[str, Any], config: Config, total: int | None, expected: int
+) -> None:
+    for name in ("learner", "rollout", "scoring"):
+        types_of(cluster, name).pop("max_workers")
+    types_of(cluster, "rollout").update(min_workers=1)
+    del cluster["max_workers"]
+    if total is not None:
+        cluster["max_workers"] = total
+    assert ray_faults(cluster) == [] and overlooked_faults(cluster, TABLE) == []
+    most = {one.name: one.max_nodes for one in node_types(cluster)}
+    assert most == {"head": 1, "learner": expected, "rollout": expected, "scoring": expected}
+    assert max_workers(cluster) == expected
+    homeless = placement_faults(config, node_types(cluster), max_workers(cluster))
+    assert (homeless == []) == (total is not None)
+
+
+OWN_LAYOUT = """
+from actors.bundles import Bundle, grpo_roles, plan
+
+
+class Layout:
+    @staticmethod
+    def bundles(config):
+        cpus = config.rewards["format"].weight
+        return [*plan(config, grpo_roles(config)), Bundle(role="memory", index=0, cpus=cpus, gpus=0, labels={})]
+
+
+def without_bundles(config, reporter, stop):
+    raise NotImplementedError
+"""
+
+
+def test_the_roles_of_one_s_own_layout_are_placed_too(
+    cluster: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_layout.py").write_text(OWN_LAYOUT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path, layout = tmp_path / "cluster.yaml", "grpo.layout=own_layout:Layout"
+    path.write_text(yaml.safe_dump(cluster))
+    arguments = ["check-cluster", str(path), "-c", str(CONFIG), layout, "--machines", str(MACHINES)]
+    assert main([*arguments[:5], "rewards.format.weight=3", *arguments[5:]]) == 0
+    assert "1 memory" in capsys.readouterr().out
+    assert main([*arguments[:5], "rewards.format.weight=64", *arguments[5:]]) == 1
+    said = capsys.readouterr()
+    assert "  nowhere: 1 memory" in said.out and "grpo.layout: memory: an actor asks for 64 CPU, more than" in said.err
+    usual, own = load_config(CONFIG, ["rollout.max=7"]), load_config(CONFIG, ["rollout.max=7", layout])
+    own.rewards["format"].weight = 64
+    assert logical_cpus(own) - logical_cpus(usual) == 64
+    own.grpo.layout = "own_layout:without_bundles"
+    assert grpo_bundles(own) == plan(usual, grpo_roles(usual))
+
+
 def test_selectors_mean_what_ray_means() -> None:
     labels = {"role": "rollout", "ray.io/accelerator-type": "L4"}
     assert matches({"ray.io/accelerator-type": "in(L4, A10G)", "role": "!learner"}, labels)
@@ -199,10 +256,18 @@ def test_selectors_mean_what_ray_means() -> None:
     assert not matches({"role": "learner"}, labels) and not matches({"zone": "a"}, labels)
 
 
+def test_a_file_for_kubectl_is_refused_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-cluster", str(ROOT / "configs/cluster/kuberay.yaml"), "-c", str(CONFIG)]) == 2
+    assert "kuberay.yaml: a file for kubectl; expected one that `ray up` takes" in capsys.readouterr().err
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1")
-    for path, expected in ((tmp_path / "none.yaml", "cannot be read"), (broken, "not valid YAML")):
+    two = tmp_path / "two.yaml"
+    two.write_text("a: 1\n---\nb: 2\n")
+    wrong = {tmp_path / "none.yaml": "cannot be read", broken: "not valid YAML", two: "expected a mapping with"}
+    for path, expected in wrong.items():
         with pytest.raises(ConfigError, match=expected):
             read_cluster(path)
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import ray
@@ -105,6 +106,16 @@ def test_every_file_of_the_project_is_sent() -> None:
     )
     assert {name for name in tracked if name} <= sent
     assert not any(name.startswith(("runs/", ".venv/", ".git/")) for name in sent)
+
+
+def test_a_job_that_the_server_does_not_know_any_more_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgetful:
+        def get_job_info(self, job: str) -> NoReturn:
+            raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
+
+    monkeypatch.setattr(jobs, "END_TIMEOUT_S", 0.0)
+    with pytest.raises(RuntimeError, match=r"has not told of job job_1 for 0 s.*404: Job job_1 does not exist"):
+        jobs.Follower(Forgetful(), "job_1").run()  # type: ignore[arg-type]
 
 
 def test_the_token_comes_from_where_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private import services
 
 from actors.session import probe_address
 from medtvt_rl.config_checks import ConfigError
@@ -39,8 +40,21 @@ def test_a_silent_address_is_refused() -> None:
         probe_address(f"127.0.0.1:{port}")
 
 
-def test_what_is_no_host_and_port_is_left_to_ray() -> None:
-    probe_address("auto")
+def test_auto_is_the_address_that_ray_would_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)  # of others on this machine
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=r"is 'auto': no Ray runs on this machine, and RAY_ADDRESS is not set; start"):
+        probe_address("auto")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        gone = f"127.0.0.1:{server.getsockname()[1]}"
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(gone)  # of a head that crashed
+    with pytest.raises(ConfigError, match=rf"cluster\.address is 'auto', here {gone}: nothing answers there"):
+        probe_address("auto")
+    monkeypatch.setenv("RAY_ADDRESS", f"ray://{gone}")
+    with pytest.raises(ConfigError, match=rf"is 'auto', here ray://{gone}: nothing answers there"):
+        probe_address("auto")
 
 
 JOIN = """
@@ -95,6 +109,8 @@ def joined(environment: dict[str, str], version: str = ray.__version__) -> str:
 @pytest.mark.cluster
 def test_who_may_join_a_cluster(head: dict[str, str]) -> None:
     assert joined(head) == "joined"
+    unsaid = {name: value for name, value in head.items() if name != "RAY_AUTH_MODE"}
+    assert joined(unsaid | {"FAR_ADDRESS": "auto"}) == "joined"  # with the token that Ray finds
     wrong = joined(head | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
     assert re.match(r"cluster\.address is '127\.0\.0\.1:\d+': the token is not the cluster's, or there is none;", wrong)
     none = {name: value for name, value in head.items() if not name.startswith("RAY_AUTH")} | {"HOME": "/nonexistent"}
