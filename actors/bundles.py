@@ -5,7 +5,7 @@ Owns: how many actors of each role there are, and their bundles. Does not own: w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medtvt_rl.config import Config
 from medtvt_rl.roles import node_kinds
@@ -86,6 +86,14 @@ def grpo_roles(config: Config) -> dict[str, int]:
 def evaluation_generators(config: Config) -> int:
     """Generators of the evaluation stage."""
     return config.evaluation.num_generators or config.rollout.num_generators
+
+
+def for_evaluation(config: Config) -> Config:
+    """The configuration by which the generators of the evaluation stage come: `rollout.min` of them are enough to begin,
+    and each of the others joins when it has a node."""
+    count = evaluation_generators(config)
+    least = count if config.rollout.min is None else min(config.rollout.min, count)
+    return replace(config, rollout=replace(config.rollout, num_generators=count, min=least, max=count, scaling="room"))
 
 
 def logical_cpus(config: Config) -> float:
