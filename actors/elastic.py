@@ -150,8 +150,11 @@ class Elastic:
         the one before, and does not come before `rollout.elastic.cooldown_s` is over."""
         needed = {*self._generators.serving, *self._generators.on_their_way, *self._coming, *self._leaving}
         for index in set(self._seats.indices("rollout")) - needed:
-            self._not_before = time.monotonic() + max(RETRY_S, self._settings.elastic.cooldown_s)
+            self._pause(max(RETRY_S, self._settings.elastic.cooldown_s))
             await asyncio.to_thread(self._seats.remove, "rollout", index)
+
+    def _pause(self, seconds: float) -> None:
+        self._not_before = max(self._not_before, time.monotonic() + seconds)
 
     def _may_open(self) -> bool:
         return time.monotonic() >= self._not_before
@@ -189,7 +192,7 @@ class Elastic:
         finally:
             self._coming.pop(index, None)
             if not serves:
-                self._not_before = time.monotonic() + RETRY_S
+                self._pause(RETRY_S)
                 self._seats.remove("rollout", index)
 
     async def _has_node(self, index: int) -> bool:

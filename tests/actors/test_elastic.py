@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_generators import CHECKSUM, PROMPT, Cast
+from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
 
 from actors import elastic
 from actors.bundles import Bundle
 from actors.elastic import Elastic, Signals
-from actors.rollout_pool import RolloutPool
+from actors.spares import Spares
 from medtvt_rl.config import Config
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.balance import Share
@@ -105,7 +105,7 @@ async def until(condition: Callable[[], bool], what: Any = "") -> None:
 
 
 def played(
-    config: Config, pool: Pool | RolloutPool, nodes: Nodes, play: Callable[[Elastic, list[str]], Any], poll_s: float = 0.002
+    config: Config, pool: Pool, nodes: Nodes, play: Callable[[Elastic, list[str]], Any], poll_s: float = 0.002
 ) -> list[str]:
     """Runs `play` beside an Elastic; what that reported."""
     told: list[str] = []
@@ -171,8 +171,8 @@ def test_where_room_alone_decides_those_asked_for_are_asked_for_until_they_serve
 def test_one_that_is_given_up_gives_its_node_back_and_another_comes_with_what_is_left_of_its_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elastic, "RETRY_S", 0.05)
-    config = configured(min=2, num_generators=2, max=3, scaling="need")
+    monkeypatch.setattr(elastic, "RETRY_S", 0.5)
+    config = configured(min=2, num_generators=2, max=2, scaling="need")
     config.rollout.elastic = ElasticConfig(window_s=60.0, cooldown_s=0.0)
     nodes = Nodes(taken=2, room=2)
 
@@ -185,27 +185,24 @@ def test_one_that_is_given_up_gives_its_node_back_and_another_comes_with_what_is
             await asyncio.gather(*(cast.pool.generate(PROMPT, group_id, 4) for group_id in (0, 1)))
             await cast.settle()
 
-        async def play(keeper: Elastic, told: list[str]) -> None:
-            await lost(cast.first[0])
-            await asyncio.sleep(0.02)
-            assert nodes.taken == [0, 1], "its successor needs it"
-            await lost(cast.successors[0][0])
-            await until(lambda: nodes.taken == [1], cast.told)
-            keeper.observe(STEP)
-            await asyncio.sleep(0.02)
-            assert nodes.taken == [1], "it takes its time"
-            cast.prepare = lambda successor: None
-            while cast.pool.serving != [0, 1]:
-                keeper.observe(STEP)
-                await asyncio.sleep(0.01)
-            assert nodes.taken == [1, 0] and len(cast.successors[0]) == 2
-            await lost(cast.successors[0][1])
-            assert "given up (supervision.max_restarts: 1 in 600 s); 1 left" in cast.told[-1]
-            await until(lambda: nodes.taken == [1], cast.told)
-
         keeper = Elastic(config, cast.pool, nodes, cast.told.append)
         task = asyncio.create_task(keeper.run())
-        await play(keeper, cast.told)
+        await lost(cast.first[0])
+        await asyncio.sleep(0.02)
+        assert nodes.taken == [0, 1], "its successor needs it"
+        await lost(cast.successors[0][0])
+        await until(lambda: nodes.taken == [1], cast.told)
+        keeper.observe(STEP)
+        await asyncio.sleep(0.02)
+        assert nodes.taken == [1], "it takes its time"
+        cast.prepare = lambda successor: None
+        while cast.pool.serving != [0, 1]:
+            keeper.observe(STEP)
+            await asyncio.sleep(0.01)
+        assert nodes.taken == [1, 0] and len(cast.successors[0]) == 2
+        await lost(cast.successors[0][1])
+        assert "given up (supervision.max_restarts: 1 in 600 s); 1 left" in cast.told[-1]
+        await until(lambda: nodes.taken == [1], cast.told)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -351,6 +348,20 @@ def test_one_that_does_not_start_is_told_and_leaves_nothing(tmp_path: Path) -> N
         assert not await cast.pool.add(1) and cast.pool.serving == [0]
         assert "rollout 1 does not join: EngineBrokenError: no GPU" in cast.told[-1]
         assert cast.successors[1][0].dead.is_set()
+
+    asyncio.run(run())
+
+
+def test_one_that_takes_the_place_of_one_before_does_not_take_its_spare(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        spare = FakeGenerator("spare of g1")
+        spares = Spares("rollout", 1, lambda index: spare, 5.0, "s", kill=lambda handle: handle.dead.set())
+        spares._waiting[1] = spare
+        cast.pool._spares = spares
+        await cast.pool._roster.retire(1, 1.0)
+        assert await cast.pool.add(1)
+        assert spare.dead.is_set() and spares.take(1) is None, "it sat in the bundle that is given back"
 
     asyncio.run(run())
 
