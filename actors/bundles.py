@@ -89,8 +89,8 @@ def evaluation_generators(config: Config) -> int:
 
 
 def for_evaluation(config: Config) -> Config:
-    """The configuration by which generators of the evaluation stage come: `rollout.min` of them are enough to begin, and
-    each of the others joins when it has a node."""
+    """The configuration by which generators of the evaluation stage come: `rollout.min` of them are enough to begin,
+    and each of the others joins when it has a node."""
     count = evaluation_generators(config)
     least = count if config.rollout.min is None else min(config.rollout.min, count)
     return replace(config, rollout=replace(config.rollout, num_generators=count, min=least, max=count, scaling="room"))
