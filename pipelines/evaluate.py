@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 from actors.bundles import for_evaluation, plan
 from actors.placement import place
 from actors.rollout_pool import RolloutPool
+from actors.supervision import Incidents
 from medtvt_rl.config import Config
 from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.model.config import UNTRAINED_STAND_INS
@@ -97,15 +98,19 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
 @asynccontextmanager
 async def _generators(config: Config, folder: Path, reporter: Reporter) -> AsyncIterator[RolloutPool]:
     """Within it generators answer; those beyond `rollout.min` join when they have their nodes."""
-    reporter.line("evaluate: starting the engines")
+
+    def tell(text: str) -> None:
+        reporter.line(f"evaluate: {text}")
+
+    tell("starting the engines")
     staged = for_evaluation(config)
     bundles = plan(config, {"rollout": staged.rollout.least})
-    placement = place(bundles, config.placement.timeout_s, config.placement.fallback_after_s, reporter.line)
+    placement = place(bundles, config.placement.timeout_s, config.placement.fallback_after_s, tell)
     try:
-        pool = await RolloutPool.start(config, placement, folder)
+        pool = await RolloutPool.start(config, placement, folder, Incidents(tell))
         async with (
-            elastic(staged, pool, placement, None, reporter.line),
-            drained(config, {"rollout": pool}, placement, lambda: False, reporter.line),
+            elastic(staged, pool, placement, None, tell),
+            drained(config, {"rollout": pool}, placement, lambda: False, tell),
         ):
             yield pool
         pool.stop()

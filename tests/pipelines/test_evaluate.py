@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from actors.bundles import Bundle
+from actors.supervision import Incidents
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.evaluation.diagnosis import DiagnosisEvaluator
 from medtvt_rl.evaluation.records import StudyAnswers
@@ -173,7 +174,7 @@ def test_rollout_min_generators_are_enough_to_begin_and_the_others_join(
         placed.append(Seats(bundles))
         return placed[0]
 
-    async def start(config: Config, seats: Seats, folder: Path) -> Generators:
+    async def start(config: Config, seats: Seats, folder: Path, incidents: Incidents) -> Generators:
         return Generators(len(seats.taken))
 
     @asynccontextmanager
