@@ -104,6 +104,14 @@ def evaluation_generators(config: Config) -> int:
     return config.evaluation.num_generators or config.rollout.num_generators
 
 
+def for_evaluation(config: Config) -> Config:
+    """The configuration by which generators of the evaluation stage come: `rollout.min` of them are enough to begin,
+    and each of the others joins when it has a node."""
+    count = evaluation_generators(config)
+    least = count if config.rollout.min is None else min(config.rollout.min, count)
+    return replace(config, rollout=replace(config.rollout, num_generators=count, min=least, max=count, scaling="room"))
+
+
 def logical_cpus(config: Config) -> float:
     """CPUs that the largest stage asks for; a local Ray offers at least these."""
     grpo = sum(bundle.cpus for bundle in grpo_bundles(config, config.rollout.most))

@@ -4,7 +4,8 @@
            ---> generator starts, loads the newest weights ---> serves
     policy says -1 ---> the slowest gets nothing new ---> has done what it had ---> ends ---> its node falls idle
 
-Between `rollout.min` and `rollout.max`. What keeps a new one from serving is told, and the run goes on without it.
+Between `rollout.min` and `rollout.max`. What keeps a new one from serving is told, and the run goes on without it. The
+bundle of one that was given up is given back, and another may come.
 
 Owns: carrying out what is decided, bundles of generators that come and go. Does not own: the decision (a policy),
 starting and ending a generator (rollout_pool.py), nodes (placement.py, and Ray's autoscaler).
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 from ray.exceptions import RayError
 
 from actors.bundles import Bundle, bundle_of
+from actors.failure import cause_of
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.rollout.balance import Share
@@ -34,7 +36,8 @@ ROOM, NEED = "room", "need"
 
 
 class Policy(Protocol):
-    """What f(config) makes, where `rollout.scaling` names f. It is asked after every step."""
+    """What f(config) makes, where `rollout.scaling` names f. It is asked after every step. What it raises is told in a
+    line; it is not asked again then, and the run goes on with the generators that it has."""
 
     def decide(self, now: float, signals: Signals) -> int:
         """1: one generator more; -1: one less; 0: as it is. `now` in seconds of a clock that never goes back."""
@@ -46,6 +49,9 @@ class Generators(Protocol):
     @property
     def serving(self) -> list[int]: ...
 
+    @property
+    def on_their_way(self) -> set[int]: ...
+
     async def add(self, index: int) -> bool: ...
 
     async def remove(self, index: int) -> None: ...
@@ -56,7 +62,7 @@ class Generators(Protocol):
 class Seats(Protocol):
     """The placement, as far as it is needed here; every call asks the cluster and may take a moment."""
 
-    def add(self, bundle: Bundle) -> None: ...
+    def add(self, bundle: Bundle, room_first: bool = False) -> None: ...
 
     def remove(self, role: str, index: int) -> None: ...
 
@@ -77,7 +83,8 @@ class Elastic:
     def __init__(self, config: Config, generators: Generators, seats: Seats, report: Callable[[str], None]) -> None:
         self._config, self._settings = config, config.rollout
         self._generators, self._seats, self._report = generators, seats, report
-        self._policy: Policy | None = None if self._settings.scaling == ROOM else make_policy(config)
+        self._by_room = self._settings.scaling == ROOM
+        self._policy: Policy | None = None if self._by_room else make_policy(config)
         self._asked_for = self._settings.num_generators - len(generators.serving)
         self._coming: dict[int, asyncio.Task[None]] = {}
         self._leaving: dict[int, asyncio.Task[None]] = {}
@@ -101,8 +108,14 @@ class Elastic:
             generators=serving,
             starting=max(0, self._count() - serving),
         )
-        # Steps may be shorter than the time between two looks: a decision waits for the next one.
-        self._wish = self._policy.decide(time.monotonic(), signals) or self._wish
+        try:
+            # Steps may be shorter than the time between two looks: a decision waits for the next one.
+            self._wish = int(self._policy.decide(time.monotonic(), signals) or 0) or self._wish
+        except Exception as error:  # a policy may be the user's, and training does not hang on it
+            self._policy, self._wish = None, 0
+            self._report(
+                f"no more generators come or go: rollout.scaling {self._settings.scaling} raised {cause_of(error)}"
+            )
 
     async def run(self) -> None:
         """Goes on until it is cancelled; whoever is on the way then is left to `stop` of pool and placement."""
@@ -118,19 +131,37 @@ class Elastic:
                 task.cancel()
 
     async def _turn(self) -> None:
-        """Those that the run asked for at its start come first."""
-        while self._asked_for > 0:
+        """Those that the run asked for at its start come first; where room alone decides they are asked for until they
+        serve."""
+        await self._give_back()
+        if self._by_room:
+            self._asked_for = self._settings.num_generators - self._count()
+        while self._asked_for > 0 and self._may_open():
             self._asked_for -= 1
             await self._open()
-        now, wish = time.monotonic(), await self._wished()
-        if wish > 0 and self._count() < self._settings.most and now >= self._not_before:
-            await self._open()
+        wish = await self._wished()
+        if wish > 0 and self._count() < self._settings.most and self._may_open():
+            await self._open(room_first=self._by_room)
         elif wish < 0 and not self._coming and len(self._generators.serving) > self._settings.least:
             self._close()
 
+    async def _give_back(self) -> None:
+        """Bundles of generators that were given up. One that takes such a place has what is left of the restarts of
+        the one before, and does not come before `rollout.elastic.cooldown_s` is over."""
+        needed = {*self._generators.serving, *self._generators.on_their_way, *self._coming, *self._leaving}
+        for index in set(self._seats.indices("rollout")) - needed:
+            self._pause(max(RETRY_S, self._settings.elastic.cooldown_s))
+            await asyncio.to_thread(self._seats.remove, "rollout", index)
+
+    def _pause(self, seconds: float) -> None:
+        self._not_before = max(self._not_before, time.monotonic() + seconds)
+
+    def _may_open(self) -> bool:
+        return time.monotonic() >= self._not_before
+
     async def _wished(self) -> int:
-        """The policy's last decision, once; without a policy 1 wherever there is room."""
-        if self._policy is None:
+        """The policy's last decision, once; where room alone decides 1 wherever there is some."""
+        if self._by_room:
             return int(await asyncio.to_thread(self._seats.has_room, self._bundle(self._next_index())))
         wish, self._wish = self._wish, 0
         return wish
@@ -146,9 +177,9 @@ class Elastic:
     def _bundle(self, index: int) -> Bundle:
         return bundle_of(self._config, "rollout", index)
 
-    async def _open(self) -> None:
+    async def _open(self, room_first: bool = False) -> None:
         index = self._next_index()
-        await asyncio.to_thread(self._seats.add, self._bundle(index))
+        await asyncio.to_thread(self._seats.add, self._bundle(index), room_first)
         self._coming[index] = asyncio.create_task(self._come(index), name=f"rollout {index} comes")
 
     async def _come(self, index: int) -> None:
@@ -161,7 +192,7 @@ class Elastic:
         finally:
             self._coming.pop(index, None)
             if not serves:
-                self._not_before = time.monotonic() + RETRY_S
+                self._pause(RETRY_S)
                 self._seats.remove("rollout", index)
 
     async def _has_node(self, index: int) -> bool:

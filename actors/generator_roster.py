@@ -93,9 +93,10 @@ class GeneratorRoster(Roster):
     # Coming and going while the run lasts.
 
     async def join(self, index: int) -> bool:
-        """Starts one more actor, in a bundle that has its place; whether it serves."""
+        """Starts one more actor, in a bundle that has its place; whether it serves. Restarts of one that had its number
+        count as its own."""
         assert self._renew is not None and index not in self.serving
-        self._restarts[index] = Restarts(self._supervision)
+        self._restarts.setdefault(index, Restarts(self._supervision))
         handle = self._starting[index] = self._renew(index)
         try:
             words = await self._bring_up(index, handle)
@@ -105,8 +106,8 @@ class GeneratorRoster(Roster):
             return False
         finally:
             self._starting.pop(index, None)
+            self.changed()
         self._incidents.report(f"{self.role} {index} joins{words}; {len(self.serving)} serve")
-        self.changed()
         return True
 
     async def retire(self, index: int, timeout_s: float) -> None:

@@ -149,13 +149,17 @@ class Placement:
         party, position = self._seats[role, index]
         return f"{party.wanted[position]}. {offers(nodes_now())}"
 
-    def add(self, bundle: Bundle) -> None:
-        """Reserves one more bundle, on a kind of node that has room now if there is one; `has_node` says when it is
-        placed."""
-        nodes = nodes_now()
-        first, *others = sorted(bundle.choices, key=lambda one: not any(node.has_room(one) for node in nodes))
-        plain = [replace(one, fallbacks=()) for one in others]
-        self._seat(Party([replace(first, fallbacks=tuple(plain))], self._fallback_after_s))
+    def add(self, bundle: Bundle, room_first: bool = False) -> None:
+        """Reserves one more bundle; `has_node` says when it is placed.
+
+        Args:
+            room_first: on a kind of node that has room now if there is one, instead of the kind that is declared first.
+        """
+        if room_first:
+            nodes = nodes_now()
+            first, *others = sorted(bundle.choices, key=lambda one: not any(node.has_room(one) for node in nodes))
+            bundle = replace(first, fallbacks=tuple(replace(one, fallbacks=()) for one in others))
+        self._seat(Party([bundle], self._fallback_after_s))
 
     def has_room(self, bundle: Bundle) -> bool:
         """Whether a node has room for one more bundle now. Asks the cluster."""
@@ -169,7 +173,7 @@ class Placement:
     def renew(self, role: str, index: int) -> None:
         """Gives a bundle that is nobody else's back and reserves it anew, which may be elsewhere."""
         party, position = self._seats[role, index]
-        self.add(party.wanted[position])
+        self.add(party.wanted[position], room_first=True)
         party.release()
 
     def seats_on(self, node_id: str) -> list[tuple[str, int]]:

@@ -22,7 +22,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayError
 
-from actors.deadline import within
+from actors.deadline import DeadlineError, within
 from actors.failure import ActorError, cause_of, with_log
 from actors.generator_roster import GeneratorRoster
 from actors.keeping import Keep, as_it_is, keep_here
@@ -149,9 +149,16 @@ class RolloutPool:
         """Numbers of the generators that serve."""
         return sorted(self._roster.serving)
 
+    @property
+    def on_their_way(self) -> set[int]:
+        """Numbers of the generators that will serve, successors included."""
+        return self._roster.on_their_way
+
     async def add(self, index: int) -> bool:
         """Starts one more generator in its bundle, which has its place; whether it serves. It holds the newest weights
         then."""
+        if self._spares is not None:
+            self._spares.drop(index)  # that of one before, which went with its bundle
         return await self._roster.join(index)
 
     async def remove(self, index: int) -> None:
@@ -337,11 +344,11 @@ def _seen_from(config: Config, placement: Placement, index: int) -> Config:
 
 
 async def _started(config: Config, index: int, generator: Any) -> Member:
-    """A new generator as a member when its engine serves; raises ActorError with its log where it fails."""
+    """A new generator as a member when its engine serves; raises ActorError with its log where it fails or is late."""
     who, timeout_s = f"rollout {index}", config.rollout.start_timeout_s
     try:
         where = await within(generator.start.remote(), timeout_s, f"{who} to start", "rollout.start_timeout_s")
-    except RayError as error:
+    except (RayError, DeadlineError) as error:
         log = config.folder / "logs" / f"rollout_{index}.log"
         raise ActorError(with_log(f"{who} did not start: {cause_of(error)}", log)) from error
     return Member(index=index, handle=generator, where=where)

@@ -126,6 +126,12 @@ class Roster:
         causes = [str(lost).splitlines()[0] for lost in self._lost.values()]
         return "; ".join([f"no {self.role} actor is left", *words, *causes])
 
+    @property
+    def on_their_way(self) -> set[int]:
+        """Numbers of those that will serve: successors, and those that start or move. Neither serving nor among these
+        is who was given up."""
+        return {*self._successors, *self._starting}
+
     # Asking.
 
     async def ask(self, member: Member, answer: Awaitable[Any], what: str, timeout_s: float, setting: str) -> Any:

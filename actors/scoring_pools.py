@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from actors.deadline import within
+from actors.deadline import DeadlineError, within
 from actors.failure import ActorError, cause_of, with_log
 from actors.keeping import Keep, as_it_is, keep_here
 from actors.member import Member
@@ -104,7 +104,7 @@ class GroupPool:
             make: f(index, options) -> a new actor, made with these options of Ray.
 
         Raises:
-            ActorError: one did not start, with the end of its log.
+            ActorError: one did not start, or not in time, with the end of its log.
         """
         role = cls.roster_kind.role
 
@@ -206,7 +206,7 @@ async def _started(config: Config, role: str, make: Callable[[int], Any], count:
         who = f"{role} {index}"
         try:
             where = await within(handle.ready.remote(), timeout_s, f"{who} to start", "rollout.start_timeout_s")
-        except RayError as error:
+        except (RayError, DeadlineError) as error:
             log = config.folder / "logs" / f"{role}_{index}.log"
             raise ActorError(with_log(f"{who} did not start: {cause_of(error)}", log)) from error
         return Member(index=index, handle=handle, where=where)

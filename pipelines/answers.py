@@ -76,8 +76,9 @@ class Asker:
     """
 
     def __init__(self, config: Config, pool: RolloutPool, tokenizer: PreTrainedTokenizerBase, num_samples: int) -> None:
-        self._num_samples = num_samples
-        self._at_once = asyncio.Semaphore(prompts_at_once(config, num_samples, pool.num_left))
+        self._config, self._num_samples = config, num_samples
+        self._limit = prompts_at_once(config, num_samples, pool.num_left)
+        self._at_once = asyncio.Semaphore(self._limit)
         self._fetch_timeout_s = config.rollout.generate_timeout_s
         self._pool = pool
         self._tokenizer = tokenizer
@@ -100,6 +101,7 @@ class Asker:
                 if sample:
                     sampled = await self._texts(prompt, group_id, self._num_samples, greedy=False)
             answered += 1
+            self._widen()
             if on_answer is not None:
                 on_answer(answered)
             return prompt.prompt_id, StudyAnswers(sampled=sampled, greedy=greedy[0])
@@ -109,6 +111,13 @@ class Asker:
             return dict(await asyncio.gather(*tasks))
         finally:
             await cancelled(tasks)  # where one fails, nobody waits for the others
+
+    def _widen(self) -> None:
+        """More prompts at a time where generators have joined."""
+        limit = prompts_at_once(self._config, self._num_samples, self._pool.num_left)
+        for _ in range(limit - self._limit):
+            self._at_once.release()
+        self._limit = max(self._limit, limit)
 
     async def _texts(self, prompt: Prompt, group_id: int, num_completions: int, greedy: bool) -> tuple[str, ...]:
         _, payload = await self._pool.generate(prompt, group_id, num_completions, greedy)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import ray
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from actors.placement import evaluation_generators, place, plan
+from actors.bundles import for_evaluation, plan
+from actors.placement import place
 from actors.rollout_pool import RolloutPool
+from actors.supervision import Incidents
 from medtvt_rl.config import Config
 from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.model.config import UNTRAINED_STAND_INS
@@ -29,7 +32,7 @@ from medtvt_rl.types import Prompt
 from medtvt_rl.user_code import task_items
 from medtvt_rl.weights import pack_weights
 from pipelines.answers import Ablating, Asker, Evaluator, make_evaluator, one_per_item
-from pipelines.generators import drained
+from pipelines.generators import drained, elastic
 from pipelines.grpo import load_prompts
 from pipelines.judging import judged, same_prompts, save_answers, saved_answers
 from pipelines.reporter import Reporter
@@ -71,37 +74,48 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(before_folder, trust_remote_code=False)
     prompts = held_out_prompts(config, load_prompts(config, tokenizer, config.evaluation.split), reporter)
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
-    reporter.line("evaluate: starting the engines")
-    placement = place(
-        plan(config, {"rollout": evaluation_generators(config)}),
-        config.placement.timeout_s,
-        config.placement.fallback_after_s,
-        reporter.line,
-    )
-    try:
-        pool = await RolloutPool.start(config, placement, before_folder)
+    async with _generators(config, before_folder, reporter) as pool:
         asker = Asker(config, pool, tokenizer, config.evaluation.num_samples)
 
         async def ask(label: str, some: Sequence[Prompt], sample: bool = True) -> dict[str, StudyAnswers]:
             reporter.start(label, len(some), "prompt")
             return await asker.answers(some, sample, reporter.update)
 
-        async with drained(config, {"rollout": pool}, placement, lambda: False, reporter.line):
-            answers = {first: await ask(names[first], prompts)}
-            if last != first:
-                await load_into(pool, after_folder)
-                answers[last] = await ask(names[last], prompts)
-            save_answers(config, answers)
-            ablated = await _ablated_answers(config, ask, evaluator, prompts)
-        pool.stop()
-    finally:
-        placement.release()
+        answers = {first: await ask(names[first], prompts)}
+        if last != first:
+            await load_into(pool, after_folder)
+            answers[last] = await ask(names[last], prompts)
+        save_answers(config, answers)
+        ablated = await _ablated_answers(config, ask, evaluator, prompts)
     publish_model(config, after_folder)
     summary, results = judged(config, evaluator, answers, reporter.start, reporter.update)
     summary["ablations"] = _ablations(evaluator, ablated, results[last])
     if getattr(AutoConfig.from_pretrained(after_folder, trust_remote_code=False), "untrained_stand_ins", False):
         summary["remarks"] = [UNTRAINED_STAND_INS]
     return {"summary": {"evaluation": summary}}
+
+
+@asynccontextmanager
+async def _generators(config: Config, folder: Path, reporter: Reporter) -> AsyncIterator[RolloutPool]:
+    """Within it generators answer; those beyond `rollout.min` join when they have their nodes."""
+
+    def tell(text: str) -> None:
+        reporter.line(f"evaluate: {text}")
+
+    tell("starting the engines")
+    staged = for_evaluation(config)
+    bundles = plan(config, {"rollout": staged.rollout.least})
+    placement = place(bundles, config.placement.timeout_s, config.placement.fallback_after_s, tell)
+    try:
+        pool = await RolloutPool.start(config, placement, folder, Incidents(tell))
+        async with (
+            elastic(staged, pool, placement, None, tell),
+            drained(config, {"rollout": pool}, placement, lambda: False, tell),
+        ):
+            yield pool
+        pool.stop()
+    finally:
+        placement.release()
 
 
 def held_out_prompts(config: Config, prompts: Sequence[Prompt], reporter: Reporter) -> list[Prompt]:

@@ -29,14 +29,16 @@ class Listening(Protocol):
 
 @asynccontextmanager
 async def elastic(
-    config: Config, rollouts: RolloutPool, placement: Placement, steps: Listening, tell: Callable[[str], None]
+    config: Config, rollouts: RolloutPool, placement: Placement, steps: Listening | None, tell: Callable[[str], None]
 ) -> AsyncIterator[None]:
-    """Within it generators come and go, where `rollout.min` and `rollout.max` leave room for it."""
+    """Within it generators come and go, where `rollout.min` and `rollout.max` leave room for it; a policy learns of
+    `steps`."""
     if not Elastic.is_wanted(config):
         yield
         return
     keeper = Elastic(config, rollouts, placement, tell)
-    steps.listener = keeper.observe
+    if steps is not None:
+        steps.listener = keeper.observe
     async with beside(keeper.run(), lambda why: tell(f"no more generators come or go: {why}")):
         yield
 

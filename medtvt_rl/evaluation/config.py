@@ -12,6 +12,7 @@ class EvaluationConfig:
 
     Attributes:
         num_generators: rollout generators that answer, where no learner needs the machine; 0: as many as in training.
+            `rollout.min` of them are enough to begin.
         num_samples: answers sampled per study at the training temperature; one greedy answer is added.
         max_studies: 0 takes the whole split.
         bootstrap_resamples: of patients, for the 95 % intervals.

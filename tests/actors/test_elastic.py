@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_generators import CHECKSUM, PROMPT, Cast
+from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
 
 from actors import elastic
 from actors.bundles import Bundle
 from actors.elastic import Elastic, Signals
+from actors.spares import Spares
 from medtvt_rl.config import Config
+from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.balance import Share
 from medtvt_rl.rollout.config import ElasticConfig
 from medtvt_rl.rollout.pending import EngineBrokenError
@@ -24,9 +26,12 @@ class Nodes:
 
     def __init__(self, taken: int, room: int) -> None:
         self.taken, self.room = list(range(taken)), room
+        self.by_room: list[int] = []
 
-    def add(self, bundle: Bundle) -> None:
+    def add(self, bundle: Bundle, room_first: bool = False) -> None:
         self.taken.append(bundle.index)
+        if room_first:
+            self.by_room.append(bundle.index)
 
     def remove(self, role: str, index: int) -> None:
         self.taken.remove(index)
@@ -46,6 +51,7 @@ class Pool:
 
     def __init__(self, serving: int) -> None:
         self.serving = list(range(serving))
+        self.on_their_way = set[int]()
         self.broken = False
 
     async def add(self, index: int) -> bool:
@@ -73,6 +79,13 @@ class Wishes:
     def decide(self, now: float, signals: Signals) -> int:
         SEEN.append(signals)
         return WISHES.pop(0) if WISHES else 0
+
+
+class Raises(Wishes):
+    """A policy with a fault."""
+
+    def decide(self, now: float, signals: Signals) -> int:
+        raise KeyError("seconds")
 
 
 def configured(**rollout: Any) -> Config:
@@ -134,6 +147,80 @@ def test_those_asked_for_at_the_start_come_when_they_have_nodes() -> None:
         await until(lambda: sorted(pool.serving) == [0, 1, 2])
 
     played(config, pool, nodes, play)
+
+
+def test_where_room_alone_decides_those_asked_for_are_asked_for_until_they_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(elastic, "RETRY_S", 0.01)
+    pool, nodes = Pool(1), Nodes(taken=1, room=1)
+    config = configured(min=1, num_generators=2, max=3)
+    config.placement.timeout_s = 0.02
+
+    async def play(keeper: Elastic, told: list[str]) -> None:
+        await until(lambda: len(told) > 1, "no node comes in time, twice")
+        nodes.room = 2
+        await until(lambda: pool.serving == [0, 1], "it is still asked for")
+        nodes.room = 3
+        await until(lambda: pool.serving == [0, 1, 2])
+        assert set(nodes.by_room) == {2}, "those asked for go where the declared order says, the others where room is"
+
+    played(config, pool, nodes, play)
+
+
+def test_one_that_is_given_up_gives_its_node_back_and_another_comes_with_what_is_left_of_its_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elastic, "RETRY_S", 0.5)
+    config = configured(min=2, num_generators=2, max=2, scaling="need")
+    config.rollout.elastic = ElasticConfig(window_s=60.0, cooldown_s=0.0)
+    nodes = Nodes(taken=2, room=2)
+
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, max_restarts=1)
+        cast.prepare = lambda successor: successor.gates["start"].clear()
+
+        async def lost(generator: Any) -> None:
+            generator.dead.set()
+            await asyncio.gather(*(cast.pool.generate(PROMPT, group_id, 4) for group_id in (0, 1)))
+            await cast.settle()
+
+        keeper = Elastic(config, cast.pool, nodes, cast.told.append)
+        task = asyncio.create_task(keeper.run())
+        await lost(cast.first[0])
+        await asyncio.sleep(0.02)
+        assert nodes.taken == [0, 1], "its successor needs it"
+        await lost(cast.successors[0][0])
+        await until(lambda: nodes.taken == [1], cast.told)
+        keeper.observe(STEP)
+        await asyncio.sleep(0.02)
+        assert nodes.taken == [1], "it takes its time"
+        cast.prepare = lambda successor: None
+        while cast.pool.serving != [0, 1]:
+            keeper.observe(STEP)
+            await asyncio.sleep(0.01)
+        assert nodes.taken == [1, 0] and len(cast.successors[0]) == 2
+        await lost(cast.successors[0][1])
+        assert "given up (supervision.max_restarts: 1 in 600 s); 1 left" in cast.told[-1]
+        await until(lambda: nodes.taken == [1], cast.told)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_a_policy_that_raises_is_told_once_and_not_asked_again() -> None:
+    pool, nodes = Pool(1), Nodes(taken=1, room=9)
+    config = configured(max=3, scaling=f"{__name__}:Raises")
+
+    async def play(keeper: Elastic, told: list[str]) -> None:
+        for _ in range(3):
+            keeper.observe(STEP)
+        await asyncio.sleep(0.05)
+        assert pool.serving == [0], "not as if room alone decided"
+
+    (line,) = played(config, pool, nodes, play)
+    assert line == f"no more generators come or go: rollout.scaling {__name__}:Raises raised KeyError: 'seconds'"
 
 
 def test_a_policy_is_obeyed_within_the_limits_and_the_slowest_goes() -> None:
@@ -261,5 +348,38 @@ def test_one_that_does_not_start_is_told_and_leaves_nothing(tmp_path: Path) -> N
         assert not await cast.pool.add(1) and cast.pool.serving == [0]
         assert "rollout 1 does not join: EngineBrokenError: no GPU" in cast.told[-1]
         assert cast.successors[1][0].dead.is_set()
+
+    asyncio.run(run())
+
+
+def test_one_that_takes_the_place_of_one_before_does_not_take_its_spare(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2)
+        spare = FakeGenerator("spare of g1")
+        spares = Spares("rollout", 1, lambda index: spare, 5.0, "s", kill=lambda handle: handle.dead.set())
+        spares._waiting[1] = spare
+        cast.pool._spares = spares
+        await cast.pool._roster.retire(1, 1.0)
+        assert await cast.pool.add(1)
+        assert spare.dead.is_set() and spares.take(1) is None, "it sat in the bundle that is given back"
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_one_that_does_not_start_learns_that_none_is_left(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1, max_restarts=0)
+        cast.successors[1] = []
+        cast.prepare = lambda generator: generator.gates["start"].clear()
+        joins = asyncio.create_task(cast.pool.add(1))
+        await cast.settle()
+        cast.first[0].dead.set()
+        group = asyncio.create_task(cast.pool.generate(PROMPT, 0, 4))
+        await cast.settle()
+        assert not group.done()
+        cast.successors[1][0].dead.set()
+        with pytest.raises(RoleLostError, match="no rollout actor is left"):
+            await asyncio.wait_for(group, timeout=5)
+        assert not await joins
 
     asyncio.run(run())

@@ -4,6 +4,7 @@ made-up nodes."""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,24 @@ def test_what_has_no_room_falls_back_and_a_broad_engine_gets_its_gpus_on_one_nod
     config.rollout.tensor_parallel = 2
     placement = place(plan(config, {"rollout": 1}), 30)
     assert landed(placement, [("rollout", 0)]) == {("rollout", 0): ("h100", 2)}
+    placement.release()
+
+
+@pytest.mark.cluster
+def test_one_that_joins_later_waits_for_the_kinds_of_node_in_their_declared_order(cluster: Cluster) -> None:
+    cpu = Fallback(gpus=0, market="any", labels={"role": "scoring"})
+    spot = RoleResources(gpus=1, market="spot", labels={"role": "rollout"}, fallbacks=[cpu])
+    bundles = plan(declared(rollout=spot), {"rollout": 3})
+    placement = place(bundles[:1], 30, fallback_after_s=0.5)
+    placement.add(bundles[1], room_first=True)
+    assert placement.bundle("rollout", 1).gpus == 0, "the L4 is taken"
+    placement.add(bundles[2])
+    assert placement.bundle("rollout", 2).gpus == 1, "nothing but time turns to the next kind"
+    while placement.bundle("rollout", 2).gpus == 1:
+        assert not placement.has_node("rollout", 2)
+        time.sleep(0.1)
+    late = [("rollout", 1), ("rollout", 2)]
+    assert landed(placement, late) == dict.fromkeys(late, ("cpu", 0))
     placement.release()
 
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_generators import CHECKSUM, PROMPT, Cast
+from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
 from ray.exceptions import ActorDiedError
 
 from actors.deadline import DeadlineError
+from actors.failure import ActorError
+from actors.rollout_pool import _started
+from medtvt_rl.config import Config, RunConfig
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
 
@@ -250,5 +253,22 @@ def test_a_seat_whose_generator_is_lost_is_taken_by_another_at_once(tmp_path: Pa
         answers = await asyncio.gather(*(cast.pool.generate(PROMPT, group_id, 4) for group_id in (0, 1)))
         assert {payload for _, payload in answers} == {"0..4 of g1"}
         assert sorted(wave is None for wave in cast.first[1].waves) == [False, True]
+
+    asyncio.run(run())
+
+
+def test_a_generator_that_does_not_start_in_time_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
+    config = Config(run=RunConfig(name="r", root=str(tmp_path)))
+    config.rollout.start_timeout_s = 0.01
+    log = config.folder / "logs" / "rollout_1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("reading weights\n")
+
+    async def run() -> None:
+        late = FakeGenerator("g1")
+        late.gates["start"].clear()
+        with pytest.raises(ActorError, match=r"rollout 1 did not start: .*\(rollout.start_timeout_s\)") as failed:
+            await _started(config, 1, late)
+        assert str(failed.value).endswith(f"end of {log}:\n  reading weights")
 
     asyncio.run(run())

@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from actors.failure import ActorError
 from actors.member import Member, MemberLostError, SickError
-from actors.scoring_pools import ReferencePool, ReferenceRoster, ScorerPool, ScorerRoster
+from actors.scoring_pools import ReferencePool, ReferenceRoster, ScorerPool, ScorerRoster, _started
 from actors.supervision import Incidents
 from actors.timeline import Timeline
 from medtvt_rl.config import Config, RunConfig, SupervisionConfig
@@ -150,6 +150,20 @@ def test_a_completion_that_kills_its_scorer_is_given_up_after_so_many_and_the_ot
         assert sum(actor.seen.count(killer) for actor in cast.started) == 3
         await asyncio.sleep(0.01)
         assert await pool.score("later") == "rewards of later" and len(cast.started) == 4
+
+    asyncio.run(run())
+
+
+def test_one_that_does_not_start_in_time_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path)
+        cast.config.rollout.start_timeout_s = 0.01
+        cast.started[0].ready = Call(asyncio.Event().wait)
+        log = cast.config.folder / "logs" / "reward_0.log"
+        log.write_text("reading the tokenizer\n")
+        with pytest.raises(ActorError, match=r"reward 0 did not start: .*\(rollout.start_timeout_s\)") as failed:
+            await _started(cast.config, "reward", lambda index: cast.started[index], 1)
+        assert str(failed.value).endswith(f"end of {log}:\n  reading the tokenizer")
 
     asyncio.run(run())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.bundles import Bundle
+from actors.supervision import Incidents
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.evaluation.diagnosis import DiagnosisEvaluator
 from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.evaluation.rewards import RewardEvaluator
 from medtvt_rl.types import Prompt
+from pipelines import evaluate
 from pipelines.answers import Ablating, Asker, make_evaluator, prompts_at_once
-from pipelines.evaluate import _ablated_answers, _ablations, _evaluate, held_out_prompts, publish_model
+from pipelines.evaluate import (
+    _ablated_answers,
+    _ablations,
+    _evaluate,
+    _generators,
+    held_out_prompts,
+    publish_model,
+)
 from pipelines.reporter import Reporter
 from pipelines.stages import StageError, write_json
 
@@ -84,6 +95,110 @@ def test_no_more_studies_are_under_way_than_keep_the_engines_full(
     assert counted == list(range(1, 21))
     assert pool.most == 4
     assert answers["7"] == StudyAnswers(sampled=("7",) * 4, greedy="7") and len(answers) == 20
+
+
+def test_more_studies_are_under_way_once_more_engines_serve(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.rollout.engine.max_num_seqs = 5
+    pool: Any = CountingPool()
+    pool.num_left = 1
+
+    async def texts(self: Asker, prompt: Prompt, group_id: int, num_completions: int, greedy: bool) -> tuple[str, ...]:
+        await pool.generate(prompt, group_id, num_completions, greedy)
+        return (prompt.prompt_id,) * num_completions
+
+    def joins(answered: int) -> None:
+        if answered == 7:
+            assert pool.most == 2
+            pool.num_left = 3
+
+    monkeypatch.setattr(Asker, "_texts", texts)
+    nobody: Any = None
+    asker = Asker(config, pool, nobody, num_samples=4)
+    answers = asyncio.run(asker.answers([prompt(str(i), None) for i in range(40)], on_answer=joins))
+    assert len(answers) == 40 and pool.most == 6
+
+
+class Generators(CountingPool):
+    """A pool whose generators serve at once."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.serving, self.on_their_way, self.ended = list(range(num)), set[int](), False
+
+    async def add(self, index: int) -> bool:
+        self.serving.append(index)
+        return True
+
+    def stop(self) -> None:
+        self.ended = True
+
+
+class Seats:
+    """Bundles, all of them on nodes."""
+
+    def __init__(self, bundles: Sequence[Bundle]) -> None:
+        self.taken, self.released = [bundle.index for bundle in bundles], False
+
+    def add(self, bundle: Bundle, room_first: bool = False) -> None:
+        self.taken.append(bundle.index)
+
+    def indices(self, role: str) -> list[int]:
+        return list(self.taken)
+
+    def has_node(self, role: str, index: int) -> bool:
+        return True
+
+    def has_room(self, bundle: Bundle) -> bool:
+        return True
+
+    def release(self) -> None:
+        self.released = True
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "later"),
+    [
+        (["evaluation.num_generators=0", "rollout.num_generators=3", "rollout.min=1", "rollout.scaling=need"], 1, 3),
+        (["evaluation.num_generators=4", "rollout.num_generators=3", "rollout.min=2"], 2, 4),
+        (["evaluation.num_generators=1", "rollout.num_generators=3", "rollout.min=2"], 1, 1),
+        (["evaluation.num_generators=0", "rollout.num_generators=3", "rollout.max=5"], 3, 3),
+    ],
+)
+def test_rollout_min_generators_are_enough_to_begin_and_the_others_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], first: int, later: int
+) -> None:
+    config = load_config(QUICKSTART, [f"run.root={tmp_path}", "rollout.scaling_interval_s=0.01", *settings])
+    placed: list[Seats] = []
+
+    def place(bundles: Sequence[Bundle], *_: Any) -> Seats:
+        placed.append(Seats(bundles))
+        return placed[0]
+
+    async def start(config: Config, seats: Seats, folder: Path, incidents: Incidents) -> Generators:
+        return Generators(len(seats.taken))
+
+    @asynccontextmanager
+    async def nothing_leaves(*_: Any) -> AsyncIterator[None]:
+        yield
+
+    monkeypatch.setattr(evaluate, "place", place)
+    monkeypatch.setattr(evaluate, "drained", nothing_leaves)
+    monkeypatch.setattr(evaluate.RolloutPool, "start", start)
+
+    async def run() -> None:
+        with Reporter(tmp_path, stream=io.StringIO()) as reporter:
+            async with _generators(config, tmp_path, reporter) as pool:
+                assert len(pool.serving) == first
+                for _ in range(200):
+                    await asyncio.sleep(0.01)
+                    if len(pool.serving) == later:
+                        break
+                await asyncio.sleep(0.05)
+                assert pool.serving == list(range(later)) == placed[0].taken
+        ended: Any = pool
+        assert ended.ended and placed[0].released
+
+    asyncio.run(run())
 
 
 def test_evaluation_without_grpo_names_the_command_before_anything_starts(config: Config) -> None:
