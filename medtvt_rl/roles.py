@@ -103,6 +103,9 @@ def check_placement(placement: PlacementConfig, tensor_parallel: int) -> None:
                     gpus = wanted.gpus if fallback.gpus is None else fallback.gpus
                     _require(gpus > 0, f"{key}.gpus", gpus, "an accelerator is asked for; set 1 or more")
                 _check_role(key, _instead(wanted, fallback))
+            last_s = (len(node_kinds(each.name, wanted)) - 1) * placement.fallback_after_s
+            mend = f"the last kind of node of {each.name} is tried after {last_s:g} s (fallback_after_s); set more"
+            _require(placement.timeout_s > last_s, "placement.timeout_s", placement.timeout_s, mend)
     for kind in node_kinds("rollout", placement.rollout):
         _require(
             tensor_parallel == 1 or kind.gpus in (0, 1),

@@ -20,6 +20,10 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
         ("placement.rollout.accelerator=L4", "placement.rollout.accelerator: expected a list, e.g. [a, b]"),
         ("placement.rollout.fallbacks={market: spot}", "placement.rollout.fallbacks: expected a list, e.g. [a, b]"),
         ("placement.rollout.fallbacks=[{markt: spot}]", "unknown key 'markt'; did you mean 'market'?"),
+        (
+            "placement={timeout_s: 40, fallback_after_s: 20, rollout: {fallbacks: [{cpus: 2}, {cpus: 1}]}}",
+            "placement.timeout_s is 40.0: the last kind of node of rollout is tried after 40 s (fallback_after_s)",
+        ),
         ("placement.rollout=[1]", "placement.rollout: expected a mapping, e.g. {a: b}"),
         ("rewards=3", "rewards: expected a mapping"),
         ("grpo.grop_size=3", "did you mean 'grpo.group_size'"),
