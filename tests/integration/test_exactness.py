@@ -25,8 +25,10 @@ STEPS = 7
 
 
 def on_policy_settings(root: Path, name: str) -> list[str]:
-    """GRPO alone, from the model that SFT left in the small run. Of version 2, where it goes on, only a run that goes on
-    measures held-out answers."""
+    """GRPO alone, from the model that SFT left in the small run.
+
+    Version 2, from which one of them goes on, has a checkpoint, and held-out answers only in the run that goes on.
+    """
     return [
         *(f"run.name={name}", "run.stages=[grpo]", f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"),
         *("grpo.max_staleness=0", f"grpo.steps={STEPS}", "grpo.checkpoint_every=2", "rollout.num_generators=2"),
