@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -32,11 +33,12 @@ class Span:
 
 
 class Timeline:
-    """Collects spans in the driver's thread."""
+    """Collects spans in the driver's thread; may be written from any."""
 
     def __init__(self) -> None:
         self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
         self._began = time.monotonic()
+        self._writing = threading.Lock()
 
     @contextmanager
     def span(self, row: str, name: str) -> Iterator[None]:
@@ -57,8 +59,9 @@ class Timeline:
     def write(self, path: Path) -> None:
         """Writes what was collected so far; appears whole or not at all."""
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": self._events()}))
-        temporary.replace(path)
+        with self._writing:
+            temporary.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": self._events()}))
+            temporary.replace(path)
 
     def _events(self) -> list[dict[str, Any]]:
         rows: dict[str, list[Span]] = defaultdict(list)

@@ -323,9 +323,7 @@ class StepReport:
             self._reporter.line(
                 f"grpo: step {step} changed nothing, loss or gradient not finite, on groups {_ids(trained.groups)}"
             )
-        for alarm in self._alarms.check(step, metrics):
-            self.sounded.append(alarm)
-            self._reporter.line(f"grpo: ALARM: {alarm}")
+        self._sound(step, metrics)
         self._reporter.update(
             step + 1,
             reward=metrics["reward/total"],
@@ -353,10 +351,21 @@ class StepReport:
             header = group.group.header
             self._journal.discarded(header.group_id, header.prompt_id, f"step {step}: {reason}")
 
+    def measured(self, metrics: Mapping[str, float]) -> None:
+        """A row of their own, at the step that made the version, or the first for what the run started with."""
+        step = max(0, int(metrics["held_out/version"]) - 1)
+        self._reporter.scalars("grpo", step, metrics)
+        self._sound(step, metrics)
+
     def unmeasured(self, version: int, what: str, error: Exception) -> None:
         """A line for the reader; training does not hang on it."""
         why = (str(error).splitlines() or [""])[0]
         self._reporter.line(f"grpo: version {version}: {what} could not be measured: {type(error).__name__}: {why}")
+
+    def _sound(self, step: int, metrics: Mapping[str, float]) -> None:
+        for alarm in self._alarms.check(step, metrics):
+            self.sounded.append(alarm)
+            self._reporter.line(f"grpo: ALARM: {alarm}")
 
 
 def _shown(reason: str) -> str:

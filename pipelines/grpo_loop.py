@@ -21,7 +21,6 @@ same machine then gives the same weights, bit for bit.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,6 +32,7 @@ from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.faults import RoleLostError, TooFewCompletionsError
 from medtvt_rl.learner.schedule import linear_decay
+from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import LearnerStep, Prompt
 from pipelines.group_ledger import GroupLedger
 from pipelines.grpo_roles import (
@@ -49,7 +49,8 @@ from pipelines.grpo_roles import (
     TrainingGroup,
 )
 from pipelines.measuring import Measuring, Probe, engine_gap, unless_failed
-from pipelines.step_metrics import StepClock, role_metrics, rollout_metrics
+from pipelines.step_clock import StepClock
+from pipelines.step_metrics import role_metrics, rollout_metrics
 from pipelines.stopping import Stop, cancelled
 from pipelines.training_groups import with_advantages
 
@@ -92,11 +93,11 @@ class GrpoLoop:
         self._on_policy = config.max_staleness == 0
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._measuring = Measuring(held_out, config.held_out, config.steps, self._on_policy, observer.unmeasured)
+        self._measuring = Measuring(held_out, config, checkpoints, observer)
         self._conclusion: asyncio.Task[None] | None = None
         self._stats: list[dict[str, float]] = []
         self._discarded_in_a_row = self._skipped_in_a_row = 0
-        self._waited_for_slots_s = 0.0
+        self._clock = StepClock()
         self._counted_before_step = (0, 0)
         self._last_failure = LoopError("no group has failed")
         self._lost: RoleLostError | None = None
@@ -111,6 +112,7 @@ class GrpoLoop:
         """Runs to the last step, or to where it is asked to stop; whatever ends it, no task of its own stays behind."""
         await self._stop.unless(self._measuring.begin(self._ledger.buffer.version), None)
         self._sift()
+        self._clock = StepClock()
         producer = asyncio.create_task(self._produce(), name="produce")
         trainer = asyncio.create_task(self._train(), name="train")
         stopper = asyncio.create_task(self._stop.wait(), name="stop")
@@ -150,21 +152,19 @@ class GrpoLoop:
                 await self._keep(version)
             await self._checkpoints.settle()
 
-    async def _keep(self, version: int) -> dict[str, float]:
-        """Writes a checkpoint; returns how long training waited for it."""
+    async def _keep(self, version: int) -> None:
+        """Writes a checkpoint; returns when training may go on."""
         assert self._checkpoints is not None
-        started, self._keep_soon = time.monotonic(), False
+        self._keep_soon = False
         await self._checkpoints.save(version, *self._ledger.state_dict(version))
-        return {"checkpoint/blocked_s": time.monotonic() - started}
 
     # From prompt to buffer.
 
     async def _produce(self) -> None:
         while True:
             async with self._changed:
-                asked_at = time.monotonic()
-                await self._changed.wait_for(self._may_start_wave)
-                self._waited_for_slots_s += time.monotonic() - asked_at
+                with self._clock.beside("wait_slots"):
+                    await self._changed.wait_for(self._may_start_wave)
                 wave = self._ledger.start_wave()
             if self._on_policy:
                 self._rollouts.together([group_id for group_id, _ in wave], self._config.group_size)
@@ -200,13 +200,20 @@ class GrpoLoop:
 
     async def _make(self, group_id: int, prompt: Prompt) -> FinishedGroup:
         header, payload = await self._rollouts.generate(prompt, group_id, self._config.group_size)
-        rewards, (handle, reference) = await asyncio.gather(self._scoring.score(payload), self._refer(payload))
+        rewards, (handle, reference) = await asyncio.gather(self._score(payload), self._refer(payload))
         return FinishedGroup(
             header=header, payload=payload, rewards=rewards, reference=handle, reference_header=reference
         )
 
+    async def _score(self, payload: Any) -> GroupRewards:
+        with self._clock.asked("reward"):
+            return await self._scoring.score(payload)
+
     async def _refer(self, payload: Any) -> tuple[Any, Any]:
-        return (None, None) if self._reference is None else await self._reference.logprobs(payload)
+        if self._reference is None:
+            return None, None
+        with self._clock.asked("reference"):
+            return await self._reference.logprobs(payload)
 
     def _discard(self, group_id: int, prompt: Prompt, error: Exception | None) -> None:
         reason = f"{type(error).__name__}: {error}"
@@ -228,10 +235,9 @@ class GrpoLoop:
     async def _train(self) -> int:
         """Returns the version that the learner has reached when the run ends or is asked to stop."""
         self._stats = await self._stop.unless(self._rollouts.stats(), [])
-        clock: StepClock | None = None
-        blocked: dict[str, float] = {}
+        clock = self._clock
         for step in range(self._ledger.buffer.version, self._config.steps):
-            clock, version, rate = StepClock(clock), step + 1, self._learning_rate(step)
+            version, rate = step + 1, self._learning_rate(step)
             taken = groups = await self._take()
             if not taken:
                 await self._concluded()
@@ -244,28 +250,25 @@ class GrpoLoop:
             weights, checksum = await self._learner.export(version)
             publication = self._spawn(self._publish(weights, version, checksum), f"publish {version}")
             await self._stop.unless(asyncio.shield(publication), None)
-            clock.lap("publish")
-            clock.end()
+            spent = clock.end("publish")
             if not self._on_policy:
                 await self._release(version)
             probe = None if self._stop.requested else await self._probe(groups)
             clock.lap("probe")
             trained = TrainedStep(
-                step=step,
-                groups=tuple(groups),
-                learning_rate=rate,
-                checksum=checksum,
-                metrics={**outcome.metrics, **clock.seconds, **blocked, "seconds/wait_slots": self._waited_for_slots_s},
+                step=step, groups=tuple(groups), learning_rate=rate, checksum=checksum, metrics=outcome.metrics | spent
             )
-            self._waited_for_slots_s = 0.0
             self._conclusion = asyncio.create_task(self._conclude(trained, outcome, probe), name=f"conclude {step}")
             keeps = self._is_kept(version)
             if self._on_policy or keeps or version == self._config.steps or self._stop.requested:
                 await self._concluded()
+            waited_s = clock.lap("conclude")
             self._ledger.forget([group.group for group in taken])
             if self._stop.requested:
                 return version
-            blocked = await self._keep(version) if keeps else {}
+            if keeps:
+                await self._keep(version)
+                clock.seconds["checkpoint/blocked_s"] = clock.lap("checkpoint") + (0.0 if self._on_policy else waited_s)
             if self._on_policy:
                 await self._release(version)
         return self._config.steps
@@ -358,8 +361,6 @@ class GrpoLoop:
             gap = await self._measured(version, "engines against the learner", engine_gap(self._rollouts, probe), None)
             metrics |= {} if gap is None else {"sync_gap_max": gap}
             measured = await self._stop.unless(self._measuring.ready(version), {})
-            if measured and self._checkpoints is not None:
-                self._checkpoints.scored(measured)
             before = self._stats
             self._stats = await self._measured(version, "the engines' counters", self._rollouts.stats(), before)
             metrics |= measured | role_metrics(before, self._stats, trained.groups, trained.metrics)

@@ -150,7 +150,7 @@ class Checkpoints(Protocol):
         """Returns when none is being written."""
 
     def scored(self, metrics: Mapping[str, float]) -> None:
-        """Held-out answers were measured."""
+        """Held-out answers of the version `held_out/version` were measured."""
 
 
 class HeldOut(Protocol):
@@ -174,6 +174,9 @@ class Observer(Protocol):
 
     def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str) -> None:
         """Groups were left out of a step that was not finite because of them."""
+
+    def measured(self, metrics: Mapping[str, float]) -> None:
+        """Held-out answers of a version were measured, too late for the row of a step of their own."""
 
     def unmeasured(self, version: int, what: str, error: Exception) -> None:
         """What should have been measured of a version was not."""

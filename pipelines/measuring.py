@@ -2,7 +2,8 @@
 
 Training hangs on none of it: what fails is told. Only where a role has no actor left does the run end.
 
-Owns: the one measurement of held-out answers under way. Does not own: how it is made (held_out.py).
+Owns: the one measurement of held-out answers under way, and who is told what it found: the checkpoints as soon as it is
+there, the row of a step or one of its own. Does not own: how it is made (held_out.py).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from medtvt_rl.algorithm.config import HeldOutConfig
+from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.faults import RoleLostError
-from pipelines.grpo_roles import HeldOut, Rollouts
+from pipelines.grpo_roles import Checkpoints, HeldOut, Observer, Rollouts
 
 T = TypeVar("T")
 Probe = tuple[Any, int, NDArray[np.float32]]
@@ -49,28 +50,23 @@ class Measuring:
     """Starts measurements and hands out their results.
 
     Args:
-        failed: f(version, what, error) is told of one that fails.
         held_out: None measures nothing.
-        last: the run's last version.
-        alone: nothing else may run on the engines meanwhile, so that each measurement is waited for.
+        config: on-policy nothing else may run on the engines meanwhile, so that each measurement is waited for.
+        checkpoints: told the score of each.
+        observer: told of one that fails, and of one that finds no place in the row of a step.
     """
 
     def __init__(
-        self,
-        held_out: HeldOut | None,
-        settings: HeldOutConfig,
-        last: int,
-        alone: bool,
-        failed: Callable[[int, str, Exception], None],
+        self, held_out: HeldOut | None, config: GrpoConfig, checkpoints: Checkpoints | None, observer: Observer
     ) -> None:
-        self._held_out, self._settings, self._last, self._alone = held_out, settings, last, alone
-        self._failed = failed
+        self._held_out, self._every, self._last = held_out, config.held_out.every_steps, config.steps
+        self._alone = config.max_staleness == 0
+        self._checkpoints, self._observer = checkpoints, observer
         self.task: asyncio.Task[dict[str, float]] | None = None
 
     def is_due(self, version: int) -> bool:
         """Whether a version is measured, if the engines are free for it."""
-        every = self._settings.every_steps
-        return self._held_out is not None and every > 0 and version % every == 0
+        return self._held_out is not None and self._every > 0 and version % self._every == 0
 
     async def begin(self, version: int) -> None:
         """Measures the policy that the run starts with."""
@@ -79,24 +75,34 @@ class Measuring:
             await asyncio.wait({self.task})
 
     async def ready(self, version: int) -> dict[str, float]:
-        """The metrics that are ready when a version was published; starts their measurement where it is due."""
+        """What was found since the last call, for the row of the step that published a version; starts a measurement of
+        that version where it is due and none is under way."""
         last = version == self._last
-        if last and self.task is not None:
-            await self.task  # an earlier one that is late makes way for the last
-            self.task = None
+        found = await self._collect(wait=last)  # an earlier one that is late makes way for the last
         if self.is_due(version) or last:
             self._start(version)
-        if self.task is not None and (self._alone or last or self.task.done()):
-            task, self.task = self.task, None
-            return await task
-        return {}
+        wait = self._alone or last
+        if found and wait and self.task is not None:
+            self._observer.measured(found)  # the row is that of the newer one
+            found = {}
+        return await self._collect(wait) or found
+
+    async def _collect(self, wait: bool) -> dict[str, float]:
+        if self.task is None or not (wait or self.task.done()):
+            return {}
+        task, self.task = self.task, None
+        return await task
 
     def _start(self, version: int) -> None:
-        if self._held_out is not None and self._settings.every_steps > 0 and self.task is None:
+        if self._held_out is not None and self._every > 0 and self.task is None:
             self.task = asyncio.create_task(self._measure(self._held_out, version), name=f"held-out {version}")
 
     async def _measure(self, held_out: HeldOut, version: int) -> dict[str, float]:
-        found = await unless_failed(held_out.measure(), None, partial(self._failed, version, "held-out answers"))
+        failed = partial(self._observer.unmeasured, version, "held-out answers")
+        found = await unless_failed(held_out.measure(), None, failed)
         if found is None:
             return {}
-        return {f"held_out/{name}": value for name, value in found.items()} | {"held_out/version": float(version)}
+        metrics = {f"held_out/{name}": value for name, value in found.items()} | {"held_out/version": float(version)}
+        if self._checkpoints is not None:
+            self._checkpoints.scored(metrics)
+        return metrics

@@ -7,7 +7,7 @@ and how they are shown (simulate.py).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,6 +73,7 @@ class _Silent:
     def discarded(self, group_id: int, prompt_id: str, reason: str) -> None: ...
     def replaced(self, group: FinishedGroup) -> None: ...
     def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str) -> None: ...
+    def measured(self, metrics: Mapping[str, float]) -> None: ...
     def unmeasured(self, version: int, what: str, error: Exception) -> None: ...
 
 

@@ -1,12 +1,11 @@
 """What is logged of one step beside the learner's own metrics: rewards, lengths, staleness, and who was busy.
 
 Owns: names and arithmetic. Does not own: the learner's metrics (algorithm/losses.py), or where they go (reporter.py).
-Pure functions of headers and counters, except for StepClock, which reads clocks.
+Pure functions of headers and counters; the loop's own time is told by step_clock.py.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -21,37 +20,6 @@ COUNTERS = (
     *("tokens_generated", "prompt_tokens", "prompt_tokens_shared"),
     *("busy_s", "idle_s", "num_updates", "update_s", "load_s"),
 )
-
-
-class StepClock:
-    """Seconds of the phases of one step, and the CPU seconds of the loop's own thread and of the whole driver.
-
-    Args:
-        previous: of the step before; a step reaches from the end of that to its own.
-    """
-
-    def __init__(self, previous: StepClock | None = None) -> None:
-        self._lap = time.monotonic()
-        self._began: tuple[float, float, float] = _now() if previous is None else previous.ended
-        self.ended: tuple[float, float, float] = self._began
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        """Ends a phase."""
-        now = time.monotonic()
-        self.seconds[f"seconds/{phase}"] = self.seconds.get(f"seconds/{phase}", 0.0) + now - self._lap
-        self._lap = now
-
-    def end(self) -> None:
-        """Ends the step: its weights are published."""
-        self.ended = _now()
-        wall_s, loop_s, driver_s = (end - start for start, end in zip(self._began, self.ended))
-        self.seconds |= {"seconds/step": wall_s, "seconds/loop_cpu": loop_s, "seconds/driver_cpu": driver_s}
-
-
-def _now() -> tuple[float, float, float]:
-    """Wall clock, CPU of this thread, CPU of this process with Ray's threads and all else."""
-    return time.monotonic(), time.thread_time(), time.process_time()
 
 
 def rollout_metrics(groups: Sequence[TrainingGroup], version: int) -> dict[str, float]:

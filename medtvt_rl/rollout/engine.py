@@ -65,8 +65,8 @@ class RolloutEngine(Protocol):
         at 1 for a greedy group; each token carries the version that made it.
 
         Args:
-            wave: begin when all `wave.size` members are here, or excused, in the order of their ids. An engine whose
-                batches do not change results may ignore it.
+            wave: begin when all `wave.size` members are here, or excused, in the order of their ids, and reuse nothing
+                computed for earlier requests. An engine whose batches do not change results may ignore it.
 
         Raises:
             ValueError: the prompt does not fit, or a number is out of range.

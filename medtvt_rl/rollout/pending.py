@@ -41,8 +41,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wave:
-    """Groups that an engine begins with all at once, in id order, whatever the order in which they arrive: batches, and
-    with them the rounding of log-probs, are then the same in every run.
+    """Groups that an engine begins with all at once, in id order and with empty caches, whatever the order in which
+    they arrive and whatever was asked before: batches, and with them the rounding of log-probs, are those of every run.
 
     Attributes:
         number: unique in the run.

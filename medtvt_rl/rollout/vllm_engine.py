@@ -265,8 +265,7 @@ class VllmEngine:
             self._admit()
         if self._in_flight:
             start = time.perf_counter()
-            finished = self._core.step()
-            for sampled in finished:
+            for sampled in self._core.step():
                 self._finish(sampled)
             self._counters.add(Totals(busy_s=time.perf_counter() - start))
 
@@ -295,6 +294,8 @@ class VllmEngine:
 
     def _admit(self) -> None:
         startable, self._waiting = startable_groups(self._waiting, self._excused)
+        if not self._in_flight and any(group.wave is not None for group in startable):
+            self._core.drop_caches()  # batches of a wave do not depend on what was asked before
         for group in startable:
             try:
                 group.rendered = self._core.render(group.prompt, group.item)
@@ -392,9 +393,8 @@ class VllmEngine:
                 self._updates.append(command)
         groups = [request.group for request in (*self._in_flight.values(), *(also or ()))]
         futures = [each.future for each in (*groups, *self._waiting, *self._updates)]
-        self._in_flight.clear()
-        self._waiting.clear()
-        self._updates.clear()
+        for each in (self._in_flight, self._waiting, self._updates):
+            each.clear()
         for future in futures:
             if not future.done():
                 future.set_exception(EngineBrokenError(self.broken))

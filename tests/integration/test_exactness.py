@@ -25,11 +25,14 @@ STEPS = 7
 
 
 def on_policy_settings(root: Path, name: str) -> list[str]:
-    """GRPO alone, from the model that SFT left in the small run."""
+    """GRPO alone, from the model that SFT left in the small run.
+
+    Version 2, from which one of them goes on, has a checkpoint, and held-out answers only in the run that goes on.
+    """
     return [
         *(f"run.name={name}", "run.stages=[grpo]", f"model.init={root / 'small' / 'stages' / 'sft' / 'model'}"),
         *("grpo.max_staleness=0", f"grpo.steps={STEPS}", "grpo.checkpoint_every=2", "rollout.num_generators=2"),
-        *("grpo.held_out.every_steps=2", "grpo.held_out.max_prompts=4", "grpo.dynamic_sampling.max_replaced=1"),
+        *("grpo.held_out.every_steps=4", "grpo.held_out.max_prompts=4", "grpo.dynamic_sampling.max_replaced=1"),
     ]
 
 

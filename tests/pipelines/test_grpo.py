@@ -34,16 +34,19 @@ def test_a_prompt_needs_room_for_its_completion_and_the_token_that_scoring_sampl
 
 
 class Notes:
-    """Reporter and journal that keep the lines and the ids."""
+    """Reporter and journal that keep the lines, the steps of the rows, and the ids."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.given_up: list[int] = []
+        self.rows: list[int] = []
 
     def line(self, text: str) -> None:
         self.lines.append(text)
 
-    def scalars(self, *what: object) -> None: ...
+    def scalars(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        self.rows.append(step)
+
     def update(self, *what: object, **metrics: float) -> None: ...
     def write(self, *what: object) -> None: ...
 
@@ -71,3 +74,13 @@ def test_failed_completions_skipped_steps_and_discarded_groups_are_named() -> No
     report.step(trained_step(2, training_group(21), **metrics, sync_gap_max=0.5))
     assert notes.lines[4].startswith("grpo: ALARM: step 2: engines and learner disagree")
     assert report.sounded == [notes.lines[4].removeprefix("grpo: ALARM: ")]
+
+
+def test_held_out_answers_that_come_late_have_a_row_and_sound_the_alarms() -> None:
+    notes = Notes()
+    report = StepReport(notes, notes, Alarms(AlarmConfig()), Incidents(notes.line))  # type: ignore[arg-type]
+    for version, value in ((0, 0.9), (4, 0.5)):
+        report.measured({"held_out/version": float(version), "held_out/findings_f1_lab": value})
+    assert notes.rows == [0, 3]
+    (line,) = notes.lines
+    assert line.startswith("grpo: ALARM: step 3: the reasoning rots: held_out/findings_f1_lab fell from 0.9 to 0.5")

@@ -157,6 +157,7 @@ class Told:
         self.made_way: list[int] = []
         self.left_out: list[int] = []
         self.unknown: list[tuple[int, str, str]] = []
+        self.late: list[dict[str, float]] = []
 
     def step(self, trained: TrainedStep) -> None:
         assert trained.step == self.first_step + len(self.metrics)
@@ -167,6 +168,9 @@ class Told:
 
     def nonfinite(self, step: int, groups: list[TrainingGroup], reason: str) -> None:
         self.left_out.extend(group.group_id for group in groups)
+
+    def measured(self, metrics: dict[str, float]) -> None:
+        self.late.append(metrics)
 
     def unmeasured(self, version: int, what: str, error: Exception) -> None:
         self.unknown.append((version, what, str(error)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from actors.timeline import Timeline
@@ -27,6 +28,17 @@ def test_it_is_written_while_the_run_goes(tmp_path: Path) -> None:
     asyncio.run(run())
     names = [event["name"] for event in json.loads((tmp_path / FILE).read_text())["traceEvents"]]
     assert "generate group 1" in names
+
+
+def test_writers_that_meet_leave_a_whole_file(tmp_path: Path) -> None:
+    timeline, told = Timeline(), list[str]()
+    for number in range(500):
+        with timeline.span("rollout 0", f"generate group {number}"):
+            pass
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(40):
+            pool.submit(TimelineFile(timeline, tmp_path, told.append).write)
+    assert told == [] and len(json.loads((tmp_path / FILE).read_text())["traceEvents"]) == 502
 
 
 def test_a_run_that_goes_on_keeps_that_of_its_earlier_life(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ class FakeCore:
     def verify(self, buffer: WeightBuffer) -> int:
         return buffer.verify()
 
+    def drop_caches(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -139,7 +141,7 @@ def test_a_wave_starts_when_it_is_complete_and_in_id_order(monkeypatch: pytest.M
         engine.excuse(wave)
         for member in members:
             member.result(10)
-        assert NotingCore.rendered == ["9", "8", "5", "6", "7"]
+        assert NotingCore.rendered == ["9", "no caches", "8", "no caches", "5", "6", "7"]
         assert not engine._excused
 
 
@@ -151,3 +153,6 @@ class NotingCore(FakeCore):
     def render(self, prompt: Prompt, item: object) -> str:
         self.rendered.append(prompt.prompt_id)
         return prompt.prompt_id
+
+    def drop_caches(self) -> None:
+        self.rendered.append("no caches")

@@ -23,7 +23,7 @@ from medtvt_rl.model.named_weights import named_weights
 from medtvt_rl.model.policy import PolicyModel, load_policy
 from medtvt_rl.model.token_tree import TokenTree
 from medtvt_rl.rollout.config import EngineConfig, SamplingConfig
-from medtvt_rl.rollout.pending import EngineBrokenError
+from medtvt_rl.rollout.pending import EngineBrokenError, Wave
 from medtvt_rl.rollout.vllm_core import prepare_environment
 from medtvt_rl.rollout.vllm_engine import VllmEngine
 from medtvt_rl.types import Completion, Prompt, RolloutGroup
@@ -177,6 +177,31 @@ def test_keys_and_values_of_a_prompt_are_computed_once_per_group(engine: VllmEng
     gained = {name: value - before[name] for name, value in engine.stats().items()}
     assert gained["prompt_tokens"] == 8 * 77
     assert gained["prompt_tokens_shared"] == 7 * 64
+
+
+def test_a_wave_is_the_same_bit_for_bit_whatever_was_asked_before_it(
+    engine: VllmEngine, models: list[MedTVTForCausalLM]
+) -> None:
+    """Its prompts begin with 90 tokens of a probe and of a held-out question, whose blocks vLLM keeps."""
+    head = study_prompt(0, length=90)
+    tails = [[8, 9], [10, 11, 12], [13]]
+    whole = [dataclasses.replace(head, token_ids=np.append(head.token_ids, tail).astype(np.int32)) for tail in tails]
+
+    def wave(number: int) -> tuple[list[np.ndarray], float]:
+        shared = engine.stats()["prompt_tokens_shared"]
+        together = Wave(number=number, size=2)
+        futures = [engine.submit(whole[i], ITEMS[0], 40 + i, 4, 0, SAMPLING, wave=together) for i in (1, 0)]
+        logprobs = [c.behaviour_logprobs for future in futures for c in future.result(60).completions]
+        return logprobs, engine.stats()["prompt_tokens_shared"] - shared
+
+    engine.update_weights(weights(models[0], 0))
+    first, shared = wave(1)
+    assert shared > 0, "within the wave blocks are shared"
+    engine.score(whole[2], ITEMS[0], 4).result(60)
+    engine.submit(whole[2], ITEMS[0], 42, 1, 0, SAMPLING, greedy=True).result(60)
+    again, shared_again = wave(2)
+    assert shared_again == shared
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_update_there_and_back_agrees_with_the_policy(engine: VllmEngine, models: list[MedTVTForCausalLM]) -> None:
