@@ -54,6 +54,7 @@ class CheckpointKeeper:
         self._scores: dict[int, float] = {}
         self._knows_metric = True
         self.newest: int | None = None
+        self.measuring: int | None = None
 
     async def save(self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
         """Returns when training may go on."""
@@ -127,10 +128,7 @@ class CheckpointKeeper:
 
     def tidy(self) -> None:
         """Notes scores beside their checkpoints, and removes those that need not be kept."""
-        grpo = self._config.grpo
+        measuring = self.measuring  # asked before the scores: one that comes meanwhile is noted the next time
         for version in sorted(self._scores.keys() & {*self._store.versions()}):
             self._store.mark(version, self._config.best_by, self._scores.pop(version))
-        every = grpo.held_out.every_steps
-        measured = [each for each in self._store.versions() if every > 0 and each % every == 0]
-        # The newest one that is measured may still wait for its score.
-        self._store.rotate(grpo.keep_checkpoints, measured[:1])
+        self._store.rotate(self._config.grpo.keep_checkpoints, [] if measuring is None else [measuring])

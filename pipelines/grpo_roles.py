@@ -141,6 +141,9 @@ class Checkpoints(Protocol):
     newest: int | None
     """The version of the last one that was written, or gone on from."""
 
+    measuring: int | None
+    """The version that waits for its held-out score, and stays until then."""
+
     async def save(self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
         """Keeps the learners' state of `version`, that of the loop and the groups that wait, whole or not at all.
 
@@ -150,7 +153,7 @@ class Checkpoints(Protocol):
         """Returns when none is being written."""
 
     def scored(self, metrics: Mapping[str, float]) -> None:
-        """Held-out answers of the version `held_out/version` were measured."""
+        """Held-out answers of the version `held_out/version` were measured; empty where that failed."""
 
 
 class HeldOut(Protocol):

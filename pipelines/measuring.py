@@ -95,14 +95,18 @@ class Measuring:
 
     def _start(self, version: int) -> None:
         if self._held_out is not None and self._every > 0 and self.task is None:
+            if self._checkpoints is not None:
+                self._checkpoints.measuring = version
             self.task = asyncio.create_task(self._measure(self._held_out, version), name=f"held-out {version}")
 
     async def _measure(self, held_out: HeldOut, version: int) -> dict[str, float]:
         failed = partial(self._observer.unmeasured, version, "held-out answers")
         found = await unless_failed(held_out.measure(), None, failed)
-        if found is None:
-            return {}
-        metrics = {f"held_out/{name}": value for name, value in found.items()} | {"held_out/version": float(version)}
+        metrics: dict[str, float] = {}
+        if found is not None:
+            metrics = {f"held_out/{name}": value for name, value in found.items()}
+            metrics["held_out/version"] = float(version)
         if self._checkpoints is not None:
             self._checkpoints.scored(metrics)
+            self._checkpoints.measuring = None
         return metrics

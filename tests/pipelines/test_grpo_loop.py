@@ -100,6 +100,7 @@ class FakeCluster:
         self.states: dict[int, tuple[dict[str, object], list[FinishedGroup]]] = {}
         self.scores: dict[int, float] = {}
         self.newest: int | None = None
+        self.measuring: int | None = None
         self.first = first
         self.last_batch: list[TrainingGroup] = []
         self.gap = gap
@@ -138,7 +139,8 @@ class FakeCluster:
     async def settle(self) -> None: ...
 
     def scored(self, metrics: dict[str, float]) -> None:
-        self.scores[int(metrics["held_out/version"])] = metrics["held_out/jaccard"]
+        if metrics:
+            self.scores[int(metrics["held_out/version"])] = metrics["held_out/jaccard"]
 
     async def export(self, version: int) -> tuple[int, int]:
         return version, 0

@@ -90,7 +90,9 @@ def test_one_that_outlasts_its_turn_is_told_with_the_version_that_it_began_with(
         await run.answer()
         told = [await run.ready(version) for version in range(1, 6)]
         assert told == [0, None, None, None, None] and run.held_out.asked == 2, "4 is not measured: 2 still is"
+        assert run.cluster.measuring == 2
         await run.answer()
+        assert run.cluster.measuring is None
         assert list(run.cluster.scores) == [0, 2], "told at once, whenever the next step ends"
         assert await run.ready(6) == 2 and run.held_out.asked == 3
         await run.answer()
