@@ -25,7 +25,7 @@ quickstart: setup ## simulated cohort, PT, SFT, GRPO, evaluation and report on t
 test: setup ## every test, a file at a time in two processes; TESTS="tests/data -k ecg" for some
 	@$(PYTHON_VENV) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(TESTS)
 
-test-faults: setup ## every fault at every phase, 90 minutes; writes docs/fault_table.md
+test-faults: setup ## every fault at every phase, 75 minutes; writes docs/fault_table.md
 	@$(PYTHON_VENV) -m pytest -m faults tests/faults --fault-table=docs/fault_table.md $(TESTS)
 
 fuzz: setup ## tests/fuzz with thousands of fresh cases, instead of the few hundred of make test
