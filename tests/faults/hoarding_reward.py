@@ -1,8 +1,10 @@
-"""A reward function that fills the object store of its node while the file $HOARD_FILE exists, and rewards nothing."""
+"""A reward function that fills the object store of its node while the file $HOARD_FILE exists, and rewards nothing. The
+file $HOARD_FILE.full says that it holds more than has room there."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,13 @@ hoard: list[tuple[ray.ObjectRef, Any]] = []
 
 def hoarding_reward(completion: str, ground_truth: str) -> float:
     """Always 0. What it keeps is mapped, so that it can neither be evicted nor spilled away."""
-    wanted = os.path.exists(os.environ.get("HOARD_FILE", ""))
+    flag = Path(os.environ.get("HOARD_FILE", "/nowhere"))
+    wanted = flag.exists()
     if not wanted:
         hoard.clear()
     while wanted and len(hoard) < NUM_PIECES:
         reference = ray.put(np.ones(PIECE_BYTES, dtype=np.uint8))
         hoard.append((reference, ray.get(reference)))
+        if len(hoard) == NUM_PIECES:
+            flag.with_suffix(".full").touch()
     return 0.0

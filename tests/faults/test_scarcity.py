@@ -92,6 +92,7 @@ def test_the_object_store_is_full(root: Path, tmp_path: Path, table: FaultTable)
 
         def hoard() -> None:
             flag.touch()
+            run.wait_for(flag.with_suffix(".full").exists, within_s=300)
             steps = len(run.rows("steps"))
             run.wait_for(lambda: len(run.rows("steps")) >= steps + 6, within_s=300)
             flag.unlink()
