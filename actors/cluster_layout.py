@@ -59,13 +59,13 @@ class Layout:
 
 def stage_bundles(config: Config) -> dict[str, list[Bundle]]:
     """Stage -> the actors that it starts, of the stages in `run.stages` that start any."""
-    bundles = {
-        "pretrain": plan(config, {"learner": config.pretrain.num_workers}),
-        "sft": plan(config, {"learner": config.sft.num_workers}),
-        "grpo": grpo_bundles(config),
-        "evaluate": plan(config, {"rollout": evaluation_generators(config)}),
+    bundles: dict[str, Callable[[], list[Bundle]]] = {
+        "pretrain": lambda: plan(config, {"learner": config.pretrain.num_workers}),
+        "sft": lambda: plan(config, {"learner": config.sft.num_workers}),
+        "grpo": lambda: grpo_bundles(config),
+        "evaluate": lambda: plan(config, {"rollout": evaluation_generators(config)}),
     }
-    return {stage: bundles[stage] for stage in config.run.stages if stage in bundles}
+    return {stage: bundles[stage]() for stage in config.run.stages if stage in bundles}
 
 
 def lay_out(bundles: Sequence[Bundle], types: Sequence[NodeType], max_workers: int | None) -> Layout:

@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import ray
@@ -112,6 +113,7 @@ class Placement:
     def __init__(self, parties: Sequence[Party], fallback_after_s: float) -> None:
         self._fallback_after_s = fallback_after_s
         self._seats: dict[tuple[str, int], tuple[Party, int]] = {}
+        self._lock, self._released = Lock(), False
         for party in parties:
             self._seat(party)
 
@@ -167,7 +169,8 @@ class Placement:
 
     def remove(self, role: str, index: int) -> None:
         """Gives a bundle that is nobody else's back; the actor in it ends."""
-        party, _ = self._seats.pop((role, index))
+        with self._lock:
+            party, _ = self._seats.pop((role, index))
         party.release()
 
     def renew(self, role: str, index: int) -> None:
@@ -205,13 +208,20 @@ class Placement:
         return draw(seats, nodes_now())
 
     def release(self) -> None:
-        """Gives the resources back; actors in it end."""
-        for party in dict.fromkeys(party for party, _ in self._seats.values()):
+        """Gives the resources back, also those that another thread is about to reserve; actors in it end."""
+        with self._lock:
+            self._released = True
+            parties = dict.fromkeys(party for party, _ in self._seats.values())
+        for party in parties:
             party.release()
 
     def _seat(self, party: Party) -> None:
-        for position, bundle in enumerate(party.wanted):
-            self._seats[bundle.role, bundle.index] = (party, position)
+        with self._lock:
+            for position, bundle in enumerate(party.wanted):
+                self._seats[bundle.role, bundle.index] = (party, position)
+            too_late = self._released
+        if too_late:
+            party.release()
 
 
 class Placing:

@@ -77,7 +77,7 @@ class Asker:
 
     def __init__(self, config: Config, pool: RolloutPool, tokenizer: PreTrainedTokenizerBase, num_samples: int) -> None:
         self._config, self._num_samples = config, num_samples
-        self._limit = prompts_at_once(config, num_samples, pool.num_left)
+        self._limit = prompts_at_once(config, num_samples, max(1, pool.num_left))  # one that was lost comes back
         self._at_once = asyncio.Semaphore(self._limit)
         self._fetch_timeout_s = config.rollout.generate_timeout_s
         self._pool = pool

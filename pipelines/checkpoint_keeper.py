@@ -85,9 +85,9 @@ class CheckpointKeeper:
             self._report(f"grpo.held_out.best_by is {best_by!r}, measured are {known}: no best checkpoint is kept")
 
     async def _write(self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
-        timeout_s = self._config.grpo.checkpoint_timeout_s
+        timeout_s, deadline = self._timeout()
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout_at(deadline):
                 place = await self._in_thread(self._store.begin, version)
                 files = await self._learners.write_snapshot(f"{place}/{LEARNER}")
                 await self._in_thread(self._complete, version, state, groups, files)
@@ -97,7 +97,7 @@ class CheckpointKeeper:
             reason = " ".join(str(error).split()) or late
             self._report(f"the checkpoint of step {version} could not be written ({reason}); {kept}")
             return
-        await self._tidied()
+        await self._tidied(deadline)
 
     def _complete(
         self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup], files: Mapping[str, Digest]
@@ -113,22 +113,30 @@ class CheckpointKeeper:
         self._thread.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have no reader
         return await asyncio.shield(self._thread)
 
-    async def _tidied(self) -> None:
+    def _timeout(self) -> tuple[float, float]:
+        """Seconds, and when they are over by the loop's clock."""
         timeout_s = self._config.grpo.checkpoint_timeout_s
+        return timeout_s, asyncio.get_running_loop().time() + timeout_s
+
+    async def _tidied(self, deadline: float) -> None:
         try:
-            await asyncio.wait_for(self._in_thread(self.tidy), timeout_s)
+            async with asyncio.timeout_at(deadline):
+                await self._in_thread(self.tidy)
         except Exception as error:
-            reason = " ".join(str(error).split()) or f"not done in {timeout_s:g} s (grpo.checkpoint_timeout_s)"
-            self._report(f"checkpoints that need not be kept could not be removed ({reason}); the next one does it")
+            reason = " ".join(str(error).split()) or "grpo.checkpoint_timeout_s is over"
+            self._report(
+                f"scores could not be noted beside checkpoints, or old ones removed ({reason}); the next does it"
+            )
 
     async def close(self) -> None:
         """Returns when all is written and tidy: the run is at its end."""
         await self.settle()
-        await self._tidied()
+        await self._tidied(self._timeout()[1])
 
     def tidy(self) -> None:
         """Notes scores beside their checkpoints, and removes those that need not be kept."""
         measuring = self.measuring  # asked before the scores: one that comes meanwhile is noted the next time
         for version in sorted(self._scores.keys() & {*self._store.versions()}):
-            self._store.mark(version, self._config.best_by, self._scores.pop(version))
+            self._store.mark(version, self._config.best_by, self._scores[version])
+            del self._scores[version]
         self._store.rotate(self._config.grpo.keep_checkpoints, [] if measuring is None else [measuring])

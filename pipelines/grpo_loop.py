@@ -150,7 +150,7 @@ class GrpoLoop:
         if self._checkpoints is not None and self._config.checkpoint_every > 0 and version > 0:
             if self._checkpoints.newest != version:
                 await self._keep(version)
-            await self._checkpoints.settle()
+            await self._checkpoints.close()
 
     async def _keep(self, version: int) -> None:
         """Writes a checkpoint; returns when training may go on."""

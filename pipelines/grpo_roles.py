@@ -149,8 +149,8 @@ class Checkpoints(Protocol):
 
         Returns when training may go on; the one before is then written."""
 
-    async def settle(self) -> None:
-        """Returns when none is being written."""
+    async def close(self) -> None:
+        """Returns when none is being written, and all scores are noted."""
 
     def scored(self, metrics: Mapping[str, float]) -> None:
         """Held-out answers of the version `held_out/version` were measured; empty where that failed."""

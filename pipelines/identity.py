@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medtvt_rl.config import Config
+from medtvt_rl.model.seal import SEAL
 from medtvt_rl.storage import digest_of
 from medtvt_rl.types import Prompt
 from medtvt_rl.user_code import task_items
@@ -38,12 +39,13 @@ def model_and_items(config: Config, model_folder: Path) -> dict[str, str]:
 
 
 def _of_folder(folder: Path) -> str:
-    """Names and contents of the files of a model folder, without the version of the library that wrote them; weights
-    are large, and hashing lets other threads run."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    """Names and contents of the files of a model folder, an adapter beside the weights included, without the version of
+    the library that wrote them; weights are large, and hashing lets other threads run."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    names = sorted(name for name in files if name != SEAL and not any(part.startswith(".") for part in name.split("/")))
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(_digest, paths))
-    return _checksum([[path.name, *digest] for path, digest in zip(paths, digests)])
+        digests = list(pool.map(_digest, (files[name] for name in names)))
+    return _checksum([[name, *digest] for name, digest in zip(names, digests)])
 
 
 def _digest(path: Path) -> Sequence[Any]:

@@ -91,7 +91,7 @@ def check_none_lost(num_damaged: int, place: str) -> None:
     only be out of reach."""
     if num_damaged:
         raise ResumeError(
-            f"none of the {num_damaged} checkpoints in {place} can be read, for the reasons above; "
+            f"no checkpoint in {place} can be read, {num_damaged} lie there, see above; "
             "bring them back, or start anew with resume=never, which removes them"
         )
 

@@ -24,8 +24,8 @@ class Signals:
 
     Attributes:
         seconds: that passed.
-        learner_waited_s: of these the learner waited for groups, or for generators that had too much to do to score a
-            probe (`seconds/wait_groups` and `seconds/conclude` of a step).
+        learner_waited_s: of these the learner waited for groups, or for what generators measure of a version: a probe,
+            which waits behind their groups (`seconds/wait_groups` and `seconds/conclude` of a step).
         generator_idle_s: of these a generator, on average, had nothing to do, because the buffer was full
             (`seconds/rollout_idle`).
         generators: that serve.

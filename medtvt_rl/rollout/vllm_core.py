@@ -236,7 +236,9 @@ class VllmCore:
         """
         core = self._core
         if not core.reset_prefix_cache(reset_running_requests=True):
-            raise RuntimeError("vLLM did not drop its prefix cache; the engine would mix old and new weights")
+            raise RuntimeError(
+                "vLLM did not drop its prefix cache; the engine would go on with keys and values of before"
+            )
         core.scheduler.reset_encoder_cache()
         core.model_executor.reset_encoder_cache()
 

@@ -293,13 +293,13 @@ class VllmEngine:
                 command()
 
     def _admit(self) -> None:
-        startable, self._waiting = startable_groups(self._waiting, self._excused)
+        startable, waiting = startable_groups(self._waiting, self._excused)
         if not self._in_flight and any(group.wave is not None for group in startable):
             self._core.drop_caches()  # batches of a wave do not depend on what was asked before
+        self._waiting = waiting
         for group in startable:
             try:
-                group.rendered = self._core.render(group.prompt, group.item)
-                group.item = None
+                group.rendered, group.item = self._core.render(group.prompt, group.item), None
                 for index in group.indices:
                     self._start(Request(group=group, index=index))
             except Exception as error:  # what vLLM refuses is this group's fault alone

@@ -154,6 +154,10 @@ def test_one_that_joins_later_waits_for_the_kinds_of_node_in_their_declared_orde
     late = [("rollout", 1), ("rollout", 2)]
     assert landed(placement, late) == dict.fromkeys(late, ("cpu", 0))
     placement.release()
+    placement.add(bundles[0])  # as of a thread that was on its way
+    again = place(bundles[:1], 30, fallback_after_s=29)
+    assert again.bundle("rollout", 0).gpus == 1, "nothing stays reserved after the end"
+    again.release()
 
 
 @pytest.mark.cluster

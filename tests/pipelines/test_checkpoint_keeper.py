@@ -144,8 +144,17 @@ def test_one_that_is_whole_is_told_as_such_where_older_ones_cannot_be_removed(
         monkeypatch.setattr(CheckpointStore, "rotate", rotate)
         await keeper.save(1, {}, [])
         await keeper.settle()
-        why = "checkpoints that need not be kept could not be removed (Stale file handle); the next one does it"
-        assert said == [why] and keeper.newest == 1
+        what = "scores could not be noted beside checkpoints, or old ones removed"
+        assert said == [f"{what} (Stale file handle); the next does it"] and keeper.newest == 1
+        monkeypatch.undo()
+        mark = CheckpointStore.mark
+        monkeypatch.setattr(CheckpointStore, "mark", rotate)
+        keeper.scored({"held_out/version": 1.0, "held_out/jaccard": 0.5})
+        await keeper.close()
+        assert len(said) == 2
+        monkeypatch.setattr(CheckpointStore, "mark", mark)
+        await keeper.close()
+        assert len(said) == 2 and CheckpointStore.of(a_config(tmp_path)).best() == (1, 0.5)
 
     asyncio.run(run())
 

@@ -136,7 +136,7 @@ class FakeCluster:
         self.states[version] = (json.loads(json.dumps(state)), list(groups))
         self.newest = version
 
-    async def settle(self) -> None: ...
+    async def close(self) -> None: ...
 
     def scored(self, metrics: dict[str, float]) -> None:
         if metrics:

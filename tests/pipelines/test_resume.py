@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from stored_examples import a_config, prompt_of, store_at, write
 
 from medtvt_rl.config import Config
+from medtvt_rl.model.seal import seal
 from pipelines.identity import identity_of
 from pipelines.resume import ResumeError, check_same, find_resume
 
@@ -65,7 +67,7 @@ def test_checkpoints_that_cannot_be_read_are_not_thrown_away(tmp_path: Path) -> 
     for version in (3, 5):
         write(store, version, config=config)
         (Path(store.place(version)) / "loop.json").unlink()
-    with pytest.raises(ResumeError, match=r"none of the 2 checkpoints in \S+ can be read.*resume=never") as refused:
+    with pytest.raises(ResumeError, match=r"no checkpoint in \S+ can be read, 2 lie there.*resume=never") as refused:
         find_resume(config, store, identity, said.append)
     assert [line.rsplit(": ", 1)[1] for line in said] == ["loop.json is missing"] * 2 and "\n" not in str(refused.value)
     assert find_resume(a_config(tmp_path, "resume=never"), store_at(tmp_path), identity, said.append) is None
@@ -81,8 +83,13 @@ def test_identity_is_of_content_and_not_of_places(tmp_path: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")
         # The one was made by another release of the library than the other.
         (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "transformers_version": folder.name}))
+        seal(folder)
     before = identity_of(config, folders[0], prompts)
     assert identity_of(config, folders[1], prompts) == before and set(before) == {"model", "prompts"}
+    (folders[1] / "adapter").mkdir()
+    (folders[1] / "adapter" / "adapter_model.safetensors").write_bytes(b"pairs")
+    assert identity_of(config, folders[1], prompts)["model"] != before["model"]
+    shutil.rmtree(folders[1] / "adapter")
     (folders[1] / "tokenizer.json").write_text("{ }")
     assert identity_of(config, folders[1], prompts)["model"] != before["model"]
     other = [replace(prompts[0], token_ids=np.array([1, 2], dtype=np.int32)), prompts[1]]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipelines import supervised
-from pipelines.supervised import BoardObserver, Relay
+from pipelines import stage_progress
+from pipelines.stage_progress import BoardObserver, Relay
 
 
 class Method:
@@ -23,7 +23,7 @@ class Board:
     """A ProgressBoard in this process."""
 
     def __init__(self) -> None:
-        board, lock = supervised.ProgressBoard.__ray_actor_class__(), threading.Lock()  # type: ignore[attr-defined]
+        board, lock = stage_progress.ProgressBoard.__ray_actor_class__(), threading.Lock()  # type: ignore[attr-defined]
 
         def locked(name: str) -> Method:
             def call(*args: Any) -> Any:
@@ -55,8 +55,8 @@ class Reporter:
 
 @pytest.fixture
 def board(monkeypatch: pytest.MonkeyPatch) -> Board:
-    monkeypatch.setattr(supervised.ray, "get", lambda answer, timeout: answer)
-    monkeypatch.setattr(supervised, "POLL_S", 0.02)
+    monkeypatch.setattr(stage_progress.ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(stage_progress, "POLL_S", 0.02)
     return Board()
 
 
@@ -90,6 +90,6 @@ def test_a_driver_that_can_store_nothing_says_so_once_and_holds_nobody_up(board:
 
 
 def test_a_driver_that_does_not_listen_costs_the_deadline(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervised, "SHOWN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(stage_progress, "SHOWN_TIMEOUT_S", 0.2)
     tell(board, 2)
     assert len(board.drain.remote()) == 6
