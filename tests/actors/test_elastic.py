@@ -209,6 +209,28 @@ def test_one_that_is_given_up_gives_its_node_back_and_another_comes_with_what_is
     asyncio.run(run())
 
 
+def test_the_bundle_of_one_that_leaves_or_is_on_its_way_is_nobody_else_s() -> None:
+    pool, nodes, gone = Pool(4), Nodes(taken=5, room=5), asyncio.Event()
+    pool.serving.remove(3)  # it moves to another node
+    pool.on_their_way = {3, 4}
+
+    async def leave_slowly(index: int) -> None:
+        pool.serving.remove(index)
+        await gone.wait()
+
+    async def play(keeper: Elastic, told: list[str]) -> None:
+        WISHES.append(-1)
+        keeper.observe(STEP)
+        await until(lambda: pool.serving == [0, 2], pool.serving)
+        await asyncio.sleep(0.05)
+        assert nodes.taken == [0, 1, 2, 3, 4], "generator 1 ends what it has"
+        gone.set()
+        await until(lambda: nodes.taken == [0, 2, 3, 4], nodes.taken)
+
+    pool.remove = leave_slowly  # type: ignore[method-assign]
+    played(configured(min=1, max=5, num_generators=3, scaling=f"{__name__}:Wishes"), pool, nodes, play)
+
+
 def test_a_policy_that_raises_is_told_once_and_not_asked_again() -> None:
     pool, nodes = Pool(1), Nodes(taken=1, room=9)
     config = configured(max=3, scaling=f"{__name__}:Raises")
