@@ -6,8 +6,8 @@ stand-in actors that answer at once.
 The stand-ins are real Ray actors that return headers and small payloads; several generators share a process, since
 256 processes would measure the machine's memory. The driver, with all of its threads, is bound to one core; Ray's own
 processes and the stand-ins get the others. `--in-process` leaves Ray out: handles answer within the driver, and what
-is left is the project's own code, the controller. `--profile` prints where the driver's main thread spends its time. The
-last line says whether the goal is reached: 1,000 groups a second on one core with 256 generators.
+is left is the project's own code, the controller. `--profile` prints where the driver's main thread spends its time.
+The last line says whether the goal is reached: 1,000 groups a second on one core with 256 generators.
 
     groups/s       by the clock; on a machine of few cores the stand-ins limit it
     groups/CPU s   by the CPU seconds of the driver's process, Ray's threads included: what one core can move

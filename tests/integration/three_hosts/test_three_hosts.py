@@ -104,7 +104,8 @@ def test_nothing_is_left_when_the_one_who_made_the_hosts_is_killed(folder: Path)
     )
     assert maker.stdout is not None and maker.stdout.readline() == "up\n"
     processes = psutil.Process(maker.pid).children(recursive=True)
-    assert sum(process.name() == "sshd" for process in processes) == 2
+    # Besides that of each host there may still be the one that answered whether it is up.
+    assert sum(process.name() == "sshd" for process in processes) >= 2
     os.kill(maker.pid, signal.SIGKILL)
     maker.wait(timeout=30)
     deadline = time.monotonic() + 30
