@@ -1,6 +1,7 @@
 """Writes checkpoints beside training: the learners copy their state, training goes on, the rest happens behind it.
 
-    save: wait for the one before -> learners copy (training waits until here) -> write, check, let appear, rotate
+    save: wait for the one before -> learners copy (training waits until here) -> write, check
+          -> its step is told -> let appear, rotate
 
 Owns: the order of these, the one checkpoint being written, the scores of held-out answers by version. Does not own: the
 files (checkpoints.py), what is in them, or when one is due (grpo_loop.py). One that cannot be written is told, and
@@ -56,11 +57,17 @@ class CheckpointKeeper:
         self.newest: int | None = None
         self.measuring: int | None = None
 
-    async def save(self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
+    async def save(
+        self,
+        version: int,
+        state: dict[str, Any],
+        groups: Sequence[FinishedGroup],
+        told: asyncio.Future[None] | None = None,
+    ) -> None:
         """Returns when training may go on."""
         await self.settle()
         in_background = await self._learners.snapshot()
-        self._task = asyncio.create_task(self._write(version, state, groups), name=f"checkpoint {version}")
+        self._task = asyncio.create_task(self._write(version, state, groups, told), name=f"checkpoint {version}")
         if not in_background:
             await self.settle()
 
@@ -84,12 +91,20 @@ class CheckpointKeeper:
             best_by = self._config.best_by
             self._report(f"grpo.held_out.best_by is {best_by!r}, measured are {known}: no best checkpoint is kept")
 
-    async def _write(self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
+    async def _write(
+        self,
+        version: int,
+        state: dict[str, Any],
+        groups: Sequence[FinishedGroup],
+        told: asyncio.Future[None] | None,
+    ) -> None:
         timeout_s, deadline = self._timeout()
         try:
             async with asyncio.timeout_at(deadline):
                 place = await self._in_thread(self._store.begin, version)
                 files = await self._learners.write_snapshot(f"{place}/{LEARNER}")
+                if told is not None:
+                    await asyncio.wait([told])
                 await self._in_thread(self._complete, version, state, groups, files)
         except Exception as error:  # the disk, a learner, or the store behind a URL, whose client has errors of its own
             kept = "there is none yet" if self.newest is None else f"the newest is that of step {self.newest}"

@@ -153,10 +153,10 @@ class GrpoLoop:
             await self._checkpoints.close()
 
     async def _keep(self, version: int) -> None:
-        """Writes a checkpoint; returns when training may go on."""
+        """Writes a checkpoint, which appears after its step was told; returns when training may go on."""
         assert self._checkpoints is not None
         self._keep_soon = False
-        await self._checkpoints.save(version, *self._ledger.state_dict(version))
+        await self._checkpoints.save(version, *self._ledger.state_dict(version), self._conclusion)
 
     # From prompt to buffer.
 
@@ -255,20 +255,21 @@ class GrpoLoop:
                 await self._release(version)
             probe = None if self._stop.requested else await self._probe(groups)
             clock.lap("probe")
-            trained = TrainedStep(
-                step=step, groups=tuple(groups), learning_rate=rate, checksum=checksum, metrics=outcome.metrics | spent
+            metrics = outcome.metrics | spent | rollout_metrics(groups, step)
+            trained = TrainedStep(step, tuple(groups), rate, checksum, metrics)
+            self.result.add(
+                step, sum(len(g.group.header.lengths) for g in groups), metrics, outcome.skipped is not None
             )
             self._conclusion = asyncio.create_task(self._conclude(trained, outcome, probe), name=f"conclude {step}")
-            keeps = self._is_kept(version)
-            if self._on_policy or keeps or version == self._config.steps or self._stop.requested:
+            if self._on_policy or version == self._config.steps or self._stop.requested:
                 await self._concluded()
-            waited_s = clock.lap("conclude")
+            clock.lap("conclude")
             self._ledger.forget([group.group for group in taken])
             if self._stop.requested:
                 return version
-            if keeps:
+            if self._is_kept(version):
                 await self._keep(version)
-                clock.seconds["checkpoint/blocked_s"] = clock.lap("checkpoint") + (0.0 if self._on_policy else waited_s)
+                clock.seconds["checkpoint/blocked_s"] = clock.lap("checkpoint")
             if self._on_policy:
                 await self._release(version)
         return self._config.steps
@@ -359,7 +360,9 @@ class GrpoLoop:
         version, metrics = trained.step + 1, dict[str, float]()
         try:
             gap = await self._measured(version, "engines against the learner", engine_gap(self._rollouts, probe), None)
-            metrics |= {} if gap is None else {"sync_gap_max": gap}
+            if gap is not None:
+                metrics["sync_gap_max"] = gap
+                self.result.logprob_max_abs_diff = max(self.result.logprob_max_abs_diff, gap)
             measured = await self._stop.unless(self._measuring.ready(version), {})
             before = self._stats
             self._stats = await self._measured(version, "the engines' counters", self._rollouts.stats(), before)
@@ -375,23 +378,19 @@ class GrpoLoop:
         return await self._stop.unless(unless_failed(measurement, otherwise, failed), otherwise)
 
     def _tell(self, trained: TrainedStep) -> None:
-        """Adds a step to the result, with what its groups say, and tells the observer."""
+        """Tells the observer of a step, with the groups that became none since the one before."""
         result, before = self.result, self._counted_before_step
         self._counted_before_step = (result.discarded, result.replaced)
         metrics = {
             **trained.metrics,
-            **rollout_metrics(trained.groups, trained.step),
             "groups/discarded": float(result.discarded - before[0]),
             "groups/replaced": float(result.replaced - before[1]),
         }
-        result.add(trained.step, sum(len(g.group.header.lengths) for g in trained.groups), metrics)
         self._observer.step(replace(trained, metrics=metrics))
 
     def _count_skipped(self, trained: TrainedStep, outcome: LearnerStep) -> None:
         """Raises LoopError where too many steps in a row changed no weight."""
-        skipped = outcome.skipped is not None
-        self.result.skipped_steps += skipped
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        self._skipped_in_a_row = 0 if outcome.skipped is None else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             ids = ", ".join(str(group.group_id) for group in trained.groups)
             raise LoopError(

@@ -7,6 +7,7 @@ DeepSpeed; payloads are opaque handles.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -76,17 +77,17 @@ class LoopResult:
     logprob_max_abs_diff: float = 0.0
     rewards: list[float] = field(default_factory=list)
 
-    def add(self, step: int, num_completions: int, metrics: Mapping[str, float]) -> None:
+    def add(self, step: int, num_completions: int, metrics: Mapping[str, float], skipped: bool) -> None:
         """One step more, by its metrics."""
         self.steps = step + 1
+        self.skipped_steps += skipped
         self.completions += num_completions
         self.empty_completions += int(metrics["length/empty"])
         self.one_token_completions += int(metrics["length/one_token"])
         self.unscored_completions += int(metrics["reward/failed"])
         self.max_staleness_seen = max(self.max_staleness_seen, int(metrics["staleness/max"]))
         self.rewards.append(metrics["reward/total"])
-        gaps = (metrics.get(name, 0.0) for name in ("sync_gap_max", "fresh_gap_max"))
-        self.logprob_max_abs_diff = max(self.logprob_max_abs_diff, *gaps)
+        self.logprob_max_abs_diff = max(self.logprob_max_abs_diff, metrics.get("fresh_gap_max", 0.0))
 
 
 class Rollouts(Protocol):
@@ -144,8 +145,15 @@ class Checkpoints(Protocol):
     measuring: int | None
     """The version that waits for its held-out score, and stays until then."""
 
-    async def save(self, version: int, state: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
-        """Keeps the learners' state of `version`, that of the loop and the groups that wait, whole or not at all.
+    async def save(
+        self,
+        version: int,
+        state: dict[str, Any],
+        groups: Sequence[FinishedGroup],
+        told: asyncio.Future[None] | None = None,
+    ) -> None:
+        """Keeps the learners' state of `version`, that of the loop and the groups that wait, whole or not at all, not
+        before `told` is done: by then the journal has the step.
 
         Returns when training may go on; the one before is then written."""
 

@@ -61,6 +61,23 @@ def test_training_waits_for_the_copy_and_the_next_checkpoint_for_this_one(tmp_pa
     asyncio.run(run())
 
 
+def test_one_appears_when_its_step_was_told_and_training_does_not_wait_for_that(tmp_path: Path) -> None:
+    async def run() -> None:
+        learners, told = SlowLearners(), asyncio.get_running_loop().create_future()
+        keeper = keeper_at(tmp_path, learners, [])
+        learners.may_write.set()
+        await asyncio.wait_for(keeper.save(1, {}, [], told), 5)
+        while "written" not in learners.events:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert keeper.newest is None and CheckpointStore.of(a_config(tmp_path)).versions() == []
+        told.set_result(None)
+        await keeper.close()
+        assert keeper.newest == 1 and CheckpointStore.of(a_config(tmp_path)).versions() == [1]
+
+    asyncio.run(run())
+
+
 def test_where_memory_is_scarce_training_waits_for_all_of_it(tmp_path: Path) -> None:
     async def run() -> None:
         learners = SlowLearners(copies=False)

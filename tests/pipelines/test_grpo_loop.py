@@ -130,7 +130,13 @@ class FakeCluster:
         skipped = "the gradient norm, inf, is not finite" if version in self.skip else None
         return LearnerStep(metrics={"skipped": float(version in self.skip)}, skipped=skipped)
 
-    async def save(self, version: int, state: dict[str, object], groups: list[FinishedGroup]) -> None:
+    async def save(
+        self,
+        version: int,
+        state: dict[str, object],
+        groups: list[FinishedGroup],
+        told: asyncio.Future[None] | None = None,
+    ) -> None:
         assert version == len(self.trained) + self.first
         self.checkpoints.append(version)
         self.states[version] = (json.loads(json.dumps(state)), list(groups))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from test_grpo_loop import FakeCluster, FakeEngines, Told, run_loop
 
 from pipelines import step_clock
-from pipelines.grpo_roles import FinishedGroup
 from pipelines.step_clock import PHASES, StepClock
 
 PROBE_S, SAVE_S = 0.03, 0.02
@@ -25,9 +25,9 @@ def test_the_phases_of_every_row_add_up_to_its_step(max_staleness: int, monkeypa
         return [np.zeros(3)]
 
     class SlowStore(FakeCluster):
-        async def save(self, version: int, state: dict[str, object], groups: list[FinishedGroup]) -> None:
+        async def save(self, *given: Any) -> None:
             await asyncio.sleep(SAVE_S)
-            await super().save(version, state, groups)
+            await super().save(*given)
 
     monkeypatch.setattr(FakeEngines, "score", score)
     told, cluster = Told(), SlowStore()
@@ -37,13 +37,10 @@ def test_the_phases_of_every_row_add_up_to_its_step(max_staleness: int, monkeypa
     assert cluster.checkpoints == [2, 4]
     kept = [row for row in told.metrics if "checkpoint/blocked_s" in row]
     assert kept == [told.metrics[2], told.metrics[4]]
-    waited = told.metrics[1:] if max_staleness == 0 else kept
-    assert all(row["seconds/conclude"] > PROBE_S - EARLY_S for row in waited)
-    assert all(row["seconds/checkpoint"] > SAVE_S - EARLY_S for row in kept)
     if max_staleness == 0:
-        assert all(row["checkpoint/blocked_s"] == row["seconds/checkpoint"] for row in kept)
-    else:
-        assert all(row["checkpoint/blocked_s"] > PROBE_S + SAVE_S - 2 * EARLY_S for row in kept)
+        assert all(row["seconds/conclude"] > PROBE_S - EARLY_S for row in told.metrics[1:])
+    assert all(row["seconds/checkpoint"] > SAVE_S - EARLY_S for row in kept)
+    assert all(row["checkpoint/blocked_s"] == row["seconds/checkpoint"] for row in kept)
 
 
 def test_a_role_is_idle_while_no_call_of_it_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
