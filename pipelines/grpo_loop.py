@@ -255,11 +255,9 @@ class GrpoLoop:
                 await self._release(version)
             probe = None if self._stop.requested else await self._probe(groups)
             clock.lap("probe")
-            metrics = outcome.metrics | spent | rollout_metrics(groups, step)
-            trained = TrainedStep(step, tuple(groups), rate, checksum, metrics)
-            self.result.add(
-                step, sum(len(g.group.header.lengths) for g in groups), metrics, outcome.skipped is not None
-            )
+            row = outcome.metrics | spent | rollout_metrics(groups, step)
+            trained = TrainedStep(step=step, groups=tuple(groups), learning_rate=rate, checksum=checksum, metrics=row)
+            self.result.add(step, sum(len(g.group.header.lengths) for g in groups), row, outcome.skipped is not None)
             self._conclusion = asyncio.create_task(self._conclude(trained, outcome, probe), name=f"conclude {step}")
             if self._on_policy or version == self._config.steps or self._stop.requested:
                 await self._concluded()
