@@ -74,6 +74,9 @@ def settings(args: argparse.Namespace, folder: Path) -> list[str]:
         f"grpo.steps={args.steps}",
         "grpo.held_out.every_steps=0",
         "grpo.checkpoint_every=0",
+        # Spare processes import for a minute; a run of hours does not see it, one of sixteen steps does.
+        "learner.spares=0",
+        "rollout.spares=0",
         *args.overrides,
     ]
 
