@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from contextlib import contextmanager
 import psutil
 
 SAMPLE_EVERY_S = 4.0
-SAMPLE_SHARE = 0.005
-"""Of a core, at most: the kernel walks all pages of a process for its proportional set size."""
+SAMPLE_SHARE, SAMPLE_AT_FIRST_S = 0.005, 1.0
+"""Of a core, at most, after so many seconds of it, which short runs need to be seen at their peak: the kernel walks all
+pages of a process for its proportional set size."""
 COLLECT_EVERY = 20_000
 
 
@@ -33,8 +35,8 @@ def rare_collections() -> Iterator[None]:
 
 class PeakMemory:
     """Context manager; `peak_bytes` is the largest sum of proportional set sizes (memory shared by several processes
-    counted once) over this process, its descendants, and the Ray workers of this machine, which descend from the
-    cluster that a driver joined. Other machines are not in it."""
+    counted once) over this process, its descendants, and what descends from the Ray node of this machine where the
+    driver joined a cluster, which other jobs of that cluster share. Other machines and clusters are not in it."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -51,20 +53,36 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        pause_s = SAMPLE_EVERY_S
+        began, pause_s = time.monotonic(), SAMPLE_EVERY_S
         while not self._stop.wait(pause_s):
-            began = time.thread_time()
             self.peak_bytes = max(self.peak_bytes, _sample())
-            pause_s = max(SAMPLE_EVERY_S, (time.thread_time() - began) / SAMPLE_SHARE)
+            due_s = (time.thread_time() - SAMPLE_AT_FIRST_S) / SAMPLE_SHARE
+            pause_s = max(SAMPLE_EVERY_S, due_s - (time.monotonic() - began))
 
 
 def _sample() -> int:
-    me = psutil.Process()
-    workers = [process for process in psutil.process_iter(["name"]) if (process.info["name"] or "").startswith("ray::")]
     total = 0
-    for process in {me, *me.children(recursive=True), *workers}:
+    for process in {each for root in _roots() for each in (root, *_descendants(root))}:
         try:
             total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+        except psutil.Error:
             continue
     return total
+
+
+def _roots() -> Iterator[psutil.Process]:
+    """This process, and the raylet of this machine in the cluster that it is part of."""
+    yield psutil.Process()
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ours = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if process.info["name"] == "raylet" and ours in (process.info["cmdline"] or ()):
+                yield process
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
