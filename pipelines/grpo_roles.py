@@ -1,8 +1,8 @@
 """What the GRPO loop asks of its collaborators, and the records that pass between them.
 
 Owns: the Protocols of generators, scorers, reference, learner, held-out measurement and observer; FinishedGroup,
-TrainingGroup, TrainedStep, LoopResult. Does not own: any implementation. Nothing here knows medicine, Ray, vLLM or
-DeepSpeed; payloads are opaque handles.
+TrainingGroup, TrainedStep, LoopResult; LoopError. Does not own: any implementation. Nothing here knows medicine, Ray,
+vLLM or DeepSpeed; payloads are opaque handles.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import GroupHeader, LearnerStep, Prompt, ReferenceHeader
+
+
+class LoopError(RuntimeError):
+    """The loop cannot go on; the message says which group and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,8 @@ from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import GroupHeader, LearnerStep, Prompt, ReferenceHeader
 from pipelines.group_ledger import GroupLedger
-from pipelines.grpo_loop import GrpoLoop, LoopError
-from pipelines.grpo_roles import FinishedGroup, TrainedStep, TrainingGroup
+from pipelines.grpo_loop import GrpoLoop
+from pipelines.grpo_roles import FinishedGroup, LoopError, TrainedStep, TrainingGroup
 from pipelines.stopping import Stop
 
 
