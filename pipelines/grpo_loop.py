@@ -91,6 +91,7 @@ class GrpoLoop:
         self._on_policy = config.max_staleness == 0
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._broken: asyncio.Future[None]
         self._measuring = Measuring(held_out, config, checkpoints, observer)
         self._conclusion: asyncio.Task[None] | None = None
         self._stats: list[dict[str, float]] = []
@@ -114,14 +115,16 @@ class GrpoLoop:
         producer = asyncio.create_task(self._produce(), name="produce")
         trainer = asyncio.create_task(self._train(), name="train")
         stopper = asyncio.create_task(self._stop.wait(), name="stop")
+        self._broken = asyncio.get_running_loop().create_future()
+        watched: set[asyncio.Future[Any]] = {producer, trainer, stopper, self._broken}
         try:
-            done, _ = await asyncio.wait({producer, trainer, stopper}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             if stopper in done:
                 await self._wind_up(producer, trainer)
             for task in done - {stopper}:
                 task.result()
         finally:
-            leftover: list[asyncio.Task[Any]] = [producer, trainer, stopper, *self._tasks]
+            leftover = [*watched, *self._tasks]
             leftover += [task for task in (self._conclusion, self._measuring.task) if task is not None]
             await cancelled(leftover)
         return self.result
@@ -172,8 +175,15 @@ class GrpoLoop:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """What a task of its own raises ends the run: nobody else waits for it."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._broken.done():
+            self._broken.set_exception(error)
 
     def _may_start_wave(self) -> bool:
         waits = self._failing() or (self._on_policy and bool(self._ledger.in_flight))
@@ -215,11 +225,11 @@ class GrpoLoop:
 
     def _discard(self, group_id: int, prompt: Prompt, error: Exception | None) -> None:
         reason = f"{type(error).__name__}: {error}"
-        self._observer.discarded(group_id, prompt.prompt_id, reason)
         self._ledger.discard(group_id, reason.splitlines()[0])
         self._discarded_in_a_row += 1
         self._last_failure = LoopError(f"group {group_id}: {error}")
         self._last_failure.__cause__ = error
+        self._observer.discarded(group_id, prompt.prompt_id, reason)
 
     def _sift(self) -> None:
         for group in self._ledger.sift():

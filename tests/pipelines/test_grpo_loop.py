@@ -285,6 +285,30 @@ def test_groups_that_fail_while_the_learner_trains_are_not_replaced_without_end(
     assert 8 <= len(told.given_up) < 40, "0.3 s hold hundreds of failures"
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("told_of", ["discarded", "replaced"])
+def test_a_group_whose_end_cannot_be_told_ends_the_run(told_of: str, max_staleness: int) -> None:
+    class FullDisk(Told):
+        def fail(self, *what: object) -> None:
+            raise OSError("No space left on device")
+
+    told, cluster = FullDisk(), FakeCluster(fail=frozenset({2}))
+    setattr(told, told_of, told.fail)
+    limit = DynamicSamplingConfig(max_replaced=2)
+    with pytest.raises(OSError, match="No space left on device"):
+        run_loop(cluster, told, frozenset({1}), max_staleness=max_staleness, dynamic_sampling=limit)
+    assert getattr(cluster.loop.result, told_of) == 1 and not cluster.trained
+
+
+def test_what_a_publication_raises_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def update_weights(self: FakeEngines, weights: int, version: int, checksum: int) -> None:
+        raise RuntimeError("a checksum of another form")
+
+    monkeypatch.setattr(FakeEngines, "update_weights", update_weights)
+    with pytest.raises(RuntimeError, match="a checksum of another form"):
+        run_loop(FakeCluster())
+
+
 def test_skipped_steps_are_counted_and_five_in_a_row_end_the_run() -> None:
     assert run_loop(FakeCluster(skip=frozenset({1, 2, 4, 5}))).result.skipped_steps == 4
     with pytest.raises(LoopError, match=r"5 learner steps in a row .* groups 20, 21, 22, 23"):
