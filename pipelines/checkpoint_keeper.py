@@ -104,7 +104,7 @@ class CheckpointKeeper:
                 place = await self._in_thread(self._store.begin, version)
                 files = await self._learners.write_snapshot(f"{place}/{LEARNER}")
                 if told is not None:
-                    await asyncio.wait([told])
+                    await _has_told(told)
                 await self._in_thread(self._complete, version, state, groups, files)
         except Exception as error:  # the disk, a learner, or the store behind a URL, whose client has errors of its own
             kept = "there is none yet" if self.newest is None else f"the newest is that of step {self.newest}"
@@ -155,3 +155,10 @@ class CheckpointKeeper:
             self._store.mark(version, self._config.best_by, self._scores[version])
             del self._scores[version]
         self._store.rotate(self._config.grpo.keep_checkpoints, [] if measuring is None else [measuring])
+
+
+async def _has_told(told: asyncio.Future[None]) -> None:
+    """Returns when a step was told. Raises RuntimeError if it was not: the journal of who goes on would lack it."""
+    await asyncio.wait([told])  # and not the future itself, which a checkpoint that is late would cancel
+    if told.cancelled() or told.exception() is not None:
+        raise RuntimeError("its step did not reach the journal")

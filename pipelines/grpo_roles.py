@@ -157,7 +157,7 @@ class Checkpoints(Protocol):
         told: asyncio.Future[None] | None = None,
     ) -> None:
         """Keeps the learners' state of `version`, that of the loop and the groups that wait, whole or not at all, not
-        before `told` is done: by then the journal has the step.
+        before `told` is done: by then the journal has the step. Where `told` fails, none is kept.
 
         Returns when training may go on; the one before is then written."""
 

@@ -78,6 +78,22 @@ def test_one_appears_when_its_step_was_told_and_training_does_not_wait_for_that(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("raises", [False, True])
+def test_none_appears_of_a_step_that_was_not_told(tmp_path: Path, raises: bool) -> None:
+    async def run() -> None:
+        learners, said, told = SlowLearners(), list[str](), asyncio.get_running_loop().create_future()
+        keeper = keeper_at(tmp_path, learners, said)
+        learners.may_write.set()
+        await keeper.save(1, {}, [], told)
+        told.set_exception(OSError("No space left on device")) if raises else told.cancel()
+        await keeper.close()
+        reason = "its step did not reach the journal"
+        assert said == [f"the checkpoint of step 1 could not be written ({reason}); there is none yet"]
+        assert keeper.newest is None and CheckpointStore.of(a_config(tmp_path)).versions() == []
+
+    asyncio.run(run())
+
+
 def test_where_memory_is_scarce_training_waits_for_all_of_it(tmp_path: Path) -> None:
     async def run() -> None:
         learners = SlowLearners(copies=False)
