@@ -149,8 +149,7 @@ class GrpoLoop:
     async def _keep_last(self, version: int) -> None:
         """Leaves a checkpoint of the last step, where there are checkpoints."""
         if self._checkpoints is not None and self._config.checkpoint_every > 0 and version > 0:
-            if self._checkpoints.newest != version:
-                await self._keep(version)
+            await self._keep(version)
             await self._checkpoints.close()
 
     async def _keep(self, version: int) -> None:

@@ -143,9 +143,6 @@ class Learner(Protocol):
 class Checkpoints(Protocol):
     """Where a run keeps what it goes on from."""
 
-    newest: int | None
-    """The version of the last one that was written, or gone on from."""
-
     measuring: int | None
     """The version that waits for its held-out score, and stays until then."""
 
@@ -159,7 +156,8 @@ class Checkpoints(Protocol):
         """Keeps the learners' state of `version`, that of the loop and the groups that wait, whole or not at all, not
         before `told` is done: by then the journal has the step. Where `told` fails, none is kept.
 
-        Returns when training may go on; the one before is then written."""
+        Returns when training may go on; the one before is then written. Where that is of `version`, too, it stays
+        as it is."""
 
     async def close(self) -> None:
         """Returns when none is being written, and all scores are noted."""

@@ -163,6 +163,47 @@ def test_one_that_is_late_in_its_thread_ends_before_the_next_begins(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_one_that_is_being_written_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """As a stop asks, right after a step whose checkpoint was due."""
+
+    async def run() -> None:
+        learners, said, begun, may_end = SlowLearners(), list[str](), list[int](), threading.Event()
+        keeper = keeper_at(tmp_path, learners, said)
+        begin, complete = CheckpointStore.begin, CheckpointStore.complete
+
+        def noted(store: CheckpointStore, version: int) -> str:
+            begun.append(version)
+            return begin(store, version)
+
+        def slow(*args: Any) -> None:
+            assert not late or may_end.wait(10)
+            complete(*args)
+
+        monkeypatch.setattr(CheckpointStore, "begin", noted)
+        monkeypatch.setattr(CheckpointStore, "complete", slow)
+        if late:
+            learners.may_write.set()
+            keeper._config.grpo.checkpoint_timeout_s = 2.0
+        await keeper.save(1, {}, [])
+        if late:
+            await keeper.settle()
+            assert said.pop().startswith("the checkpoint of step 1 could not be written (not done in 2 s")
+            keeper._config.grpo.checkpoint_timeout_s = 30.0
+        last = asyncio.create_task(keeper.save(1, {}, []))
+        await asyncio.sleep(0.05)
+        learners.may_write.set()
+        may_end.set()
+        await last
+        await keeper.close()
+        assert begun == [1] and keeper.newest == 1 and CheckpointStore.of(a_config(tmp_path)).versions() == [1]
+        assert learners.events.count("written") == 1 and not said
+
+    asyncio.run(run())
+
+
 def test_one_that_is_whole_is_told_as_such_where_older_ones_cannot_be_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
