@@ -131,7 +131,7 @@ class GrpoLoop:
 
     def load_state_dict(self, state: Mapping[str, Any], groups: Sequence[FinishedGroup]) -> None:
         """Goes on where a checkpoint was taken; engines and learners hold the weights of its version."""
-        self._ledger.load_state_dict(state, groups)
+        self._ledger.load_state_dict(state, groups, with_reference=self._reference is not None)
         self._counted_before_step = (self.result.discarded, self.result.replaced)
 
     def keep_soon(self) -> bool:

@@ -121,6 +121,7 @@ class FakeCluster:
         if version == self.wants_checkpoint_in:
             assert self.loop.keep_soon() == (self.loop._config.checkpoint_every > 0)
         self.last_batch = groups
+        assert len({group.group.reference is None for group in groups}) == 1, "all have reference log-probs, or none"
         await asyncio.sleep(self.train_s)
         culprits = tuple(sorted({group.group_id for group in groups} & self.sick))
         if culprits:
@@ -212,6 +213,7 @@ def run_loop(
     state: tuple[dict[str, object], list[FinishedGroup]] | None = None,
     end: str = "",
     after_s: float = 0.0,
+    with_reference: bool = True,
     **settings: object,
 ) -> GrpoLoop:
     """Runs to the last step; or for a while, and is then stopped or killed."""
@@ -225,7 +227,8 @@ def run_loop(
     async def run() -> GrpoLoop:
         sampler, engines, scorers = PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(equal)
         stop = Stop()
-        roles = sampler, engines, scorers, cluster, cluster, told or Told(), held_out, cluster, stop
+        reference = cluster if with_reference else None
+        roles = sampler, engines, scorers, reference, cluster, told or Told(), held_out, cluster, stop
         loop = cluster.loop = GrpoLoop(config, 3, *roles)
         if state is not None:
             loop.load_state_dict(*state)
@@ -473,6 +476,29 @@ def test_a_run_that_goes_on_from_a_checkpoint_loses_and_repeats_no_group(
     assert set(asked) == set(range(len(asked)))
     if max_staleness == 0:
         assert [*first.trained[:at], *later.trained] == first.trained
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_groups_that_waited_fit_those_of_a_run_with_or_without_a_reference(
+    max_staleness: int, with_reference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = FakeEngines.generate
+
+    async def hang(self: FakeEngines, prompt: Prompt, group_id: int, num_completions: int) -> tuple[GroupHeader, int]:
+        await asyncio.sleep(60 if group_id >= 10 else 0)
+        return await generate(self, prompt, group_id, num_completions)
+
+    settings = {"max_staleness": max_staleness, "checkpoint_every": 4}
+    first, later = FakeCluster(), FakeCluster(1, first=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeEngines, "generate", hang)
+        run_loop(first, end="stop", after_s=1.0, with_reference=not with_reference, **settings)
+    assert [group.header.group_id for group in first.states[2][1]] == [8, 9]
+    run_loop(later, Told(first_step=2), state=first.states[2], with_reference=with_reference, **settings)
+    assert sorted(group for step in later.trained for group in step) == list(range(8, 24))
+    assert ({8, 9} <= later.asked.keys()) == with_reference, "what lacks them is made again"
+    assert later.staleness and max(later.staleness) <= max_staleness
 
 
 def test_prompts_are_drawn_once_an_epoch_across_a_resume() -> None:
