@@ -1,5 +1,7 @@
 """A learner step whose loss or gradient is not finite: what is tried again without, and when it has been enough.
 
+Of several updates on a batch those before one that is not finite stand: such a step was trained on all its groups.
+
 Owns: the groups that steps go on without, the steps in a row that changed nothing, the limits of both. Does not own:
 which groups are at fault (medtvt_rl/learner/culprits.py), or what else belongs to a step (grpo_loop.py).
 """
@@ -34,7 +36,7 @@ class FiniteSteps:
         self, groups: list[TrainingGroup], rate: float, step: int
     ) -> tuple[list[TrainingGroup], LearnerStep]:
         """One step, and the groups it was taken with: one that is not finite is tried again without the groups that
-        caused it, as long as the ranks of the learner have a completion each.
+        caused it, as long as no weight has changed and the ranks of the learner have a completion each.
 
         Raises:
             LoopError: the run has lost too many groups in this way.
@@ -50,15 +52,15 @@ class FiniteSteps:
             culprits = [group for group in groups if group.group_id in outcome.culprits]
             if not culprits:
                 return groups, outcome
-            self._leave_out(step, culprits, outcome)
+            self._count_culprits(step, culprits, outcome)
             left = [group for group in groups if group.group_id not in outcome.culprits]
-            if not left or outcome.metrics.get("updates", 0.0) > 0:
+            if not left or outcome.updates:
                 return groups, outcome
             groups = left
 
     def count(self, groups: Sequence[TrainingGroup], outcome: LearnerStep) -> None:
         """A step was taken, or not. `check` says whether it was too much."""
-        self._skipped_in_a_row = 0 if outcome.skipped is None else self._skipped_in_a_row + 1
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if outcome.changed_nothing else 0
         self._last = groups
 
     def check(self) -> None:
@@ -69,10 +71,10 @@ class FiniteSteps:
                 f"finite, the last on groups {_ids(self._last)}; lower grpo.learning_rate"
             )
 
-    def _leave_out(self, step: int, culprits: Sequence[TrainingGroup], outcome: LearnerStep) -> None:
+    def _count_culprits(self, step: int, culprits: Sequence[TrainingGroup], outcome: LearnerStep) -> None:
         result = self._ledger.result
         result.nonfinite += len(culprits)
-        self._observer.nonfinite(step, culprits, str(outcome.skipped))
+        self._observer.nonfinite(step, culprits, str(outcome.skipped), outcome.updates)
         if result.nonfinite > self._limit:
             raise LoopError(
                 f"{result.nonfinite} groups so far were not finite (grpo.max_nonfinite_groups = {self._limit}), the "

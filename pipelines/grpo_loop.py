@@ -264,7 +264,7 @@ class GrpoLoop:
             clock.lap("probe")
             row = outcome.metrics | spent | rollout_metrics(groups, step)
             trained = TrainedStep(step=step, groups=tuple(groups), learning_rate=rate, checksum=checksum, metrics=row)
-            self.result.add(step, sum(len(g.group.header.lengths) for g in groups), row, outcome.skipped is not None)
+            self.result.add(step, sum(len(g.group.header.lengths) for g in groups), row, outcome.changed_nothing)
             self._finite_steps.count(groups, outcome)
             self._conclusion = asyncio.create_task(self._conclude(trained, probe), name=f"conclude {step}")
             if self._on_policy or version == self._config.steps or self._stop.requested:

@@ -131,7 +131,8 @@ class Learner(Protocol):
     """The learner gang."""
 
     async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> LearnerStep:
-        """One optimizer step; one that was not finite changed no weight, and names the groups that caused it."""
+        """One step of one or more updates; it ends before one that is not finite, and names the groups that caused
+        it."""
 
     async def export(self, version: int) -> tuple[Any, int]:
         """A handle to the weights of `version`, and their checksum."""
@@ -185,8 +186,9 @@ class Observer(Protocol):
     def replaced(self, group: FinishedGroup) -> None:
         """A group of equal rewards made way for another."""
 
-    def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str) -> None:
-        """Groups were left out of a step that was not finite because of them."""
+    def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str, updates: int) -> None:
+        """A step was not finite because of these groups. It is tried again without them, unless it has taken so many
+        updates with them."""
 
     def measured(self, metrics: Mapping[str, float]) -> None:
         """Held-out answers of a version were measured, too late for the row of a step of their own."""

@@ -167,6 +167,7 @@ class Told:
         self.given_up: list[tuple[int, str, str]] = []
         self.made_way: list[int] = []
         self.left_out: list[int] = []
+        self.stopped_for: list[int] = []
         self.unknown: list[tuple[int, str, str]] = []
         self.late: list[dict[str, float]] = []
 
@@ -177,8 +178,8 @@ class Told:
     def replaced(self, group: FinishedGroup) -> None:
         self.made_way.append(group.header.group_id)
 
-    def nonfinite(self, step: int, groups: list[TrainingGroup], reason: str) -> None:
-        self.left_out.extend(group.group_id for group in groups)
+    def nonfinite(self, step: int, groups: list[TrainingGroup], reason: str, updates: int) -> None:
+        (self.stopped_for if updates else self.left_out).extend(group.group_id for group in groups)
 
     def measured(self, metrics: dict[str, float]) -> None:
         self.late.append(metrics)
@@ -369,6 +370,20 @@ def test_a_step_goes_on_without_the_groups_that_are_not_finite() -> None:
     assert loop.result.nonfinite == 3 and loop.result.skipped_steps == 0
     with pytest.raises(LoopError, match=r"max_nonfinite_groups = 2.*groups 9, 10.*lower grpo.learning_rate"):
         run_loop(FakeCluster(sick=frozenset({1, 9, 10})), max_nonfinite_groups=2)
+
+
+def test_a_step_that_stops_after_its_first_update_was_trained_on_all_its_groups() -> None:
+    class Stopping(FakeCluster):
+        async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> LearnerStep:
+            await super().train_step(groups, learning_rate, version)
+            metrics = {"updates": 1.0, "skipped": 0.0}
+            return LearnerStep(metrics=metrics, skipped="a loss is not finite", culprits=(groups[0].group_id,))
+
+    told, cluster = Told(), Stopping()
+    loop = run_loop(cluster, told, max_staleness=0)
+    assert cluster.trained == [list(range(first, first + 4)) for first in range(0, 24, 4)]
+    assert told.stopped_for == list(range(0, 24, 4)) and not told.left_out
+    assert loop.result.steps == 6 and loop.result.skipped_steps == 0 and loop.result.nonfinite == 6
 
 
 def test_a_step_of_sick_groups_alone_changes_nothing() -> None:
