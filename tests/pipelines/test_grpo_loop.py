@@ -100,6 +100,7 @@ class FakeCluster:
         self.states: dict[int, tuple[dict[str, object], list[FinishedGroup]]] = {}
         self.scores: dict[int, float] = {}
         self.newest: int | None = None
+        self.writing: asyncio.Task[None] | None = None
         self.measuring: int | None = None
         self.first = first
         self.last_batch: list[TrainingGroup] = []
@@ -138,14 +139,31 @@ class FakeCluster:
         groups: list[FinishedGroup],
         told: asyncio.Future[None] | None = None,
     ) -> None:
+        await self.close()
         if version == self.newest:
             return
         assert version == len(self.trained) + self.first
-        self.checkpoints.append(version)
-        self.states[version] = (json.loads(json.dumps(state)), list(groups))
-        self.newest = version
+        kept = json.loads(json.dumps(state)), list(groups)
+        self.writing = asyncio.create_task(self.write(version, kept, told))
 
-    async def close(self) -> None: ...
+    async def write(
+        self,
+        version: int,
+        kept: tuple[dict[str, object], list[FinishedGroup]],
+        told: asyncio.Future[None] | None,
+    ) -> None:
+        """As the keeper does: behind training, and not where the step is not told."""
+        await asyncio.sleep(self.random.random() * 0.002)
+        if told is not None:
+            await asyncio.wait([told])
+            if told.cancelled() or told.exception() is not None:
+                return
+        self.checkpoints.append(version)
+        self.states[version], self.newest = kept, version
+
+    async def close(self) -> None:
+        if self.writing is not None:
+            await self.writing
 
     def scored(self, metrics: dict[str, float]) -> None:
         if metrics:
@@ -239,6 +257,7 @@ def run_loop(
             stop.request() if end == "stop" else running.cancel()
         try:
             await asyncio.wait_for(running, 20)
+            await cluster.close()
         except asyncio.CancelledError:
             assert end == "kill"
         return loop
@@ -552,6 +571,7 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_trains_each_group_once
         settings = {"max_staleness": bound, "checkpoint_every": every, "dynamic_sampling": limit}
         run_loop(cluster, told, equal, state=state, end=end, after_s=after_s, **settings)
         assert max(cluster.staleness, default=0) <= bound
+        assert cluster.newest is None or cluster.newest <= at + len(told.metrics), "the journal has its steps"
         assert all(asked.setdefault(group, prompt) == prompt for group, prompt in cluster.asked.items())
         if state is not None and bound >= before:
             assert not {group.header.group_id for group in state[1]} & cluster.asked.keys(), "finished, and made again"
