@@ -222,11 +222,21 @@ class LearnerStep:
     """What the learner made of a batch.
 
     Attributes:
-        metrics: over all ranks; `skipped` is 1 where the step was not taken.
-        skipped: what was not finite, so that no weight changed; None where the step was taken.
-        culprits: sorted ids of the groups it came from; at least one where the step was not taken.
+        metrics: over all ranks; `updates` are those taken, `skipped` is 1 where there were none.
+        skipped: what was not finite, so that this update and those after it were not taken; None where all were.
+        culprits: sorted ids of the groups it came from; at least one where it was not finite.
     """
 
     metrics: dict[str, float]
     skipped: str | None = None
     culprits: tuple[int, ...] = ()
+
+    @property
+    def updates(self) -> int:
+        """Those that were taken, 0 where the learner does not say."""
+        return int(self.metrics.get("updates", 0.0))
+
+    @property
+    def changed_nothing(self) -> bool:
+        """Whether the first update was not finite."""
+        return self.skipped is not None and not self.updates

@@ -64,8 +64,10 @@ class CheckpointKeeper:
         groups: Sequence[FinishedGroup],
         told: asyncio.Future[None] | None = None,
     ) -> None:
-        """Returns when training may go on."""
+        """Returns when training may go on; at once where there is one of this version."""
         await self.settle()
+        if self.newest == version:
+            return
         in_background = await self._learners.snapshot()
         self._task = asyncio.create_task(self._write(version, state, groups, told), name=f"checkpoint {version}")
         if not in_background:
@@ -101,10 +103,13 @@ class CheckpointKeeper:
         timeout_s, deadline = self._timeout()
         try:
             async with asyncio.timeout_at(deadline):
+                await self._idle()
+                if self.newest == version:
+                    return  # the one before was of this version too, and late
                 place = await self._in_thread(self._store.begin, version)
                 files = await self._learners.write_snapshot(f"{place}/{LEARNER}")
                 if told is not None:
-                    await asyncio.wait([told])
+                    await _has_told(told)
                 await self._in_thread(self._complete, version, state, groups, files)
         except Exception as error:  # the disk, a learner, or the store behind a URL, whose client has errors of its own
             kept = "there is none yet" if self.newest is None else f"the newest is that of step {self.newest}"
@@ -122,11 +127,14 @@ class CheckpointKeeper:
 
     async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
         """One at a time, also where the one before is late and nobody waits for it any more."""
-        if self._thread is not None:
-            await asyncio.wait([self._thread])
+        await self._idle()
         self._thread = asyncio.ensure_future(asyncio.to_thread(work, *args))
         self._thread.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have no reader
         return await asyncio.shield(self._thread)
+
+    async def _idle(self) -> None:
+        if self._thread is not None:
+            await asyncio.wait([self._thread])
 
     def _timeout(self) -> tuple[float, float]:
         """Seconds, and when they are over by the loop's clock."""
@@ -155,3 +163,10 @@ class CheckpointKeeper:
             self._store.mark(version, self._config.best_by, self._scores[version])
             del self._scores[version]
         self._store.rotate(self._config.grpo.keep_checkpoints, [] if measuring is None else [measuring])
+
+
+async def _has_told(told: asyncio.Future[None]) -> None:
+    """Returns when a step was told. Raises RuntimeError if it was not: the journal of who goes on would lack it."""
+    await asyncio.wait([told])  # and not the future itself, which a checkpoint that is late would cancel
+    if told.cancelled() or told.exception() is not None:
+        raise RuntimeError("its step did not reach the journal")

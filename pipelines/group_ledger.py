@@ -8,7 +8,7 @@ No call blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from medtvt_rl.algorithm.advantages import has_signal
@@ -136,14 +136,23 @@ class GroupLedger:
         }
         return state, [self._finished[group_id] for group_id in buffer["pending"] if group_id in self._finished]
 
-    def load_state_dict(self, state: Mapping[str, Any], groups: Sequence[FinishedGroup]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], groups: Sequence[FinishedGroup], with_reference: bool) -> None:
         """Goes on where `state` was taken; engines and learners hold the weights of its version.
 
-        A finished group is made again where the bound on staleness has become too tight for it.
+        A finished group is made again where the bound on staleness has become too tight for it, or it lacks the
+        reference log-probs that the others will have now.
+
+        Args:
+            with_reference: whether groups have them from now on; otherwise those that are there are left out.
         """
         self._sampler.load_state_dict(state["sampler"])
         self.result = LoopResult(**state["result"])
-        finished, undecided = {group.header.group_id: group for group in groups}, set(state["undecided"])
+        undecided = set(state["undecided"])
+        if with_reference:
+            groups = [group for group in groups if group.reference_header is not None]
+        else:
+            groups = [replace(group, reference=None, reference_header=None) for group in groups]
+        finished = {group.header.group_id: group for group in groups}
         for group_id in self.buffer.load_state_dict(state["buffer"]):
             self._prompt_of[group_id] = state["prompts"][str(group_id)]
             group = finished.get(group_id)

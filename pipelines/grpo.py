@@ -342,11 +342,12 @@ class StepReport:
         """For the journal alone: it is what dynamic sampling is for."""
         self._journal.discarded(group.header.group_id, group.header.prompt_id, EQUAL_REWARDS)
 
-    def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str) -> None:
+    def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str, updates: int) -> None:
         """A line for the reader; the learners have saved the groups."""
-        self._reporter.line(
-            f"grpo: step {step} goes on without groups {_ids(groups)}: {reason}; they lie in journal/nonfinite"
-        )
+        what = f"stopped after update {updates} because of" if updates else "goes on without"
+        self._reporter.line(f"grpo: step {step} {what} groups {_ids(groups)}: {reason}; they lie in journal/nonfinite")
+        if updates:
+            return  # they were trained on
         for group in groups:
             header = group.group.header
             self._journal.discarded(header.group_id, header.prompt_id, f"step {step}: {reason}")

@@ -30,16 +30,18 @@ import numpy as np
 
 from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.data.sampler import PromptSampler
-from medtvt_rl.faults import RoleLostError, TooFewCompletionsError
+from medtvt_rl.faults import RoleLostError
 from medtvt_rl.learner.schedule import linear_decay
 from medtvt_rl.rewards.scorer import GroupRewards
-from medtvt_rl.types import LearnerStep, Prompt
+from medtvt_rl.types import Prompt
+from pipelines.finite_steps import FiniteSteps
 from pipelines.group_ledger import GroupLedger
 from pipelines.grpo_roles import (
     Checkpoints,
     FinishedGroup,
     HeldOut,
     Learner,
+    LoopError,
     LoopResult,
     Observer,
     Reference,
@@ -56,11 +58,6 @@ from pipelines.training_groups import with_advantages
 
 T = TypeVar("T")
 MAX_DISCARDED_IN_A_ROW = 8
-MAX_SKIPPED_IN_A_ROW = 5
-
-
-class LoopError(RuntimeError):
-    """The loop cannot go on; the message says which group and why."""
 
 
 class GrpoLoop:
@@ -90,13 +87,15 @@ class GrpoLoop:
         self._rollouts, self._scoring = rollouts, scoring
         self._reference, self._learner = reference, learner
         self._checkpoints, self._stop = checkpoints, stop or Stop()
+        self._finite_steps = FiniteSteps(learner, config, self._ledger, observer)
         self._on_policy = config.max_staleness == 0
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._broken: asyncio.Future[None]
         self._measuring = Measuring(held_out, config, checkpoints, observer)
         self._conclusion: asyncio.Task[None] | None = None
         self._stats: list[dict[str, float]] = []
-        self._discarded_in_a_row = self._skipped_in_a_row = 0
+        self._discarded_in_a_row = 0
         self._clock = StepClock()
         self._counted_before_step = (0, 0)
         self._last_failure = LoopError("no group has failed")
@@ -116,21 +115,23 @@ class GrpoLoop:
         producer = asyncio.create_task(self._produce(), name="produce")
         trainer = asyncio.create_task(self._train(), name="train")
         stopper = asyncio.create_task(self._stop.wait(), name="stop")
+        self._broken = asyncio.get_running_loop().create_future()
+        watched: set[asyncio.Future[Any]] = {producer, trainer, stopper, self._broken}
         try:
-            done, _ = await asyncio.wait({producer, trainer, stopper}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             if stopper in done:
                 await self._wind_up(producer, trainer)
             for task in done - {stopper}:
                 task.result()
         finally:
-            leftover: list[asyncio.Task[Any]] = [producer, trainer, stopper, *self._tasks]
+            leftover = [*watched, *self._tasks]
             leftover += [task for task in (self._conclusion, self._measuring.task) if task is not None]
             await cancelled(leftover)
         return self.result
 
     def load_state_dict(self, state: Mapping[str, Any], groups: Sequence[FinishedGroup]) -> None:
         """Goes on where a checkpoint was taken; engines and learners hold the weights of its version."""
-        self._ledger.load_state_dict(state, groups)
+        self._ledger.load_state_dict(state, groups, with_reference=self._reference is not None)
         self._counted_before_step = (self.result.discarded, self.result.replaced)
 
     def keep_soon(self) -> bool:
@@ -148,8 +149,7 @@ class GrpoLoop:
     async def _keep_last(self, version: int) -> None:
         """Leaves a checkpoint of the last step, where there are checkpoints."""
         if self._checkpoints is not None and self._config.checkpoint_every > 0 and version > 0:
-            if self._checkpoints.newest != version:
-                await self._keep(version)
+            await self._keep(version)
             await self._checkpoints.close()
 
     async def _keep(self, version: int) -> None:
@@ -174,8 +174,15 @@ class GrpoLoop:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """What a task of its own raises ends the run: nobody else waits for it."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._broken.done():
+            self._broken.set_exception(error)
 
     def _may_start_wave(self) -> bool:
         waits = self._failing() or (self._on_policy and bool(self._ledger.in_flight))
@@ -217,11 +224,11 @@ class GrpoLoop:
 
     def _discard(self, group_id: int, prompt: Prompt, error: Exception | None) -> None:
         reason = f"{type(error).__name__}: {error}"
-        self._observer.discarded(group_id, prompt.prompt_id, reason)
         self._ledger.discard(group_id, reason.splitlines()[0])
         self._discarded_in_a_row += 1
         self._last_failure = LoopError(f"group {group_id}: {error}")
         self._last_failure.__cause__ = error
+        self._observer.discarded(group_id, prompt.prompt_id, reason)
 
     def _sift(self) -> None:
         for group in self._ledger.sift():
@@ -243,7 +250,7 @@ class GrpoLoop:
                 await self._concluded()
                 return step
             clock.lap("wait_groups")
-            groups, outcome = await self._learn(groups, rate, step)
+            groups, outcome = await self._finite_steps.take(groups, rate, step)
             clock.lap("train")
             await self._concluded()
             clock.lap("conclude")
@@ -257,8 +264,9 @@ class GrpoLoop:
             clock.lap("probe")
             row = outcome.metrics | spent | rollout_metrics(groups, step)
             trained = TrainedStep(step=step, groups=tuple(groups), learning_rate=rate, checksum=checksum, metrics=row)
-            self.result.add(step, sum(len(g.group.header.lengths) for g in groups), row, outcome.skipped is not None)
-            self._conclusion = asyncio.create_task(self._conclude(trained, outcome, probe), name=f"conclude {step}")
+            self.result.add(step, sum(len(g.group.header.lengths) for g in groups), row, outcome.changed_nothing)
+            self._finite_steps.count(groups, outcome)
+            self._conclusion = asyncio.create_task(self._conclude(trained, probe), name=f"conclude {step}")
             if self._on_policy or version == self._config.steps or self._stop.requested:
                 await self._concluded()
             clock.lap("conclude")
@@ -292,6 +300,7 @@ class GrpoLoop:
         if self._conclusion is not None:
             task, self._conclusion = self._conclusion, None
             await task
+            self._finite_steps.check()
 
     async def _take(self) -> list[TrainingGroup]:
         """A step's groups with their advantages, once they are there; none where the run is asked to stop."""
@@ -309,36 +318,6 @@ class GrpoLoop:
             taken = self._ledger.take()
         return [with_advantages(group, self._config, self._max_new_tokens) for group in taken]
 
-    async def _learn(
-        self, groups: list[TrainingGroup], rate: float, step: int
-    ) -> tuple[list[TrainingGroup], LearnerStep]:
-        """One optimizer step; where it is not finite it is tried again without the groups that caused it, as long as
-        the ranks of the learner have a completion each."""
-        outcome: LearnerStep | None = None
-        while True:
-            try:
-                outcome = await self._learner.train_step(groups, rate, step)
-            except TooFewCompletionsError:
-                if outcome is None:
-                    raise
-                return groups, outcome
-            culprits = [group for group in groups if group.group_id in outcome.culprits]
-            if not culprits:
-                return groups, outcome
-            self.result.nonfinite += len(culprits)
-            self._observer.nonfinite(step, culprits, str(outcome.skipped))
-            if self.result.nonfinite > self._config.max_nonfinite_groups:
-                ids = ", ".join(str(group.group_id) for group in culprits)
-                raise LoopError(
-                    f"{self.result.nonfinite} groups so far were not finite (grpo.max_nonfinite_groups = "
-                    f"{self._config.max_nonfinite_groups}), the last in step {step}: groups {ids}, {outcome.skipped}; "
-                    "lower grpo.learning_rate, or look at the saved groups"
-                )
-            left = [group for group in groups if group.group_id not in outcome.culprits]
-            if not left or outcome.metrics.get("updates", 0.0) > 0:
-                return groups, outcome
-            groups = left
-
     async def _release(self, version: int) -> None:
         async with self._changed:
             self._ledger.buffer.published(version)
@@ -352,7 +331,7 @@ class GrpoLoop:
         index = int(np.argmax(group.header.lengths))
         return group.payload, index, await self._learner.score(group.payload, index)
 
-    async def _conclude(self, trained: TrainedStep, outcome: LearnerStep, probe: Probe | None) -> None:
+    async def _conclude(self, trained: TrainedStep, probe: Probe | None) -> None:
         """What is measured of the weights of a step, beside the next one; on-policy before it, since nothing else may
         then run on the engines."""
         version, metrics = trained.step + 1, dict[str, float]()
@@ -368,7 +347,6 @@ class GrpoLoop:
         except RoleLostError as error:
             self._lost = error
         self._tell(replace(trained, metrics={**trained.metrics, **metrics}))
-        self._count_skipped(trained, outcome)
 
     async def _measured(self, version: int, what: str, measurement: Awaitable[T], otherwise: T) -> T:
         """What a measurement gives; `otherwise` where it fails, or a stop is requested."""
@@ -385,13 +363,3 @@ class GrpoLoop:
             "groups/replaced": float(result.replaced - before[1]),
         }
         self._observer.step(replace(trained, metrics=metrics))
-
-    def _count_skipped(self, trained: TrainedStep, outcome: LearnerStep) -> None:
-        """Raises LoopError where too many steps in a row changed no weight."""
-        self._skipped_in_a_row = 0 if outcome.skipped is None else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            ids = ", ".join(str(group.group_id) for group in trained.groups)
-            raise LoopError(
-                f"{MAX_SKIPPED_IN_A_ROW} learner steps in a row were skipped because a loss or gradient was not "
-                f"finite, the last on groups {ids}; lower grpo.learning_rate"
-            )

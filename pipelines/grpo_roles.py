@@ -1,8 +1,8 @@
 """What the GRPO loop asks of its collaborators, and the records that pass between them.
 
 Owns: the Protocols of generators, scorers, reference, learner, held-out measurement and observer; FinishedGroup,
-TrainingGroup, TrainedStep, LoopResult. Does not own: any implementation. Nothing here knows medicine, Ray, vLLM or
-DeepSpeed; payloads are opaque handles.
+TrainingGroup, TrainedStep, LoopResult; LoopError. Does not own: any implementation. Nothing here knows medicine, Ray,
+vLLM or DeepSpeed; payloads are opaque handles.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import GroupHeader, LearnerStep, Prompt, ReferenceHeader
+
+
+class LoopError(RuntimeError):
+    """The loop cannot go on; the message says which group and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +131,8 @@ class Learner(Protocol):
     """The learner gang."""
 
     async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> LearnerStep:
-        """One optimizer step; one that was not finite changed no weight, and names the groups that caused it."""
+        """One step of one or more updates; it ends before one that is not finite, and names the groups that caused
+        it."""
 
     async def export(self, version: int) -> tuple[Any, int]:
         """A handle to the weights of `version`, and their checksum."""
@@ -138,9 +143,6 @@ class Learner(Protocol):
 
 class Checkpoints(Protocol):
     """Where a run keeps what it goes on from."""
-
-    newest: int | None
-    """The version of the last one that was written, or gone on from."""
 
     measuring: int | None
     """The version that waits for its held-out score, and stays until then."""
@@ -153,9 +155,10 @@ class Checkpoints(Protocol):
         told: asyncio.Future[None] | None = None,
     ) -> None:
         """Keeps the learners' state of `version`, that of the loop and the groups that wait, whole or not at all, not
-        before `told` is done: by then the journal has the step.
+        before `told` is done: by then the journal has the step. Where `told` fails, none is kept.
 
-        Returns when training may go on; the one before is then written."""
+        Returns when training may go on; the one before is then written. Where that is of `version`, too, it stays
+        as it is."""
 
     async def close(self) -> None:
         """Returns when none is being written, and all scores are noted."""
@@ -183,8 +186,9 @@ class Observer(Protocol):
     def replaced(self, group: FinishedGroup) -> None:
         """A group of equal rewards made way for another."""
 
-    def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str) -> None:
-        """Groups were left out of a step that was not finite because of them."""
+    def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str, updates: int) -> None:
+        """A step was not finite because of these groups. It is tried again without them, unless it has taken so many
+        updates with them."""
 
     def measured(self, metrics: Mapping[str, float]) -> None:
         """Held-out answers of a version were measured, too late for the row of a step of their own."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -102,8 +102,8 @@ def stopped_at_once(message: str = "finished stages are kept, and the same comma
     return Stopped(_came, message)
 
 
-def cancelled(leftover: list[asyncio.Task[Any]]) -> Awaitable[Any]:
-    """Cancels tasks, and waits for their ends."""
+def cancelled(leftover: Sequence[asyncio.Future[Any]]) -> Awaitable[Any]:
+    """Cancels tasks and other futures, and waits for their ends."""
     for task in leftover:
         task.cancel()
     return asyncio.gather(*leftover, return_exceptions=True)

@@ -83,8 +83,8 @@ class GrpoLearner:
             version: completed steps of the learner; tokens sampled by it are "fresh", and their log-probs must agree.
 
         Returns:
-            Equal on every rank. Where something was not finite the step stops before any weight changes, and the
-            groups at fault are named. Of several updates those before it have been taken, as the metric `updates` says.
+            Equal on every rank. Where something was not finite the step stops before its weights change, and the groups
+            at fault are named. Of several updates those before it have been taken, as the metric `updates` says.
             `fresh_gap_max` is infinite where a fresh log-prob was not finite; `tokens` are those of prompts and
             completions, `num_tokens` those of completions, of one update each.
 
@@ -118,7 +118,7 @@ class GrpoLearner:
             "gradient_norm": outcome.grad_norm,
             "learning_rate": outcome.learning_rate,
             "updates": float(taken),
-            "skipped": float(skipped is not None),
+            "skipped": float(taken == 0),
             "seconds": time.perf_counter() - started,
         }
         return LearnerStep(metrics=metrics, skipped=skipped, culprits=culprits)

@@ -78,6 +78,22 @@ def test_one_appears_when_its_step_was_told_and_training_does_not_wait_for_that(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("raises", [False, True])
+def test_none_appears_of_a_step_that_was_not_told(tmp_path: Path, raises: bool) -> None:
+    async def run() -> None:
+        learners, said, told = SlowLearners(), list[str](), asyncio.get_running_loop().create_future()
+        keeper = keeper_at(tmp_path, learners, said)
+        learners.may_write.set()
+        await keeper.save(1, {}, [], told)
+        told.set_exception(OSError("No space left on device")) if raises else told.cancel()
+        await keeper.close()
+        reason = "its step did not reach the journal"
+        assert said == [f"the checkpoint of step 1 could not be written ({reason}); there is none yet"]
+        assert keeper.newest is None and CheckpointStore.of(a_config(tmp_path)).versions() == []
+
+    asyncio.run(run())
+
+
 def test_where_memory_is_scarce_training_waits_for_all_of_it(tmp_path: Path) -> None:
     async def run() -> None:
         learners = SlowLearners(copies=False)
@@ -143,6 +159,47 @@ def test_one_that_is_late_in_its_thread_ends_before_the_next_begins(
         await keeper.close()
         store = CheckpointStore.of(a_config(tmp_path))
         assert keeper.newest == 3 and store.versions() == [3] and store.newest(said.append) and not said
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_one_that_is_being_written_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """As a stop asks, right after a step whose checkpoint was due."""
+
+    async def run() -> None:
+        learners, said, begun, may_end = SlowLearners(), list[str](), list[int](), threading.Event()
+        keeper = keeper_at(tmp_path, learners, said)
+        begin, complete = CheckpointStore.begin, CheckpointStore.complete
+
+        def noted(store: CheckpointStore, version: int) -> str:
+            begun.append(version)
+            return begin(store, version)
+
+        def slow(*args: Any) -> None:
+            assert not late or may_end.wait(10)
+            complete(*args)
+
+        monkeypatch.setattr(CheckpointStore, "begin", noted)
+        monkeypatch.setattr(CheckpointStore, "complete", slow)
+        if late:
+            learners.may_write.set()
+            keeper._config.grpo.checkpoint_timeout_s = 2.0
+        await keeper.save(1, {}, [])
+        if late:
+            await keeper.settle()
+            assert said.pop().startswith("the checkpoint of step 1 could not be written (not done in 2 s")
+            keeper._config.grpo.checkpoint_timeout_s = 30.0
+        last = asyncio.create_task(keeper.save(1, {}, []))
+        await asyncio.sleep(0.05)
+        learners.may_write.set()
+        may_end.set()
+        await last
+        await keeper.close()
+        assert begun == [1] and keeper.newest == 1 and CheckpointStore.of(a_config(tmp_path)).versions() == [1]
+        assert learners.events.count("written") == 1 and not said
 
     asyncio.run(run())
 

@@ -68,12 +68,15 @@ def test_failed_completions_skipped_steps_and_discarded_groups_are_named() -> No
     assert notes.lines[2] == "grpo: group 17 discarded: ActorError: it died" and notes.given_up == [17]
     report.replaced(training_group(18).group)
     assert len(notes.lines) == 3 and notes.given_up == [17, 18]
-    report.nonfinite(2, [training_group(19), training_group(20)], "the loss of group 19 is not finite")
+    report.nonfinite(2, [training_group(19), training_group(20)], "the loss of group 19 is not finite", 0)
     assert notes.lines[3].startswith("grpo: step 2 goes on without groups 19, 20: the loss of group 19")
     assert notes.given_up == [17, 18, 19, 20]
-    report.step(trained_step(2, training_group(21), **metrics, sync_gap_max=0.5))
-    assert notes.lines[4].startswith("grpo: ALARM: step 2: engines and learner disagree")
-    assert report.sounded == [notes.lines[4].removeprefix("grpo: ALARM: ")]
+    report.nonfinite(2, [training_group(21)], "a gradient", 3)
+    assert notes.lines[4].startswith("grpo: step 2 stopped after update 3 because of groups 21: a gradient")
+    assert notes.given_up == [17, 18, 19, 20]
+    report.step(trained_step(2, training_group(21), **metrics, skipped=0.0, sync_gap_max=0.5))
+    assert notes.lines[5].startswith("grpo: ALARM: step 2: engines and learner disagree")
+    assert report.sounded == [notes.lines[5].removeprefix("grpo: ALARM: ")]
 
 
 def test_held_out_answers_that_come_late_have_a_row_and_sound_the_alarms() -> None:

@@ -17,8 +17,8 @@ from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import GroupHeader, LearnerStep, Prompt, ReferenceHeader
 from pipelines.group_ledger import GroupLedger
-from pipelines.grpo_loop import GrpoLoop, LoopError
-from pipelines.grpo_roles import FinishedGroup, TrainedStep, TrainingGroup
+from pipelines.grpo_loop import GrpoLoop
+from pipelines.grpo_roles import FinishedGroup, LoopError, TrainedStep, TrainingGroup
 from pipelines.stopping import Stop
 
 
@@ -100,6 +100,7 @@ class FakeCluster:
         self.states: dict[int, tuple[dict[str, object], list[FinishedGroup]]] = {}
         self.scores: dict[int, float] = {}
         self.newest: int | None = None
+        self.writing: asyncio.Task[None] | None = None
         self.measuring: int | None = None
         self.first = first
         self.last_batch: list[TrainingGroup] = []
@@ -121,6 +122,7 @@ class FakeCluster:
         if version == self.wants_checkpoint_in:
             assert self.loop.keep_soon() == (self.loop._config.checkpoint_every > 0)
         self.last_batch = groups
+        assert len({group.group.reference is None for group in groups}) == 1, "all have reference log-probs, or none"
         await asyncio.sleep(self.train_s)
         culprits = tuple(sorted({group.group_id for group in groups} & self.sick))
         if culprits:
@@ -137,12 +139,31 @@ class FakeCluster:
         groups: list[FinishedGroup],
         told: asyncio.Future[None] | None = None,
     ) -> None:
+        await self.close()
+        if version == self.newest:
+            return
         assert version == len(self.trained) + self.first
-        self.checkpoints.append(version)
-        self.states[version] = (json.loads(json.dumps(state)), list(groups))
-        self.newest = version
+        kept = json.loads(json.dumps(state)), list(groups)
+        self.writing = asyncio.create_task(self.write(version, kept, told))
 
-    async def close(self) -> None: ...
+    async def write(
+        self,
+        version: int,
+        kept: tuple[dict[str, object], list[FinishedGroup]],
+        told: asyncio.Future[None] | None,
+    ) -> None:
+        """As the keeper does: behind training, and not where the step is not told."""
+        await asyncio.sleep(self.random.random() * 0.002)
+        if told is not None:
+            await asyncio.wait([told])
+            if told.cancelled() or told.exception() is not None:
+                return
+        self.checkpoints.append(version)
+        self.states[version], self.newest = kept, version
+
+    async def close(self) -> None:
+        if self.writing is not None:
+            await self.writing
 
     def scored(self, metrics: dict[str, float]) -> None:
         if metrics:
@@ -164,6 +185,7 @@ class Told:
         self.given_up: list[tuple[int, str, str]] = []
         self.made_way: list[int] = []
         self.left_out: list[int] = []
+        self.stopped_for: list[int] = []
         self.unknown: list[tuple[int, str, str]] = []
         self.late: list[dict[str, float]] = []
 
@@ -174,8 +196,8 @@ class Told:
     def replaced(self, group: FinishedGroup) -> None:
         self.made_way.append(group.header.group_id)
 
-    def nonfinite(self, step: int, groups: list[TrainingGroup], reason: str) -> None:
-        self.left_out.extend(group.group_id for group in groups)
+    def nonfinite(self, step: int, groups: list[TrainingGroup], reason: str, updates: int) -> None:
+        (self.stopped_for if updates else self.left_out).extend(group.group_id for group in groups)
 
     def measured(self, metrics: dict[str, float]) -> None:
         self.late.append(metrics)
@@ -210,6 +232,7 @@ def run_loop(
     state: tuple[dict[str, object], list[FinishedGroup]] | None = None,
     end: str = "",
     after_s: float = 0.0,
+    with_reference: bool = True,
     **settings: object,
 ) -> GrpoLoop:
     """Runs to the last step; or for a while, and is then stopped or killed."""
@@ -223,7 +246,8 @@ def run_loop(
     async def run() -> GrpoLoop:
         sampler, engines, scorers = PromptSampler(prompts, 0), FakeEngines(cluster), FakeScorers(equal)
         stop = Stop()
-        roles = sampler, engines, scorers, cluster, cluster, told or Told(), held_out, cluster, stop
+        reference = cluster if with_reference else None
+        roles = sampler, engines, scorers, reference, cluster, told or Told(), held_out, cluster, stop
         loop = cluster.loop = GrpoLoop(config, 3, *roles)
         if state is not None:
             loop.load_state_dict(*state)
@@ -233,6 +257,7 @@ def run_loop(
             stop.request() if end == "stop" else running.cancel()
         try:
             await asyncio.wait_for(running, 20)
+            await cluster.close()
         except asyncio.CancelledError:
             assert end == "kill"
         return loop
@@ -283,6 +308,30 @@ def test_groups_that_fail_while_the_learner_trains_are_not_replaced_without_end(
         run_loop(cluster, told, max_staleness=1)
     assert len(cluster.trained) == 1
     assert 8 <= len(told.given_up) < 40, "0.3 s hold hundreds of failures"
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("told_of", ["discarded", "replaced"])
+def test_a_group_whose_end_cannot_be_told_ends_the_run(told_of: str, max_staleness: int) -> None:
+    class FullDisk(Told):
+        def fail(self, *what: object) -> None:
+            raise OSError("No space left on device")
+
+    told, cluster = FullDisk(), FakeCluster(fail=frozenset({2}))
+    setattr(told, told_of, told.fail)
+    limit = DynamicSamplingConfig(max_replaced=2)
+    with pytest.raises(OSError, match="No space left on device"):
+        run_loop(cluster, told, frozenset({1}), max_staleness=max_staleness, dynamic_sampling=limit)
+    assert getattr(cluster.loop.result, told_of) == 1 and not cluster.trained
+
+
+def test_what_a_publication_raises_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def update_weights(self: FakeEngines, weights: int, version: int, checksum: int) -> None:
+        raise RuntimeError("a checksum of another form")
+
+    monkeypatch.setattr(FakeEngines, "update_weights", update_weights)
+    with pytest.raises(RuntimeError, match="a checksum of another form"):
+        run_loop(FakeCluster())
 
 
 def test_skipped_steps_are_counted_and_five_in_a_row_end_the_run() -> None:
@@ -340,6 +389,20 @@ def test_a_step_goes_on_without_the_groups_that_are_not_finite() -> None:
     assert loop.result.nonfinite == 3 and loop.result.skipped_steps == 0
     with pytest.raises(LoopError, match=r"max_nonfinite_groups = 2.*groups 9, 10.*lower grpo.learning_rate"):
         run_loop(FakeCluster(sick=frozenset({1, 9, 10})), max_nonfinite_groups=2)
+
+
+def test_a_step_that_stops_after_its_first_update_was_trained_on_all_its_groups() -> None:
+    class Stopping(FakeCluster):
+        async def train_step(self, groups: list[TrainingGroup], learning_rate: float, version: int) -> LearnerStep:
+            await super().train_step(groups, learning_rate, version)
+            metrics = {"updates": 1.0, "skipped": 0.0}
+            return LearnerStep(metrics=metrics, skipped="a loss is not finite", culprits=(groups[0].group_id,))
+
+    told, cluster = Told(), Stopping()
+    loop = run_loop(cluster, told, max_staleness=0)
+    assert cluster.trained == [list(range(first, first + 4)) for first in range(0, 24, 4)]
+    assert told.stopped_for == list(range(0, 24, 4)) and not told.left_out
+    assert loop.result.steps == 6 and loop.result.skipped_steps == 0 and loop.result.nonfinite == 6
 
 
 def test_a_step_of_sick_groups_alone_changes_nothing() -> None:
@@ -449,6 +512,29 @@ def test_a_run_that_goes_on_from_a_checkpoint_loses_and_repeats_no_group(
         assert [*first.trained[:at], *later.trained] == first.trained
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_groups_that_waited_fit_those_of_a_run_with_or_without_a_reference(
+    max_staleness: int, with_reference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = FakeEngines.generate
+
+    async def hang(self: FakeEngines, prompt: Prompt, group_id: int, num_completions: int) -> tuple[GroupHeader, int]:
+        await asyncio.sleep(60 if group_id >= 10 else 0)
+        return await generate(self, prompt, group_id, num_completions)
+
+    settings = {"max_staleness": max_staleness, "checkpoint_every": 4}
+    first, later = FakeCluster(), FakeCluster(1, first=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeEngines, "generate", hang)
+        run_loop(first, end="stop", after_s=1.0, with_reference=not with_reference, **settings)
+    assert [group.header.group_id for group in first.states[2][1]] == [8, 9]
+    run_loop(later, Told(first_step=2), state=first.states[2], with_reference=with_reference, **settings)
+    assert sorted(group for step in later.trained for group in step) == list(range(8, 24))
+    assert ({8, 9} <= later.asked.keys()) == with_reference, "what lacks them is made again"
+    assert later.staleness and max(later.staleness) <= max_staleness
+
+
 def test_prompts_are_drawn_once_an_epoch_across_a_resume() -> None:
     first, later = FakeCluster(), FakeCluster(1, first=2)
     run_loop(first, checkpoint_every=2, max_staleness=2)
@@ -485,6 +571,7 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_trains_each_group_once
         settings = {"max_staleness": bound, "checkpoint_every": every, "dynamic_sampling": limit}
         run_loop(cluster, told, equal, state=state, end=end, after_s=after_s, **settings)
         assert max(cluster.staleness, default=0) <= bound
+        assert cluster.newest is None or cluster.newest <= at + len(told.metrics), "the journal has its steps"
         assert all(asked.setdefault(group, prompt) == prompt for group, prompt in cluster.asked.items())
         if state is not None and bound >= before:
             assert not {group.header.group_id for group in state[1]} & cluster.asked.keys(), "finished, and made again"
