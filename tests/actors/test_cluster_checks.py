@@ -158,6 +158,29 @@ def test_an_accelerator_that_ray_does_not_know_is_refused_with_the_nearest(
     )
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ("{role: 'in(a'}", "{'role': 'in(a'}"),
+        ("{role: 'a b'}", "{'role': 'a b'}"),
+        ("{role: 'in(a,)'}", "{'role': 'in(a,)'}"),
+        ("{role: '(a, b)'}", "{'role': '(a, b)'}"),
+        ("{role: ' '}", "{'role': ' '}"),
+        ("{zone: b, 'bad key!': x}", "{'bad key!': 'x'}"),
+    ],
+)
+def test_a_label_selector_that_ray_would_refuse_is_refused_before_anything_starts(
+    labels: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in (("placement.reward.labels", labels), ("placement.reward.fallbacks", f"[{{labels: {labels}}}]")):
+        assert main(["grpo", "-c", str(CONFIG), "--dry-run", f"{key}={value}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        key = key.replace("fallbacks", "fallbacks[0].labels")
+        assert line.startswith(f"medtvt-rl: {key} is {said}: Ray takes no such label selector; expected "), line
+    good = "placement.reward.labels={role: '!in(a , b)', zone: in(c), ray.io/region: '!x'}"
+    assert main(["grpo", "-c", str(CONFIG), "--dry-run", good]) == 0
+
+
 def test_gpus_that_idle_are_counted(cluster: dict[str, Any], config: Config) -> None:
     two_ranks = [bundle for bundle in plan(config, grpo_roles(config)) if bundle.role != "learner" or bundle.index < 2]
     layout = lay_out(two_ranks, node_types(cluster), cluster["max_workers"])
