@@ -66,10 +66,10 @@ def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
 
 def _join(address: str) -> None:
     """Joins a running cluster; raises ConfigError where it does not let us in: no answer, the token, its version."""
-    if os.environ.get(AUTH_MODE) == "token" and read_token(None) is None:
-        raise ConfigError(f"cluster.address is {address!r}, {AUTH_MODE} is token, and there is none; {TOKEN_MEND}")
     if address == "auto" and not os.environ.get("RAY_ADDRESS"):
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does, which the probe is ahead of
+    if os.environ.get(AUTH_MODE) == "token" and read_token(None) is None:
+        raise ConfigError(f"cluster.address is {address!r}, {AUTH_MODE} is token, and there is none; {TOKEN_MEND}")
     probe_address(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -125,9 +125,14 @@ def close_local_ray() -> None:
 
     The token is the user's if the environment names one, else a fresh one that this process and its children alone
     know. The settings last as long as the process.
+
+    Raises:
+        ConfigError: what the environment names is no token; Ray would abort this process.
     """
     os.environ[AUTH_MODE] = "token"
-    if not any(os.environ.get(name) for name in TOKEN_SOURCES):
+    if any(os.environ.get(name) for name in TOKEN_SOURCES):
+        read_token(None)
+    else:
         os.environ[TOKEN_SOURCES[0]] = secrets.token_hex(32)
     RayletConfig.initialize("")  # Ray read the mode when it was imported
     # Without "clusters" Ray takes 127.0.0.1 for the node's own address; its environment variable counts at import only.

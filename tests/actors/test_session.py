@@ -19,7 +19,8 @@ import pytest
 import ray
 from ray._private import services
 
-from actors.session import probe_address
+from actors.session import probe_address, ray_session
+from medtvt_rl.config import ClusterConfig, Config
 from medtvt_rl.config_checks import ConfigError
 
 
@@ -55,6 +56,18 @@ def test_auto_is_the_address_that_ray_would_find(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("RAY_ADDRESS", f"ray://{gone}")
     with pytest.raises(ConfigError, match=rf"is 'auto', here ray://{gone}: nothing answers there"):
         probe_address("auto")
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1:1"])
+def test_what_is_no_token_ends_no_process(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "first\nsecond")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(ConfigError, match="RAY_AUTH_TOKEN holds no token"),
+        ray_session(Config(cluster=ClusterConfig(address=address)), 1),
+    ):
+        pass
 
 
 JOIN = """
