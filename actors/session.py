@@ -142,8 +142,9 @@ def close_local_ray() -> None:
 
 
 def probe_address(address: str) -> None:
-    """Raises ConfigError if no Ray answers at HOST:PORT; Ray itself would wait for minutes. "auto" is what Ray finds:
-    RAY_ADDRESS, a node that runs on this machine, or what the last `ray start` has left."""
+    """Raises ConfigError if no Ray answers at HOST:PORT, or the address is another kind; Ray itself would wait for
+    minutes. "auto" is what Ray finds: RAY_ADDRESS, a node that runs on this machine, or what the last `ray start` has
+    left."""
     named = f"cluster.address is {address!r}"
     mend = "start it with `ray up cluster.yaml`, or leave the address out for a local run"
     if address == "auto":
@@ -152,15 +153,18 @@ def probe_address(address: str) -> None:
         except ConnectionError as error:
             raise ConfigError(f"{named}: no Ray runs on this machine, and RAY_ADDRESS is not set; {mend}") from error
         named += f", here {address}"
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if "://" in address:  # at ray:// Ray offers clients less than a run needs, and waits for what is none in silence
+        raise ConfigError(
+            f"{named}: a run joins as a driver, at HOST:6379 of the head, in the cluster's network; from elsewhere "
+            "send it with `medtvt-rl submit`"
+        )
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(f"{named}: nothing answers there ({error}); {mend}") from error
-    if address.startswith("ray://"):
-        return
     RayletConfig.initialize(json.dumps({"py_gcs_connect_timeout_s": GREETING_TIMEOUT_S}))
     try:
         GcsClient(address=address)

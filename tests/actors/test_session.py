@@ -28,7 +28,6 @@ def test_what_listens_and_is_no_ray_is_refused_within_30_seconds() -> None:
     started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        probe_address(f"ray://127.0.0.1:{port}")
         with pytest.raises(ConfigError, match=rf":{port}': what listens there is no head of a Ray cluster"):
             probe_address(f"127.0.0.1:{port}")
     assert time.monotonic() - started < 30
@@ -54,8 +53,22 @@ def test_auto_is_the_address_that_ray_would_find(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match=rf"cluster\.address is 'auto', here {gone}: nothing answers there"):
         probe_address("auto")
     monkeypatch.setenv("RAY_ADDRESS", f"ray://{gone}")
-    with pytest.raises(ConfigError, match=rf"is 'auto', here ray://{gone}: nothing answers there"):
+    with pytest.raises(ConfigError, match=rf"is 'auto', here ray://{gone}: a run joins as a driver, at HOST:6379"):
         probe_address("auto")
+
+
+def test_an_address_for_clients_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        for named in (address, None):  # by the configuration, by the environment
+            with (
+                pytest.raises(ConfigError, match=rf"'{address}': a run joins as .* HOST:6379 .*`medtvt-rl submit`"),
+                ray_session(Config(cluster=ClusterConfig(address=named)), 1),
+            ):
+                pass
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:1"])
