@@ -67,6 +67,16 @@ def test_a_filled_in_file_has_no_fault(cluster: dict[str, Any], config: Config) 
         (lambda c: c["provider"].update(region="us-east-1"), "provider.availability_zone: us-west-2a"),
         (lambda c: c["worker_start_ray_commands"].append("ray start --address=$RAY_HEAD_IP:6379"), "without token"),
         (
+            lambda c: c["file_mounts"].pop("~/.ray/auth_token"),
+            "file_mounts: no node gets ~/.ray/auth_token, the token that head_start_ray_commands names",
+        ),
+        (
+            lambda c: c["worker_start_ray_commands"].append(
+                'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="/etc/token"; ray start --address=$RAY_HEAD_IP:6379'
+            ),
+            'worker_start_ray_commands names (RAY_AUTH_TOKEN_PATH); add "/etc/token": "~/.ray/auth_token"',
+        ),
+        (
             lambda c: c["docker"].update(head_image="rayproject/ray:2.9.0-py311"),
             "docker.head_image: it holds Ray 2.9.0",
         ),
@@ -76,6 +86,12 @@ def test_what_ray_overlooks_is_one_line(cluster: dict[str, Any], change: Any, ex
     change(cluster)
     faults = ray_faults(cluster) + overlooked_faults(cluster, TABLE)
     assert len(faults) == 1 and expected in faults[0] and "\n" not in faults[0], faults
+
+
+@pytest.mark.parametrize("mount", ["~/.ray", "${HOME}/.ray/", "$HOME/.ray/auth_token"])
+def test_a_token_may_be_sent_with_its_folder(cluster: dict[str, Any], mount: str) -> None:
+    cluster["file_mounts"] = {mount: "~/.ray"}
+    assert overlooked_faults(cluster, TABLE) == []
 
 
 @pytest.mark.parametrize(
