@@ -38,8 +38,11 @@ EXIT_STOPPED = 143
 EXCLUDES = ("/runs/", "/data/", "/.venv/", ".git/", "*.egg-info/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/")
 
 
-def read_token(path: str | None) -> str | None:
+def read_token(path: str | None, mend: str = "name another with --token-file") -> str | None:
     """The token of the cluster: from `path`, else from where Ray looks for it; None where there is none.
+
+    Args:
+        mend: how the caller's user names another file.
 
     Raises:
         ConfigError: a file that was named cannot be read, is empty, or what it holds is no token, which is not told.
@@ -54,7 +57,7 @@ def read_token(path: str | None) -> str | None:
         token = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigError(f"token file {file} cannot be read: {why}; name another with --token-file") from error
+        raise ConfigError(f"token file {file} cannot be read: {why}; {mend}") from error
     if not token:
         raise ConfigError(f"token file {file} is empty; `ray get-auth-token --generate` writes one")
     return _one_word(token, f"token file {file}")

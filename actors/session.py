@@ -68,7 +68,7 @@ def _join(address: str) -> None:
     """Joins a running cluster; raises ConfigError where it does not let us in: no answer, the token, its version."""
     if address == "auto" and not os.environ.get("RAY_ADDRESS"):
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does, which the probe is ahead of
-    if os.environ.get(AUTH_MODE) == "token" and read_token(None) is None:
+    if os.environ.get(AUTH_MODE) == "token" and read_token(None, TOKEN_MEND) is None:
         raise ConfigError(f"cluster.address is {address!r}, {AUTH_MODE} is token, and there is none; {TOKEN_MEND}")
     probe_address(address)
     try:
@@ -131,7 +131,7 @@ def close_local_ray() -> None:
     """
     os.environ[AUTH_MODE] = "token"
     if any(os.environ.get(name) for name in TOKEN_SOURCES):
-        read_token(None)
+        read_token(None, TOKEN_MEND)
     else:
         os.environ[TOKEN_SOURCES[0]] = secrets.token_hex(32)
     RayletConfig.initialize("")  # Ray read the mode when it was imported

@@ -130,7 +130,7 @@ def test_the_token_comes_from_where_it_is_named(tmp_path: Path, monkeypatch: pyt
     assert jobs.read_token(None) == "home" and jobs.read_token(str(tmp_path / "other")) == "other"
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name, expected in (
-        ("none", "cannot be read"),
+        ("none", "cannot be read: No such file or directory; name another with --token-file"),
         ("empty", "is empty"),
         ("binary", "cannot be read: it is no text"),
     ):

@@ -83,6 +83,21 @@ def test_what_is_no_token_ends_no_process(address: str | None, monkeypatch: pyte
         pass
 
 
+@pytest.mark.parametrize("address", [None, "127.0.0.1:1"])
+def test_a_token_file_that_cannot_be_read_has_the_mend_of_a_run(
+    address: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(ConfigError, match=r"none cannot be read: No such file.*; set RAY_AUTH_MODE=token and RAY_AUTH_"),
+        ray_session(Config(cluster=ClusterConfig(address=address)), 1),
+    ):
+        pass
+
+
 JOIN = """
 import sys
 import ray
