@@ -26,6 +26,7 @@ from ray.exceptions import AuthenticationError, RpcError
 from actors.jobs import read_token
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
+from medtvt_rl.data.parallel import usable_cores
 from medtvt_rl.network import loopback_environment
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _start_local(config: Config, num_cpus: float) -> None:
         try:
             ray.init(
                 address="local",  # never a cluster that happens to run on this machine
-                num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
+                num_cpus=max(usable_cores(), math.ceil(num_cpus)),
                 include_dashboard=False,
                 object_store_memory=config.cluster.object_store_bytes,
                 log_to_driver=False,

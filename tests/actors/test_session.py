@@ -14,11 +14,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from ray._private import services
 
+from actors import session
 from actors.session import probe_address, ray_session
 from medtvt_rl.config import ClusterConfig, Config
 from medtvt_rl.config_checks import ConfigError
@@ -98,9 +100,24 @@ def test_a_token_file_that_cannot_be_read_has_the_mend_of_a_run(
         pass
 
 
+@pytest.mark.parametrize(("asked", "offered"), [(1.0, 2), (4.5, 5)])
+def test_a_local_ray_offers_the_cores_that_may_be_used_or_what_is_asked_for(
+    asked: float, offered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 7})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(session, "close_local_ray", lambda: None)
+    monkeypatch.setattr(ray, "init", lambda **settings: given.update(settings))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ray_session(Config(), asked):
+        assert given["num_cpus"] == offered
+
+
 JOIN = """
 import sys
 import ray
+from actors import session
 from actors.session import ray_session
 from medtvt_rl.config import Config, ClusterConfig
 from medtvt_rl.config_checks import ConfigError
