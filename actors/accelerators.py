@@ -5,12 +5,11 @@ Owns: these two. Does not own: where a name may stand (medtvt_rl/roles.py, clust
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Iterable
 
 from medtvt_rl.config_checks import ConfigError
-from medtvt_rl.roles import PlacementConfig, RoleResources
+from medtvt_rl.roles import PlacementConfig, declared
 
 
 def known_accelerators() -> list[str]:
@@ -30,15 +29,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def check_accelerators(placement: PlacementConfig) -> None:
     """Raises ConfigError for a name that Ray does not know."""
-    for field in dataclasses.fields(placement):
-        wanted = getattr(placement, field.name)
-        if not isinstance(wanted, RoleResources):
-            continue
-        places = {f"placement.{field.name}.accelerator": wanted.accelerator}
-        for number, fallback in enumerate(wanted.fallbacks):
-            places[f"placement.{field.name}.fallbacks[{number}].accelerator"] = fallback.accelerator or []
-        for key, names in places.items():
-            _check(key, names)
+    for key, wanted in declared(placement):
+        _check(f"{key}.accelerator", wanted.accelerator or [])
 
 
 def _check(key: str, names: list[str]) -> None:

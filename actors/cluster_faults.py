@@ -143,14 +143,32 @@ def _provider(cluster: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _tokens(cluster: Mapping[str, Any]) -> Iterator[str]:
+    named: dict[str, str] = {}
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         for command in cluster.get(key) or []:
-            has_token = "RAY_AUTH_MODE=token" in command and "RAY_AUTH_TOKEN_PATH=" in command
-            if re.search(r"\bray start\b", command) and not has_token:
+            if not re.search(r"\bray start\b", command):
+                continue
+            given = re.search(r"RAY_AUTH_TOKEN_PATH=([^\s;&]+)", command)
+            if given and "RAY_AUTH_MODE=token" in command:
+                named.setdefault(_from_home(given[1]), key)
+            else:
                 yield (
                     f"{key}: starts Ray without token authentication, so whoever reaches its ports may run code; "
                     "put `export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token;` before it"
                 )
+    sent = [_from_home(str(path)).rstrip("/") for path in cluster.get("file_mounts") or {}]
+    for path, key in named.items():
+        # Hosts that are there already may hold it.
+        if provider_of(cluster) != "local" and not any(path == one or path.startswith(f"{one}/") for one in sent):
+            yield (
+                f"file_mounts: no node gets {path}, the token that {key} names (RAY_AUTH_TOKEN_PATH); "
+                f'add "{path}": "~/.ray/auth_token"'
+            )
+
+
+def _from_home(path: str) -> str:
+    """A path of a node, as file_mounts writes it."""
+    return re.sub(r"^(\$HOME|\$\{HOME\})(?=/|$)", "~", path.strip("\"'"))
 
 
 def _images(cluster: Mapping[str, Any]) -> Iterator[str]:

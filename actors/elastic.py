@@ -87,6 +87,7 @@ class Elastic:
         self._policy: Policy | None = None if self._by_room else make_policy(config)
         self._asked_for = self._settings.num_generators - len(generators.serving)
         self._coming: dict[int, asyncio.Task[None]] = {}
+        self._without_node = set[int]()
         self._leaving: dict[int, asyncio.Task[None]] = {}
         self._not_before = 0.0
         self._wish = 0
@@ -160,8 +161,11 @@ class Elastic:
         return time.monotonic() >= self._not_before
 
     async def _wished(self) -> int:
-        """The policy's last decision, once; where room alone decides 1 wherever there is some."""
+        """The policy's last decision, once; where room alone decides 1 wherever there is some, which may be meant for
+        those that still wait for theirs."""
         if self._by_room:
+            if self._without_node:
+                return 0
             return int(await asyncio.to_thread(self._seats.has_room, self._bundle(self._next_index())))
         wish, self._wish = self._wish, 0
         return wish
@@ -180,17 +184,21 @@ class Elastic:
     async def _open(self, room_first: bool = False) -> None:
         index = self._next_index()
         await asyncio.to_thread(self._seats.add, self._bundle(index), room_first)
+        self._without_node.add(index)
         self._coming[index] = asyncio.create_task(self._come(index), name=f"rollout {index} comes")
 
     async def _come(self, index: int) -> None:
         """From a bundle to a generator that serves; or the bundle is given back."""
         serves = False
         try:
-            serves = await self._has_node(index) and await self._generators.add(index)
+            if await self._has_node(index):
+                self._without_node.discard(index)
+                serves = await self._generators.add(index)
         except RayError as error:
             self._report(f"rollout {index} does not come: {error}")
         finally:
             self._coming.pop(index, None)
+            self._without_node.discard(index)
             if not serves:
                 self._pause(RETRY_S)
                 self._seats.remove("rollout", index)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -37,14 +38,17 @@ EXIT_STOPPED = 143
 EXCLUDES = ("/runs/", "/data/", "/.venv/", ".git/", "*.egg-info/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/")
 
 
-def read_token(path: str | None) -> str | None:
+def read_token(path: str | None, mend: str = "name another with --token-file") -> str | None:
     """The token of the cluster: from `path`, else from where Ray looks for it; None where there is none.
 
+    Args:
+        mend: how the caller's user names another file.
+
     Raises:
-        ConfigError: a file that was named cannot be read, or is empty.
+        ConfigError: a file that was named cannot be read, is empty, or what it holds is no token, which is not told.
     """
     if path is None and os.environ.get("RAY_AUTH_TOKEN"):
-        return os.environ["RAY_AUTH_TOKEN"]
+        return _one_word(os.environ["RAY_AUTH_TOKEN"].strip(), "RAY_AUTH_TOKEN")
     named = path or os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(named or "~/.ray/auth_token").expanduser()
     if not named and not file.is_file():
@@ -53,9 +57,19 @@ def read_token(path: str | None) -> str | None:
         token = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigError(f"token file {file} cannot be read: {why}; name another with --token-file") from error
+        raise ConfigError(f"token file {file} cannot be read: {why}; {mend}") from error
     if not token:
         raise ConfigError(f"token file {file} is empty; `ray get-auth-token --generate` writes one")
+    return _one_word(token, f"token file {file}")
+
+
+def _one_word(token: str, where: str) -> str:
+    """The token, where it may stand in a header; a message that quoted another one would tell a secret."""
+    if not re.fullmatch("[!-~]+", token):
+        raise ConfigError(
+            f"{where} holds no token: expected one word of printable ASCII characters, as "
+            "`ray get-auth-token --generate` writes it"
+        )
     return token
 
 

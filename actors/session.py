@@ -26,6 +26,7 @@ from ray.exceptions import AuthenticationError, RpcError
 from actors.jobs import read_token
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
+from medtvt_rl.data.parallel import usable_cores
 from medtvt_rl.network import loopback_environment
 
 logger = logging.getLogger(__name__)
@@ -66,10 +67,10 @@ def ray_session(config: Config, num_cpus: float) -> Iterator[None]:
 
 def _join(address: str) -> None:
     """Joins a running cluster; raises ConfigError where it does not let us in: no answer, the token, its version."""
-    if os.environ.get(AUTH_MODE) == "token" and read_token(None) is None:
-        raise ConfigError(f"cluster.address is {address!r}, {AUTH_MODE} is token, and there is none; {TOKEN_MEND}")
     if address == "auto" and not os.environ.get("RAY_ADDRESS"):
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does, which the probe is ahead of
+    if os.environ.get(AUTH_MODE) == "token" and read_token(None, TOKEN_MEND) is None:
+        raise ConfigError(f"cluster.address is {address!r}, {AUTH_MODE} is token, and there is none; {TOKEN_MEND}")
     probe_address(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -95,7 +96,7 @@ def _start_local(config: Config, num_cpus: float) -> None:
         try:
             ray.init(
                 address="local",  # never a cluster that happens to run on this machine
-                num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
+                num_cpus=max(usable_cores(), math.ceil(num_cpus)),
                 include_dashboard=False,
                 object_store_memory=config.cluster.object_store_bytes,
                 log_to_driver=False,
@@ -125,9 +126,14 @@ def close_local_ray() -> None:
 
     The token is the user's if the environment names one, else a fresh one that this process and its children alone
     know. The settings last as long as the process.
+
+    Raises:
+        ConfigError: what the environment names is no token; Ray would abort this process.
     """
     os.environ[AUTH_MODE] = "token"
-    if not any(os.environ.get(name) for name in TOKEN_SOURCES):
+    if any(os.environ.get(name) for name in TOKEN_SOURCES):
+        read_token(None, TOKEN_MEND)
+    else:
         os.environ[TOKEN_SOURCES[0]] = secrets.token_hex(32)
     RayletConfig.initialize("")  # Ray read the mode when it was imported
     # Without "clusters" Ray takes 127.0.0.1 for the node's own address; its environment variable counts at import only.
@@ -137,8 +143,9 @@ def close_local_ray() -> None:
 
 
 def probe_address(address: str) -> None:
-    """Raises ConfigError if no Ray answers at HOST:PORT; Ray itself would wait for minutes. "auto" is what Ray finds:
-    RAY_ADDRESS, a node that runs on this machine, or what the last `ray start` has left."""
+    """Raises ConfigError if no Ray answers at HOST:PORT, or the address is another kind; Ray itself would wait for
+    minutes. "auto" is what Ray finds: RAY_ADDRESS, a node that runs on this machine, or what the last `ray start` has
+    left."""
     named = f"cluster.address is {address!r}"
     mend = "start it with `ray up cluster.yaml`, or leave the address out for a local run"
     if address == "auto":
@@ -147,15 +154,18 @@ def probe_address(address: str) -> None:
         except ConnectionError as error:
             raise ConfigError(f"{named}: no Ray runs on this machine, and RAY_ADDRESS is not set; {mend}") from error
         named += f", here {address}"
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if "://" in address:  # at ray:// Ray offers clients less than a run needs, and waits for what is none in silence
+        raise ConfigError(
+            f"{named}: a run joins as a driver, at HOST:6379 of the head, in the cluster's network; from elsewhere "
+            "send it with `medtvt-rl submit`"
+        )
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(f"{named}: nothing answers there ({error}); {mend}") from error
-    if address.startswith("ray://"):
-        return
     RayletConfig.initialize(json.dumps({"py_gcs_connect_timeout_s": GREETING_TIMEOUT_S}))
     try:
         GcsClient(address=address)

@@ -7,6 +7,7 @@ Owns: these settings, their checks, and the kinds of node that follow from them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -81,6 +82,16 @@ class NodeKind:
     labels: dict[str, str]
 
 
+def declared(placement: PlacementConfig) -> Iterator[tuple[str, RoleResources | Fallback]]:
+    """Every role and each of its fallbacks, with its key."""
+    for each in fields(placement):
+        wanted = getattr(placement, each.name)
+        if isinstance(wanted, RoleResources):
+            key = f"placement.{each.name}"
+            yield key, wanted
+            yield from ((f"{key}.fallbacks[{number}]", other) for number, other in enumerate(wanted.fallbacks))
+
+
 def node_kinds(role: str, wanted: RoleResources) -> list[NodeKind]:
     """The kinds of node that a role accepts, the most wanted first."""
     found = []
@@ -88,6 +99,11 @@ def node_kinds(role: str, wanted: RoleResources) -> list[NodeKind]:
         types = [[name] for name in one.accelerator] if role == GANG and one.accelerator else [one.accelerator]
         found += [NodeKind(cpus=one.cpus, gpus=one.gpus, labels=_labels(one, names)) for names in types]
     return found
+
+
+def label_selector(condition: str) -> str:
+    """A condition in Ray's language. A blank after a comma would be taken for a part of the value."""
+    return re.sub(r"\s*([(),])\s*", r"\1", condition.strip())
 
 
 def check_placement(placement: PlacementConfig, tensor_parallel: int) -> None:
@@ -158,8 +174,8 @@ def _instead(wanted: RoleResources, other: Fallback) -> RoleResources:
 
 
 def _labels(wanted: RoleResources, accelerator: list[str]) -> dict[str, str]:
-    """Label selectors in Ray's language. A blank after a comma would be taken for a part of the value."""
-    labels = {key: re.sub(r"\s*([(),])\s*", r"\1", condition.strip()) for key, condition in wanted.labels.items()}
+    """Label selectors in Ray's language."""
+    labels = {key: label_selector(condition) for key, condition in wanted.labels.items()}
     if accelerator:
         labels[ACCELERATOR] = accelerator[0] if len(accelerator) == 1 else f"in({','.join(accelerator)})"
     if wanted.market != "any":

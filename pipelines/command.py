@@ -84,12 +84,14 @@ def check_named(config: Config, runs_here: bool = True) -> None:
 
 
 def check_placeable(config: Config) -> None:
-    """Raises ConfigError for an accelerator that Ray does not know."""
+    """Raises ConfigError for an accelerator that Ray does not know, or a label selector that it does not take."""
     roles = (getattr(config.placement, name) for name in ("rollout", "learner", "reference", "reward"))
-    if any(role.accelerator or role.fallbacks for role in roles):  # else Ray is not imported for nothing
+    if any(role.accelerator or role.labels or role.fallbacks for role in roles):  # else Ray is not imported for nothing
         from actors.accelerators import check_accelerators
+        from actors.label_selectors import check_labels
 
         check_accelerators(config.placement)
+        check_labels(config.placement)
 
 
 def check_engine(config: Config) -> None:

@@ -67,6 +67,16 @@ def test_a_filled_in_file_has_no_fault(cluster: dict[str, Any], config: Config) 
         (lambda c: c["provider"].update(region="us-east-1"), "provider.availability_zone: us-west-2a"),
         (lambda c: c["worker_start_ray_commands"].append("ray start --address=$RAY_HEAD_IP:6379"), "without token"),
         (
+            lambda c: c["file_mounts"].pop("~/.ray/auth_token"),
+            "file_mounts: no node gets ~/.ray/auth_token, the token that head_start_ray_commands names",
+        ),
+        (
+            lambda c: c["worker_start_ray_commands"].append(
+                'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="/etc/token"; ray start --address=$RAY_HEAD_IP:6379'
+            ),
+            'worker_start_ray_commands names (RAY_AUTH_TOKEN_PATH); add "/etc/token": "~/.ray/auth_token"',
+        ),
+        (
             lambda c: c["docker"].update(head_image="rayproject/ray:2.9.0-py311"),
             "docker.head_image: it holds Ray 2.9.0",
         ),
@@ -76,6 +86,12 @@ def test_what_ray_overlooks_is_one_line(cluster: dict[str, Any], change: Any, ex
     change(cluster)
     faults = ray_faults(cluster) + overlooked_faults(cluster, TABLE)
     assert len(faults) == 1 and expected in faults[0] and "\n" not in faults[0], faults
+
+
+@pytest.mark.parametrize("mount", ["~/.ray", "${HOME}/.ray/", "$HOME/.ray/auth_token"])
+def test_a_token_may_be_sent_with_its_folder(cluster: dict[str, Any], mount: str) -> None:
+    cluster["file_mounts"] = {mount: "~/.ray"}
+    assert overlooked_faults(cluster, TABLE) == []
 
 
 @pytest.mark.parametrize(
@@ -156,6 +172,29 @@ def test_an_accelerator_that_ray_does_not_know_is_refused_with_the_nearest(
     assert (
         "rollout 0: 1 CPU, 1 GPU on a node with role rollout, ray.io/accelerator-type A10G" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ("{role: 'in(a'}", "{'role': 'in(a'}"),
+        ("{role: 'a b'}", "{'role': 'a b'}"),
+        ("{role: 'in(a,)'}", "{'role': 'in(a,)'}"),
+        ("{role: '(a, b)'}", "{'role': '(a, b)'}"),
+        ("{role: ' '}", "{'role': ' '}"),
+        ("{zone: b, 'bad key!': x}", "{'bad key!': 'x'}"),
+    ],
+)
+def test_a_label_selector_that_ray_would_refuse_is_refused_before_anything_starts(
+    labels: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in (("placement.reward.labels", labels), ("placement.reward.fallbacks", f"[{{labels: {labels}}}]")):
+        assert main(["grpo", "-c", str(CONFIG), "--dry-run", f"{key}={value}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        key = key.replace("fallbacks", "fallbacks[0].labels")
+        assert line.startswith(f"medtvt-rl: {key} is {said}: Ray takes no such label selector; expected "), line
+    good = "placement.reward.labels={role: '!in(a , b)', zone: in(c), ray.io/region: '!x'}"
+    assert main(["grpo", "-c", str(CONFIG), "--dry-run", good]) == 0
 
 
 def test_gpus_that_idle_are_counted(cluster: dict[str, Any], config: Config) -> None:

@@ -168,6 +168,33 @@ def test_where_room_alone_decides_those_asked_for_are_asked_for_until_they_serve
     played(config, pool, nodes, play)
 
 
+def test_room_is_not_taken_twice_while_those_asked_for_wait_for_theirs() -> None:
+    """Ray gives a bundle its node a moment after it was asked for; until then the node looks free."""
+
+    class Slow(Nodes):
+        settled = False
+
+        def has_node(self, role: str, index: int) -> bool:
+            return self.settled and super().has_node(role, index)
+
+        def has_room(self, bundle: Bundle) -> bool:
+            return len(self.taken) < self.room if self.settled else self.room > 1
+
+    pool, nodes = Pool(1), Slow(taken=1, room=3)
+
+    async def play(keeper: Elastic, told: list[str]) -> None:
+        await until(lambda: nodes.taken == [0, 1, 2], nodes.taken)
+        await asyncio.sleep(0.05)
+        assert nodes.taken == [0, 1, 2], "the room is that of the two that come"
+        nodes.settled = True
+        await until(lambda: sorted(pool.serving) == [0, 1, 2], pool.serving)
+        nodes.room = 4
+        await until(lambda: sorted(pool.serving) == [0, 1, 2, 3], "room that is there is taken")
+
+    played(configured(min=1, num_generators=3, max=5), pool, nodes, play)
+    assert nodes.by_room == [3]
+
+
 def test_one_that_is_given_up_gives_its_node_back_and_another_comes_with_what_is_left_of_its_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

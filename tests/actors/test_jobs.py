@@ -130,9 +130,25 @@ def test_the_token_comes_from_where_it_is_named(tmp_path: Path, monkeypatch: pyt
     assert jobs.read_token(None) == "home" and jobs.read_token(str(tmp_path / "other")) == "other"
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name, expected in (
-        ("none", "cannot be read"),
+        ("none", "cannot be read: No such file or directory; name another with --token-file"),
         ("empty", "is empty"),
         ("binary", "cannot be read: it is no text"),
     ):
         with pytest.raises(ConfigError, match=expected):
             jobs.read_token(str(tmp_path / name))
+
+
+def test_what_is_no_token_is_told_without_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "auth_token"
+    for secret in ("first-secret\nsecond-secret", "secret secret", "secr\u00e9t", "\ufeffsecret", "secret\x7f"):
+        file.write_text(f"{secret}\n", encoding="utf-8")
+        monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+        with pytest.raises(ConfigError, match=rf"token file {file} holds no token: expected one word") as from_file:
+            jobs.read_token(str(file))
+        monkeypatch.setenv("RAY_AUTH_TOKEN", secret)
+        with pytest.raises(ConfigError, match=r"^RAY_AUTH_TOKEN holds no token: expected one word") as from_environment:
+            jobs.read_token(None)
+        told = f"{from_file.value}{from_environment.value}"
+        assert "secr" not in told and "\n" not in told
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret\n")
+    assert jobs.read_token(None) == "secret"

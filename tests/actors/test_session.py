@@ -14,12 +14,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from ray._private import services
 
-from actors.session import probe_address
+from actors import session
+from actors.session import probe_address, ray_session
+from medtvt_rl.config import ClusterConfig, Config
 from medtvt_rl.config_checks import ConfigError
 
 
@@ -27,7 +30,6 @@ def test_what_listens_and_is_no_ray_is_refused_within_30_seconds() -> None:
     started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        probe_address(f"ray://127.0.0.1:{port}")
         with pytest.raises(ConfigError, match=rf":{port}': what listens there is no head of a Ray cluster"):
             probe_address(f"127.0.0.1:{port}")
     assert time.monotonic() - started < 30
@@ -53,13 +55,69 @@ def test_auto_is_the_address_that_ray_would_find(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match=rf"cluster\.address is 'auto', here {gone}: nothing answers there"):
         probe_address("auto")
     monkeypatch.setenv("RAY_ADDRESS", f"ray://{gone}")
-    with pytest.raises(ConfigError, match=rf"is 'auto', here ray://{gone}: nothing answers there"):
+    with pytest.raises(ConfigError, match=rf"is 'auto', here ray://{gone}: a run joins as a driver, at HOST:6379"):
         probe_address("auto")
+
+
+def test_an_address_for_clients_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        for named in (address, None):  # by the configuration, by the environment
+            with (
+                pytest.raises(ConfigError, match=rf"'{address}': a run joins as .* HOST:6379 .*`medtvt-rl submit`"),
+                ray_session(Config(cluster=ClusterConfig(address=named)), 1),
+            ):
+                pass
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1:1"])
+def test_what_is_no_token_ends_no_process(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "first\nsecond")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(ConfigError, match="RAY_AUTH_TOKEN holds no token"),
+        ray_session(Config(cluster=ClusterConfig(address=address)), 1),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1:1"])
+def test_a_token_file_that_cannot_be_read_has_the_mend_of_a_run(
+    address: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(ConfigError, match=r"none cannot be read: No such file.*; set RAY_AUTH_MODE=token and RAY_AUTH_"),
+        ray_session(Config(cluster=ClusterConfig(address=address)), 1),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("asked", "offered"), [(1.0, 2), (4.5, 5)])
+def test_a_local_ray_offers_the_cores_that_may_be_used_or_what_is_asked_for(
+    asked: float, offered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 7})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(session, "close_local_ray", lambda: None)
+    monkeypatch.setattr(ray, "init", lambda **settings: given.update(settings))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ray_session(Config(), asked):
+        assert given["num_cpus"] == offered
 
 
 JOIN = """
 import sys
 import ray
+from actors import session
 from actors.session import ray_session
 from medtvt_rl.config import Config, ClusterConfig
 from medtvt_rl.config_checks import ConfigError
