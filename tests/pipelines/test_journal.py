@@ -103,3 +103,20 @@ def test_a_run_that_goes_on_forgets_what_is_made_again(tmp_path: Path) -> None:
     assert given_up(first_step=2, is_known=lambda group_id: group_id not in (9, 12)) == [4]
     assert [row["step"] for row in read_steps(tmp_path)] == [0, 1]
     assert given_up() == [] and read_steps(tmp_path) == []
+
+
+def test_what_the_learners_kept_of_steps_that_are_made_again_goes_whatever_rank_wrote_it(tmp_path: Path) -> None:
+    names = ("000001_0.npz", "000002_0.npz", "000002_1.npz", "1000000_0.npz", ".000001_0.npz.tmp", "notes")
+    for folder in ("steps", "nonfinite"):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).touch()
+
+    def left(first_step: int) -> set[str]:
+        with Journal(tmp_path, Tokenizer(), rollout, first_step, settings=f"{first_step}"):  # type: ignore[arg-type]
+            return {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")}
+
+    assert left(2) == {"steps/000001_0.npz", "steps/notes", "nonfinite/000001_0.npz", "nonfinite/notes"} | {
+        "settings/000002.yaml"
+    }
+    assert left(0) == {"steps/notes", "nonfinite/notes", "settings/000000.yaml"}
