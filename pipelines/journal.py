@@ -25,7 +25,7 @@ from medtvt_rl.faults import Incident
 from medtvt_rl.learner.step_record import NONFINITE_FOLDER, STEPS_FOLDER
 from medtvt_rl.types import Completion
 from pipelines.grpo_roles import TrainedStep, TrainingGroup
-from pipelines.json_lines import keep_rows, read_rows
+from pipelines.json_lines import keep_rows, read_rows, sync
 from pipelines.step_settings import SETTINGS_FOLDER, keep_settings
 
 FILES = ("groups", "steps", "discarded", "samples", "events")
@@ -139,7 +139,7 @@ class Journal:
     def _append(self, name: str, *rows: dict[str, Any]) -> None:
         file = self._files[name]
         file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
+        sync(file)  # a checkpoint, which is synced, must not know of steps that the journal does not
 
 
 def _forget_files(folder: Path, first_step: int) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from stored_examples import watch_syncs
 
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import Completion, GroupHeader, Prompt, RolloutGroup
@@ -120,3 +122,16 @@ def test_what_the_learners_kept_of_steps_that_are_made_again_goes_whatever_rank_
         "settings/000002.yaml"
     }
     assert left(0) == {"steps/notes", "nonfinite/notes", "settings/000000.yaml"}
+
+
+def test_what_is_told_of_a_step_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = watch_syncs(monkeypatch)
+    with Journal(tmp_path, Tokenizer(), rollout, settings="a: b") as journal:  # type: ignore[arg-type]
+        journal.write(trained_step(0, training_group(0), updates=1.0))
+        journal.write(trained_step(1, training_group(1), updates=1.0))
+        journal.discarded(2, "p2", "it died")
+        for name in ("groups", "steps", "samples", "discarded"):
+            assert synced[f"{name}.jsonl"] == (tmp_path / f"{name}.jsonl").stat().st_size > 0, name
+    assert synced["000000.yaml.tmp"] > 0
+    with Journal(tmp_path, Tokenizer(), rollout, 1):  # type: ignore[arg-type]
+        assert synced[".steps.jsonl.tmp"] == (tmp_path / "steps.jsonl").stat().st_size > 0
