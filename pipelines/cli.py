@@ -8,13 +8,25 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
-from pipelines.command import EXIT_FAILED, EXIT_USAGE, check_engine, check_named, fail, in_session, load
+from pipelines.command import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    check_engine,
+    check_named,
+    fail,
+    in_session,
+    load,
+    tell,
+    unwritable,
+)
 
 if TYPE_CHECKING:
     from pipelines.reporter import Reporter
@@ -90,7 +102,8 @@ def _module(command: str) -> ModuleType:
 
 def _run(stage: str, config: Config) -> int:
     """One stage, or all of them."""
-    from pipelines.stages import StageError, check_finished, finished, prepare_run_folder, run_stage
+    from pipelines.run_lock import RunInUseError, run_lock
+    from pipelines.stages import StageError, check_finished, finished
 
     asked = config.run.stages if stage == "run" else [stage]
     try:
@@ -99,6 +112,22 @@ def _run(stage: str, config: Config) -> int:
         return fail(str(error), EXIT_FAILED)
     if any(name in ("grpo", "evaluate") and finished(name, config) is None for name in asked):
         check_engine(config)
+    with ExitStack() as held:
+        try:
+            held.enter_context(run_lock(config.folder, tell))
+        except RunInUseError as error:
+            return fail(str(error), EXIT_FAILED)
+        except KeyboardInterrupt:
+            return fail("SIGINT: nothing was started", EXIT_INTERRUPTED)
+        except OSError as error:
+            raise ConfigError(unwritable(config, error)) from error
+        return _run_here(stage, config)
+
+
+def _run_here(stage: str, config: Config) -> int:
+    """The run folder is ours."""
+    from pipelines.stages import finished, prepare_run_folder, run_stage
+
     prepare_run_folder(config)
 
     def work(reporter: Reporter) -> None:

@@ -226,8 +226,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def tell(text: str) -> None:
+    """One line on stderr."""
+    print(f"medtvt-rl: {text}", file=sys.stderr, flush=True)
+
+
 def fail(text: str, code: int) -> int:
-    print(f"medtvt-rl: {text}", file=sys.stderr)
+    """Tells what went wrong, and returns the exit code."""
+    tell(text)
     return code
 
 

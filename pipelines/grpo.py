@@ -23,7 +23,7 @@ from actors.rollout_pool import RolloutPool
 from actors.scoring_pools import ReferencePool, ScorerPool
 from actors.supervision import Incidents
 from actors.timeline import Timeline
-from medtvt_rl.config import Config
+from medtvt_rl.config import Config, to_yaml
 from medtvt_rl.data.sampler import PromptSampler
 from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.alarms import Alarms
@@ -169,7 +169,8 @@ class Layout:
         reporter.start("grpo", config.grpo.steps, "step")
         is_known = None if found is None else GroupLedger.known(found.loop)
         folder, limit = config.folder / "journal", config.rollout.sampling.max_new_tokens
-        with Journal(folder, self._tokenizer, fetch, _first(found), is_known, shows_samples()) as journal:
+        kept = _first(found), is_known, shows_samples(), to_yaml(config)
+        with Journal(folder, self._tokenizer, fetch, *kept) as journal:
             self._incidents.record = journal.incident
             report = StepReport(reporter, journal, Alarms(config.alarms), self._incidents, rollouts.shares)
             report.show_again(read_metrics(config.folder / METRICS_FILE))

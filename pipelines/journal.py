@@ -2,13 +2,15 @@
 
 Owns: journal/groups.jsonl, the steps with the checksums of their weights (journal/steps.jsonl), the groups that were
 given up (journal/discarded.jsonl), the actors that were lost (journal/events.jsonl), and the sample of completions that
-the report shows (journal/samples.jsonl).
-Does not own: the learners' inputs (journal/steps/, medtvt_rl/learner/step_record.py), which the learners write.
+the report shows (journal/samples.jsonl); that all of it which a run makes again is forgotten first.
+Does not own: the learners' inputs (journal/steps/, medtvt_rl/learner/step_record.py), which the learners write, or the
+settings that steps were learnt with (journal/settings/, step_settings.py).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,9 +22,11 @@ import ray
 from transformers import PreTrainedTokenizerBase
 
 from medtvt_rl.faults import Incident
+from medtvt_rl.learner.step_record import NONFINITE_FOLDER, STEPS_FOLDER
 from medtvt_rl.types import Completion
 from pipelines.grpo_roles import TrainedStep, TrainingGroup
-from pipelines.json_lines import keep_rows, read_rows
+from pipelines.json_lines import keep_rows, read_rows, sync
+from pipelines.step_settings import SETTINGS_FOLDER, keep_settings
 
 FILES = ("groups", "steps", "discarded", "samples", "events")
 SAMPLE_EVERY_STEPS = 10
@@ -43,6 +47,7 @@ class Journal:
         first_step: where the run goes on; what the journal holds of this and later steps is forgotten.
         is_known: whether a group that was given up stays so; None: none was, the run starts anew.
         with_texts: whether the samples hold texts, as the report then shows them; else their rewards alone.
+        settings: the resolved configuration, as YAML, that the steps from `first_step` on are learnt with.
     """
 
     def __init__(
@@ -53,12 +58,13 @@ class Journal:
         first_step: int = 0,
         is_known: Callable[[int], bool] | None = None,
         with_texts: bool = True,
+        settings: str | None = None,
     ) -> None:
         self._folder = folder
         self._tokenizer = tokenizer
         self._fetch = fetch
         self._first_step, self._is_known = first_step, is_known
-        self._with_texts = with_texts
+        self._with_texts, self._settings = with_texts, settings
         self._files: dict[str, IO[str]] = {}
 
     def __enter__(self) -> Journal:
@@ -68,6 +74,10 @@ class Journal:
             path = self._folder / f"{name}.jsonl"
             keep_rows(path, self._is_kept)
             self._files[name] = path.open("a", encoding="utf-8")
+        for name in (STEPS_FOLDER, NONFINITE_FOLDER, SETTINGS_FOLDER):
+            _forget_files(self._folder / name, self._first_step)
+        if self._settings is not None:
+            keep_settings(self._folder, self._first_step, self._settings)
         return self
 
     def _is_kept(self, row: dict[str, Any]) -> bool:
@@ -129,7 +139,16 @@ class Journal:
     def _append(self, name: str, *rows: dict[str, Any]) -> None:
         file = self._files[name]
         file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
+        sync(file)  # a checkpoint, which is synced, must not know of steps that the journal does not
+
+
+def _forget_files(folder: Path, first_step: int) -> None:
+    """Removes the files, named by their step, of this and later steps, whatever rank wrote them; and what a crash left
+    half written."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        step = re.match(r"\d+", path.name)
+        if path.name.endswith(".tmp") or (step is not None and int(step[0]) >= first_step):
+            path.unlink()
 
 
 def _rewards(group: TrainingGroup) -> list[dict[str, Any]]:

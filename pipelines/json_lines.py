@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -20,10 +21,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops rows of a file, which appears whole or as it was."""
+    """Drops rows of a file, which is whole or as it was, also after a power cut."""
     if not path.is_file():
         return
     kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row))
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(kept, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(kept)
+        sync(file)
     temporary.replace(path)
+
+
+def sync(file: IO[Any]) -> None:
+    """What was written to a file survives a power cut from now on."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -4,27 +4,27 @@
 
 The learners start from the checkpoint at A (0: the model that GRPO started from), are fed the recorded inputs of the
 steps A to B - 1, and after each step export their weights: their checksum must be the journal's. Where it is not, the
-first step that differs is named; then code, packages, machine or number of threads are others than in the run.
+first step that differs is named; then code, packages or machine are others than in the run. The settings are those that
+the steps were learnt with (step_settings.py), whatever config.yaml says by now.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from actors.learner_gang import LearnerGang
 from actors.placement import place, plan
-from medtvt_rl.config import Config, load_config
+from medtvt_rl.config import Config
 from medtvt_rl.learner.step_record import STEPS_FOLDER, step_file
 from pipelines.checkpoints import LEARNER, CheckpointStore
 from pipelines.command import EXIT_USAGE, check_named, fail, in_session
 from pipelines.journal import read_steps
 from pipelines.reporter import Reporter
 from pipelines.stages import start_model
+from pipelines.step_settings import learnt_with, load_kept
 
 
 class ReplayError(RuntimeError):
@@ -41,12 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """`medtvt-rl replay`; returns the exit code."""
     try:
-        config = load_run(args.run)
+        config, lines = check(args.run, args.from_step, args.to_step)
         check_named(config)
-        lines, ranks = check(config, args.from_step, args.to_step)
     except (ValueError, ReplayError) as error:
         return fail(str(error), EXIT_USAGE)
-    config = replace(config, learner=replace(config.learner, num_workers=ranks))
     return in_session(config, lambda reporter: run(config, lines, reporter), with_ray=True)
 
 
@@ -55,40 +53,44 @@ def load_run(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ReplayError(f"{folder}: there is no config.yaml; name the folder of a run, e.g. runs/quickstart")
-    place = folder.resolve()
-    return load_config(str(path), [f"run.root={place.parent}", f"run.name={place.name}"])
+    return load_kept(folder, path)
 
 
-def check(config: Config, first: int, last: int | None) -> tuple[list[dict[str, Any]], int]:
-    """The journal's lines of the steps first to last - 1, and the ranks that learnt them, which a resume may have
-    changed. Raises ReplayError for what is missing, before any start."""
-    lines = read_steps(config.folder / "journal")
-    last = len(lines) if last is None else last
-    if not 0 <= first < last <= len(lines):
-        raise ReplayError(f"steps {first} to {last}: the journal has steps 0 to {len(lines)}; choose A < B among them")
+def check(run: Path, first: int, last: int | None) -> tuple[Config, list[dict[str, Any]]]:
+    """The settings that the steps first to last - 1 were learnt with, and their lines of the journal.
+
+    Raises:
+        ReplayError, ValueError: what is missing, before any start.
+    """
+    lines = {line["step"]: line for line in read_steps(run / "journal")}
+    begin, end = min(lines, default=0), max(lines, default=-1) + 1
+    last = end if last is None else last
+    if not begin <= first < last <= end:
+        raise ReplayError(f"steps {first} to {last}: the journal has steps {begin} to {end}; choose A < B among them")
+    if lost := [step for step in range(first, last) if step not in lines]:
+        raise ReplayError(f"the journal has no line of step {lost[0]}; end with --to-step {lost[0]}, or begin after it")
+    config = learnt_with(run, first, last)
     if first > 0:
-        store = CheckpointStore.of(config)
-        there = [0, *sorted(store.versions())]
-        if first not in there:
-            raise ReplayError(
-                f"--from-step {first}: there is no {store.place(first)}; there are checkpoints of {there}"
-            )
-        try:
-            store.read(first)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ReplayError(f"--from-step {first}: {store.place(first)} is damaged: {error}") from error
-    folder, ranks = config.folder / "journal" / STEPS_FOLDER, 0
-    for step in (line["step"] for line in lines[first:last] if not line["skipped"]):
-        found = next(rank for rank in count() if not step_file(folder, step, rank).is_file())
-        if found == 0:
-            path = step_file(folder, step, 0)
-            raise ReplayError(f"there is no {path}; runs with grpo.record_steps=true keep the learners' inputs")
-        if ranks not in (0, found):
-            raise ReplayError(
-                f"step {step} was learnt by {found} ranks, those before it by {ranks}; end with step {step}"
-            )
-        ranks = found
-    return lines[first:last], ranks or config.learner.num_workers
+        _check_checkpoint(CheckpointStore.of(config), first)
+    folder = config.folder / "journal" / STEPS_FOLDER
+    for step in (step for step in range(first, last) if not lines[step]["skipped"]):
+        files = [step_file(folder, step, rank) for rank in range(config.learner.num_workers)]
+        if missing := [path for path in files if not path.is_file()]:
+            raise ReplayError(f"there is no {missing[0]}; runs with grpo.record_steps=true keep the learners' inputs")
+    return config, [lines[step] for step in range(first, last)]
+
+
+def _check_checkpoint(store: CheckpointStore, version: int) -> None:
+    """Raises ReplayError where there is no whole one of this version."""
+    there = [0, *sorted(store.versions())]
+    if version not in there:
+        raise ReplayError(
+            f"--from-step {version}: there is no {store.place(version)}; there are checkpoints of {there}"
+        )
+    try:
+        store.read(version)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReplayError(f"--from-step {version}: {store.place(version)} is damaged: {error}") from error
 
 
 def run(config: Config, lines: list[dict[str, Any]], reporter: Reporter) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.rewards.scorer import GroupRewards
@@ -17,6 +19,19 @@ from pipelines.grpo_roles import FinishedGroup
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 IDENTITY = {"model": "abc"}
+
+
+def watch_syncs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Name -> bytes of what was in each file when it was last synced; its content survives a power cut up to there."""
+    synced, fsync = dict[str, int](), os.fsync
+
+    def watched(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced[path.name] = path.stat().st_size
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return synced
 
 
 def a_config(root: Path, *overrides: str) -> Config:

@@ -44,7 +44,7 @@ def step_file(folder: Path, step: int, rank: int) -> Path:
 
 
 def write_step(path: Path, record: StepRecord) -> None:
-    """Writes a record that appears whole or not at all."""
+    """Writes a record that appears whole or not at all, and survives a power cut."""
     sequences = record.sequences
     prompts = list({id(s.prompt): s.prompt for s in sequences}.values())
     place = {id(prompt): index for index, prompt in enumerate(prompts)}
@@ -80,6 +80,8 @@ def write_step(path: Path, record: StepRecord) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

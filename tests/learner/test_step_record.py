@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stored_examples import watch_syncs
 
 from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.learner.step_record import StepRecord, read_step, step_file, write_step
@@ -78,3 +79,9 @@ def test_missing_and_damaged_records_are_named(tmp_path: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"000011_0\.npz"):
         read_step(path)
+
+
+def test_a_record_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, path = watch_syncs(monkeypatch), step_file(tmp_path, 11, 0)
+    write_step(path, a_record())
+    assert synced[f".{path.name}.tmp"] == path.stat().st_size

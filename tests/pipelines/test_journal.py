@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from stored_examples import watch_syncs
 
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import Completion, GroupHeader, Prompt, RolloutGroup
@@ -103,3 +105,33 @@ def test_a_run_that_goes_on_forgets_what_is_made_again(tmp_path: Path) -> None:
     assert given_up(first_step=2, is_known=lambda group_id: group_id not in (9, 12)) == [4]
     assert [row["step"] for row in read_steps(tmp_path)] == [0, 1]
     assert given_up() == [] and read_steps(tmp_path) == []
+
+
+def test_what_the_learners_kept_of_steps_that_are_made_again_goes_whatever_rank_wrote_it(tmp_path: Path) -> None:
+    names = ("000001_0.npz", "000002_0.npz", "000002_1.npz", "1000000_0.npz", ".000001_0.npz.tmp", "notes")
+    for folder in ("steps", "nonfinite"):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).touch()
+
+    def left(first_step: int) -> set[str]:
+        with Journal(tmp_path, Tokenizer(), rollout, first_step, settings=f"{first_step}"):  # type: ignore[arg-type]
+            return {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")}
+
+    assert left(2) == {"steps/000001_0.npz", "steps/notes", "nonfinite/000001_0.npz", "nonfinite/notes"} | {
+        "settings/000002.yaml"
+    }
+    assert left(0) == {"steps/notes", "nonfinite/notes", "settings/000000.yaml"}
+
+
+def test_what_is_told_of_a_step_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = watch_syncs(monkeypatch)
+    with Journal(tmp_path, Tokenizer(), rollout, settings="a: b") as journal:  # type: ignore[arg-type]
+        journal.write(trained_step(0, training_group(0), updates=1.0))
+        journal.write(trained_step(1, training_group(1), updates=1.0))
+        journal.discarded(2, "p2", "it died")
+        for name in ("groups", "steps", "samples", "discarded"):
+            assert synced[f"{name}.jsonl"] == (tmp_path / f"{name}.jsonl").stat().st_size > 0, name
+    assert synced["000000.yaml.tmp"] > 0
+    with Journal(tmp_path, Tokenizer(), rollout, 1):  # type: ignore[arg-type]
+        assert synced[".steps.jsonl.tmp"] == (tmp_path / "steps.jsonl").stat().st_size > 0
