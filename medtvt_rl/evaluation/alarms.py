@@ -142,6 +142,8 @@ class _Entropy:
 
 
 class _EqualGroups:
+    """Those that dynamic sampling replaced had equal rewards, too."""
+
     def __init__(self, config: AlarmConfig) -> None:
         self._config, self._in_a_row = config, 0
 
@@ -150,6 +152,10 @@ class _EqualGroups:
         value = _value(metrics, name)
         if value is None:
             return None
+        trained, replaced = _value(metrics, "groups/trained"), _value(metrics, "groups/replaced")
+        if trained and replaced:
+            name = f"{name} with the {replaced:g} groups replaced"
+            value = (value * trained + replaced) / (trained + replaced)
         self._in_a_row = self._in_a_row + 1 if value > most else 0
         if self._in_a_row < steps:
             return []

@@ -46,7 +46,8 @@ class AlarmConfig:
         max_ratio_p99: 99th percentile of the importance ratio proximal / behaviour before truncation.
         min_ess_share: effective sample size of the importance weights, as a share of their number.
         min_entropy_share: of the mean entropy of the first steps.
-        max_equal_share, equal_steps: share of groups whose rewards are all equal, and for how many steps in a row.
+        max_equal_share, equal_steps: share of groups whose advantages are all 0, those that dynamic sampling replaced
+            among them, and for how many steps in a row.
         max_length_factor: mean length of a completion, times that of the first steps.
         max_cut_share: completions that ended at the length limit.
         max_sync_gap: largest log-prob difference of engine and learner after a sync; for float32, which differs by

@@ -68,6 +68,15 @@ def test_equal_groups_sound_after_so_many_steps_in_a_row() -> None:
     assert "grpo.group_size" in said[9][0]
 
 
+def test_groups_that_made_way_for_others_count_among_the_equal_ones() -> None:
+    kept = sick(groups__zero_variance_share=0.0, groups__trained=4.0, groups__replaced=16.0)
+    said = sounds([sick(groups__zero_variance_share=0.0, groups__trained=4.0, groups__replaced=4.0)] * 9)
+    assert said == {}
+    said = sounds([sick(groups__zero_variance_share=0.5, groups__trained=4.0, groups__replaced=16.0)] * 5)
+    assert "with the 16 groups replaced is 0.9, above 0.8 (alarms.max_equal_share)" in said[4][0]
+    assert sounds([kept] * 9, AlarmConfig(max_equal_share=0.79)) and not sounds([kept] * 9)
+
+
 def test_two_signs_of_one_sickness_are_one_line_and_two_sicknesses_are_two() -> None:
     said = sounds([*FIRST, sick(importance_ratio_p99=9.0, ess_share=0.2, entropy=0.01)])
     assert [len(lines) for lines in said.values()] == [2]
