@@ -50,8 +50,9 @@ class AlarmConfig:
             among them, and for how many steps in a row.
         max_length_factor: mean length of a completion, times that of the first steps.
         max_cut_share: completions that ended at the length limit.
-        max_sync_gap: largest log-prob difference of engine and learner after a sync; for float32, which differs by
-            about 1e-5. With bfloat16 on either side about 0.1.
+        max_sync_gap: largest log-prob difference of engine and learner after a sync, and mean difference of the tokens
+            that the newest version sampled; for float32, which differs by about 1e-5. With bfloat16 on either side
+            about 0.1.
         max_fall: of held-out Jaccard or findings F1 below their best, while a reward rose since; of means of
             held_out_window measurements, and sqrt(held_out_window / n) times as much of means of n.
         max_findings_fall: of the F1 of the findings named below its best, whatever the reward did.

@@ -77,6 +77,19 @@ def test_groups_that_made_way_for_others_count_among_the_equal_ones() -> None:
     assert sounds([kept] * 9, AlarmConfig(max_equal_share=0.79)) and not sounds([kept] * 9)
 
 
+def test_engines_that_sampled_from_another_distribution_sound_though_the_probe_agrees() -> None:
+    fresh = {"fresh_tokens": 900.0, "fresh_gap_mean": 0.02, "fresh_gap_max": 4.0}
+    said = sounds([HEALTHY, {**HEALTHY, **fresh}, HEALTHY, {**HEALTHY, **fresh, "fresh_gap_max": math.inf}])
+    assert "disagree on log-probs: fresh_gap_mean is 0.02, above 0.0001 (alarms.max_sync_gap)" in said[1][0]
+    assert "fresh_gap_max is inf" in said[3][0] and list(said) == [1, 3]
+    rounding = AlarmConfig(max_sync_gap=0.1)
+    assert not sounds([{**HEALTHY, **fresh}], rounding), "the largest of many is large in bfloat16"
+    assert sounds([{**HEALTHY, **fresh, "fresh_gap_max": math.inf}], rounding)
+    none = {"fresh_tokens": 0.0, "fresh_gap_mean": 0.0, "fresh_gap_max": 0.0}
+    ill = {"sync_gap_max": 0.5}
+    assert list(sounds([ill, none, ill])) == [0], "no fresh token is no sign of health"
+
+
 def test_two_signs_of_one_sickness_are_one_line_and_two_sicknesses_are_two() -> None:
     said = sounds([*FIRST, sick(importance_ratio_p99=9.0, ess_share=0.2, entropy=0.01)])
     assert [len(lines) for lines in said.values()] == [2]
