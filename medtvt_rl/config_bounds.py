@@ -19,7 +19,8 @@ AT_LEAST_ONE = {
     *("rollout.min", "rollout.max", "tensor_parallel"),
     *("token_budget", "max_new_tokens", "max_model_len", "max_num_seqs", "block_size", "kv_cache_bytes"),
     *("max_prompts", "num_samples", "validation_samples", "validation_studies", "bootstrap_resamples"),
-    *("first_steps", "equal_steps", "num_train", "num_validation", "num_test", "film_size", "object_store_bytes"),
+    *("first_steps", "equal_steps", "held_out_window", "num_train", "num_validation", "num_test"),
+    *("film_size", "object_store_bytes"),
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "max_positions", "vocab_size"),
     *("size", "image_size", "num_channels", "patch_size", "tokens_per_modality"),
 }

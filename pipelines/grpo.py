@@ -311,6 +311,9 @@ class StepReport:
     def step(self, trained: TrainedStep) -> None:
         """The step's metrics, its groups, and what was wrong with it."""
         metrics, step = trained.metrics, trained.step
+        if all(group.group.reference_header is None for group in trained.groups):
+            # Without a reference nothing was measured; the learner's sum over no tokens is 0.
+            metrics = {name: value for name, value in metrics.items() if name != "kl"}
         of_generators = generator_metrics(self._shares())
         self._reporter.scalars("grpo", step, {**metrics, **of_generators, **self._incidents.metrics()})
         self.listener(metrics)
@@ -325,13 +328,9 @@ class StepReport:
                 f"grpo: step {step} changed nothing, loss or gradient not finite, on groups {_ids(trained.groups)}"
             )
         self._sound(step, metrics)
-        self._reporter.update(
-            step + 1,
-            reward=metrics["reward/total"],
-            staleness=metrics["staleness/max"],
-            kl=metrics["kl"],
-            entropy=metrics["entropy"],
-        )
+        words = {"reward": "reward/total", "staleness": "staleness/max", "kl": "kl", "entropy": "entropy"}
+        shown = {word: metrics[name] for word, name in words.items() if name in metrics}
+        self._reporter.update(step + 1, total=None, **shown)
         self._journal.write(trained)
 
     def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:

@@ -26,10 +26,11 @@ Probe = tuple[Any, int, NDArray[np.float32]]
 """A group's handle, a completion of it, and the learner's log-probs of that."""
 
 
-async def engine_gap(rollouts: Rollouts, probe: Probe | None) -> float:
-    """Largest difference between learner and engines in the log-probs of a probe; infinite where one is not finite."""
+async def engine_gap(rollouts: Rollouts, probe: Probe | None) -> float | None:
+    """Largest difference between learner and engines in the log-probs of a probe; infinite where one is not finite,
+    None without a probe."""
     if probe is None:
-        return 0.0
+        return None
     payload, index, own = probe
     gaps = [float(np.abs(own - other).max()) for other in await rollouts.score(payload, index)]
     return max(gaps) if all(map(math.isfinite, gaps)) else math.inf

@@ -122,11 +122,11 @@ class Reporter:
     def scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Appends `values` at `step` to metrics.jsonl, and to TensorBoard as `stage`/name; shows nothing.
 
-        A value that is not finite becomes null in metrics.jsonl: curves have a gap there.
+        NaN becomes null in metrics.jsonl, an infinite value "inf" or "-inf"; curves have a gap there.
         """
         now = time.time()
         row: dict[str, object] = {"stage": stage, "step": step, "time": round(now, 3)}
-        row.update((name, float(value) if math.isfinite(value) else None) for name, value in values.items())
+        row.update((name, _stored(value)) for name, value in values.items())
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
         summary = Summary(value=[Summary.Value(tag=f"{stage}/{k}", simple_value=float(v)) for k, v in values.items()])
@@ -235,6 +235,13 @@ def _plural(unit: str, count: int) -> str:
     return unit[:-1] + "ies" if unit.endswith("y") else unit + "s"
 
 
+def _stored(value: float) -> float | str | None:
+    """As JSON has it, which knows finite numbers alone."""
+    if math.isnan(value):
+        return None
+    return str(float(value)) if math.isinf(value) else float(value)
+
+
 def _open_for_append(path: Path) -> IO[str]:
     """Opens for appending; a last line that a crash cut short is ended, so that the next row has its own."""
     with open(path, "a+b") as file:
@@ -245,5 +252,7 @@ def _open_for_append(path: Path) -> IO[str]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, object]]:
-    """The rows of a metrics.jsonl; a row that a crash cut short is skipped, a missing file is no rows."""
-    return [row for row in read_rows(Path(path)) if "stage" in row and "step" in row]
+    """The rows of a metrics.jsonl, infinite values as such; a row that a crash cut short is skipped, a missing file is
+    no rows."""
+    rows = (row for row in read_rows(Path(path)) if "stage" in row and "step" in row)
+    return [{name: float(value) if value in ("inf", "-inf") else value for name, value in row.items()} for row in rows]

@@ -23,7 +23,7 @@ COUNTERS = (
 
 
 def rollout_metrics(groups: Sequence[TrainingGroup], version: int) -> dict[str, float]:
-    """Rewards by component, lengths, staleness and zero-variance groups of one step.
+    """Rewards by component, lengths, staleness and zero-variance groups (all advantages 0) of one step.
 
     For each component NAME: reward/NAME (mean), reward_deviation/NAME, reward_equal_groups/NAME (share of groups in
     which all completions have the same). staleness/groups_at_K counts the groups whose oldest token is K steps old.
@@ -37,7 +37,8 @@ def rollout_metrics(groups: Sequence[TrainingGroup], version: int) -> dict[str, 
         "reward/total": float(np.concatenate(totals).mean()),
         "reward/deviation": float(np.concatenate(totals).std()),
         "reward/failed": float(sum(r.failed.sum() for r in rewards)),
-        "groups/zero_variance_share": _equal_share(totals),
+        "groups/trained": float(len(groups)),
+        "groups/zero_variance_share": float(np.mean([not np.any(g.advantages) for g in groups])),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/empty": float((lengths == 0).sum()),

@@ -8,9 +8,9 @@ sign of anything. The state is a function of the steps seen: after a resume, sho
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, variance
+from typing import NamedTuple
 
 from medtvt_rl.evaluation.config import AlarmConfig
 
@@ -142,6 +142,8 @@ class _Entropy:
 
 
 class _EqualGroups:
+    """Those that dynamic sampling replaced had equal rewards, too."""
+
     def __init__(self, config: AlarmConfig) -> None:
         self._config, self._in_a_row = config, 0
 
@@ -150,6 +152,10 @@ class _EqualGroups:
         value = _value(metrics, name)
         if value is None:
             return None
+        trained, replaced = _value(metrics, "groups/trained"), _value(metrics, "groups/replaced")
+        if trained and replaced:
+            name = f"{name} with the {replaced:g} groups replaced"
+            value = (value * trained + replaced) / (trained + replaced)
         self._in_a_row = self._in_a_row + 1 if value > most else 0
         if self._in_a_row < steps:
             return []
@@ -176,100 +182,134 @@ class _Lengths:
 
 
 class _SyncGap:
+    """By the probe, and by the tokens that the newest version sampled. Of these the mean: rounding in bfloat16 makes
+    the largest of thousands large. It leaves out what is not finite, by which the largest is infinite."""
+
     def __init__(self, config: AlarmConfig) -> None:
         self._most = config.max_sync_gap
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> Signs:
-        value = _value(metrics, "sync_gap_max")
-        if value is None:
-            return None
-        return [_above("sync_gap_max", value, "max_sync_gap", self._most)] if value > self._most else []
+        gaps = _values(metrics, ("sync_gap_max",))
+        if metrics.get("fresh_tokens", 0.0) > 0:
+            gaps |= _values(metrics, ("fresh_gap_mean",))
+            if metrics.get("fresh_gap_max") == math.inf:
+                gaps["fresh_gap_max"] = math.inf
+        signs = [_above(name, gap, "max_sync_gap", self._most) for name, gap in gaps.items() if gap > self._most]
+        return signs if gaps else None
 
 
-class _Course:
-    """A reward since held-out quality was first measured: its first values and its latest."""
+class _Fall(NamedTuple):
+    """Of a score, between means of `num` measurements in a row."""
+
+    before: float
+    now: float
+    num: int
+    since: int
+    """Which measurement was the last of the earlier ones."""
+
+
+class _Score:
+    """The measurements of a held-out score.
+
+    The highest of many measurements was lucky, and the latest may be unlucky. So means are compared, the longer the
+    more measurements there are to choose from: of a quarter of them, up to `window`.
+    """
 
     def __init__(self, window: int) -> None:
-        self._window, self._count = window, 0
-        self._first: list[float] = []
-        self._latest: deque[float] = deque(maxlen=window)
+        self._window = window
+        self._values: list[float] = []
+        self._count = 1
+        self.seen: list[tuple[int, int]] = []
+        """The step of each measurement, and how many rewards had been seen with it."""
 
-    def add(self, value: float) -> None:
-        """The next step's value."""
-        if self._count < self._window:
-            self._first.append(value)
-        self._latest.append(value)
-        self._count += 1
+    def add(self, value: float, step: int, num_rewards: int) -> None:
+        """The next measurement."""
+        self._values.append(value)
+        self._count = max(1, min(self._window, len(self._values) // 4))
+        self.seen.append((step, num_rewards))
 
-    def rise(self, deviations: float) -> tuple[float, float, float] | None:
-        """Mean at first, mean of late and the noise of their difference, if the rise exceeds that.
+    @property
+    def noise(self) -> float:
+        """Of a mean of so many measurements, over that of a mean of `window`."""
+        return math.sqrt(self._window / self._count)
 
-        No value is on both sides, and both have equally many.
-        """
-        count = min(self._window, self._count // 2)
+    def falls(self, most: float) -> list[_Fall]:
+        """To the latest mean from all earlier ones that were higher by more than `most`, the highest first."""
+        values, count = self._values, self._count
+        now, ends = fmean(values[-count:]), range(count, len(values) - count + 1)
+        falls = (_Fall(fmean(values[end - count : end]), now, count, end - 1) for end in ends)
+        return sorted((fall for fall in falls if fall.before - now > most), reverse=True)
+
+
+class _Rewards:
+    """The components of the reward, step by step."""
+
+    def __init__(self, config: AlarmConfig) -> None:
+        self._window, self._deviations = config.first_steps, config.noise_deviations
+        self._steps: list[dict[str, float]] = []
+
+    def add(self, metrics: Mapping[str, float]) -> int:
+        """The next row; how many have told of rewards."""
+        names = [name for name in metrics if name.startswith("reward/") and name not in NO_COMPONENTS]
+        if values := _values(metrics, names):
+            self._steps.append(values)
+        return len(self._steps)
+
+    def rises(self, num_rewards: int) -> list[str]:
+        """What is higher of late than in the steps that ended with the `num_rewards`-th, or in the first of all."""
+        since = self._steps[max(0, num_rewards - self._window) :]
+        names = dict.fromkeys(name for values in since for name in values)
+        rises = {name: self._rise([values[name] for values in since if name in values]) for name in names}
+        return [f"{name} rose from {rise}" for name, rise in rises.items() if rise]
+
+    def _rise(self, values: Sequence[float]) -> str | None:
+        """No value is on both sides, and both have equally many."""
+        count = min(self._window, len(values) // 2)
         if count < MIN_VALUES:
             return None
-        first, latest = self._first[:count], list(self._latest)[-count:]
-        noise = deviations * math.sqrt((variance(first) + variance(latest)) / count)
+        first, latest = values[:count], values[-count:]
+        noise = self._deviations * math.sqrt((variance(first) + variance(latest)) / count)
         before, now = fmean(first), fmean(latest)
-        return (before, now, noise) if now - before > max(noise, 1e-9) else None
+        return f"{before:.4g} to {now:.4g} (noise {noise:.2g})" if now - before > max(noise, 1e-9) else None
 
 
 class _RewardHacking:
     def __init__(self, config: AlarmConfig) -> None:
-        self._config = config
-        self._first_step: int | None = None
-        self._first_scores: dict[str, float] = {}
-        self._rewards: dict[str, _Course] = {}
+        self._most = config.max_fall
+        self._rewards = _Rewards(config)
+        self._scores = {name: _Score(config.held_out_window) for name in HELD_OUT}
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> Signs:
-        scores = {name: value for name in HELD_OUT if (value := _value(metrics, name)) is not None}
-        if scores and self._first_step is None:
-            self._first_step = step
-        if self._first_step is not None:
-            self._follow(metrics)
-        if not scores:
-            return None
-        falls = self._falls(scores)
-        rises = self._rises() if falls else []
-        return [f"{', '.join(rises)} since step {self._first_step}, while {', '.join(falls)}"] if rises else []
+        num_rewards = self._rewards.add(metrics)
+        values = _values(metrics, HELD_OUT)
+        for name, value in values.items():
+            self._scores[name].add(value, step, num_rewards)
+        return [sign for name in values if (sign := self._sign(name))] if values else None
 
-    def _follow(self, metrics: Mapping[str, float]) -> None:
-        for name in metrics:
-            value = _value(metrics, name)
-            if name.startswith("reward/") and name not in NO_COMPONENTS and value is not None:
-                self._rewards.setdefault(name, _Course(self._config.first_steps)).add(value)
-
-    def _falls(self, scores: Mapping[str, float]) -> list[str]:
-        most, falls = self._config.max_fall, []
-        for name, now in scores.items():
-            first = self._first_scores.setdefault(name, now)
-            if first - now > most:
-                falls.append(f"{name} fell from {first:.4g} to {now:.4g}, by more than {most:g} (alarms.max_fall)")
-        return falls
-
-    def _rises(self) -> list[str]:
-        courses = {name: course.rise(self._config.noise_deviations) for name, course in self._rewards.items()}
-        return [
-            f"{name} rose from {before:.4g} to {now:.4g} (noise {noise:.2g})"
-            for name, (before, now, noise) in ((name, rise) for name, rise in courses.items() if rise)
-        ]
+    def _sign(self, name: str) -> str | None:
+        """Since the best measurements, or good ones after which a reward rose."""
+        score = self._scores[name]
+        most = self._most * score.noise
+        for fall in score.falls(most):
+            step, num_rewards = score.seen[fall.since]
+            if rises := self._rewards.rises(num_rewards):
+                return f"{', '.join(rises)} since step {step}, while {_fell(name, fall, 'max_fall', most)}"
+        return None
 
 
 class _Rot:
     def __init__(self, config: AlarmConfig) -> None:
-        self._config = config
-        self._first: dict[str, float] = {}
+        self._most = config.max_findings_fall
+        self._scores = {name: _Score(config.held_out_window) for name in FINDINGS}
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> Signs:
-        scores = {name: value for name in FINDINGS if (value := _value(metrics, name)) is not None}
-        most = self._config.max_findings_fall
-        signs = [
-            f"{name} fell from {first:.4g} to {now:.4g}, by more than {most:g} (alarms.max_findings_fall)"
-            for name, now in scores.items()
-            if (first := self._first.setdefault(name, now)) - now > most
-        ]
-        return signs if scores else None
+        values = _values(metrics, FINDINGS)
+        signs = []
+        for name, value in values.items():
+            self._scores[name].add(value, step, 0)
+            if falls := self._scores[name].falls(self._most):
+                signs.append(_fell(name, falls[0], "max_findings_fall", self._most))
+        return signs if values else None
 
 
 def _value(metrics: Mapping[str, float], name: str) -> float | None:
@@ -278,5 +318,15 @@ def _value(metrics: Mapping[str, float], name: str) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
+def _values(metrics: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Those that were measured."""
+    return {name: value for name in names if (value := _value(metrics, name)) is not None}
+
+
 def _above(name: str, value: float, key: str, threshold: float) -> str:
     return f"{name} is {value:.4g}, above {threshold:g} (alarms.{key})"
+
+
+def _fell(name: str, fall: _Fall, key: str, most: float) -> str:
+    means = f" (means of {fall.num})" if fall.num > 1 else ""
+    return f"{name} fell from {fall.before:.4g} to {fall.now:.4g}{means}, by more than {most:.4g} (alarms.{key})"

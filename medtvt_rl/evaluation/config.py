@@ -46,13 +46,18 @@ class AlarmConfig:
         max_ratio_p99: 99th percentile of the importance ratio proximal / behaviour before truncation.
         min_ess_share: effective sample size of the importance weights, as a share of their number.
         min_entropy_share: of the mean entropy of the first steps.
-        max_equal_share, equal_steps: share of groups whose rewards are all equal, and for how many steps in a row.
+        max_equal_share, equal_steps: share of groups whose advantages are all 0, those that dynamic sampling replaced
+            among them, and for how many steps in a row.
         max_length_factor: mean length of a completion, times that of the first steps.
         max_cut_share: completions that ended at the length limit.
-        max_sync_gap: largest log-prob difference of engine and learner after a sync; for float32, which differs by
-            about 1e-5. With bfloat16 on either side about 0.1.
-        max_fall: of held-out Jaccard or findings F1 since they were first measured, while a reward rose.
-        max_findings_fall: of the F1 of the findings named since it was first measured, whatever the reward did.
+        max_sync_gap: largest log-prob difference of engine and learner after a sync, and mean difference of the tokens
+            that the newest version sampled; for float32, which differs by about 1e-5. With bfloat16 on either side
+            about 0.1.
+        max_fall: of held-out Jaccard or findings F1 below their best, while a reward rose since; of means of
+            held_out_window measurements, and sqrt(held_out_window / n) times as much of means of n.
+        max_findings_fall: of the F1 of the findings named below its best, whatever the reward did.
+        held_out_window: held-out scores are compared by means of a quarter of their measurements, at most so many: a
+            single one, of 50 prompts, moves by 0.02 to 0.03 by chance.
         noise_deviations: a reward has risen if its mean did by so many standard errors.
     """
 
@@ -67,4 +72,5 @@ class AlarmConfig:
     max_sync_gap: float = 1e-4
     max_fall: float = 0.05
     max_findings_fall: float = 0.1
+    held_out_window: int = 5
     noise_deviations: float = 2.0

@@ -180,7 +180,7 @@ def per_disease(summary: Mapping[str, Any], policy: str) -> dict[str, Estimate]:
 def curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
     """Stage -> metric -> [(step, value)] by rising step; the last row of a step counts, as a resumed run repeats some.
 
-    A value that is null stays as None, a gap in the curve.
+    A value that is null or infinite is None, a gap in the curve.
     """
     latest: dict[tuple[str, str], dict[float, float | None]] = {}
     for row in rows:
@@ -188,7 +188,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
         if not isinstance(stage, str) or step is None:
             continue
         for name, value in row.items():
-            if name not in ("stage", "step", "time") and (value is None or _number(value) is not None):
+            told = value is None or isinstance(value, float) or _number(value) is not None
+            if told and name not in ("stage", "step", "time"):
                 latest.setdefault((stage, name), {})[step] = _number(value)
     found: Curves = {}
     for (stage, name), values in latest.items():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from bench_async import overlap
+from bench_async import verdict as overlap_verdict
 from bench_controller import verdict
 from bench_simulation import conclude
 
@@ -36,6 +38,13 @@ def test_without_ray_the_verdict_says_so() -> None:
 def test_the_worst_prediction_decides() -> None:
     assert "reached, at most 14.0% off (max_staleness 1)" in conclude({0: 0.95, 1: 1.14})
     assert "not reached, at most 16.0% off (max_staleness 2)" in conclude({0: 1.0, 2: 0.84})
+
+
+def test_overlap_is_judged_by_all_steps_together() -> None:
+    steps = [{"seconds/step": step_s, "seconds/rollout_busy": 1.0, "seconds": 0.5} for step_s in (1.0, 1.0, 1.6)]
+    assert overlap(steps) == pytest.approx(1.2), "the median is 1"
+    said = overlap_verdict({0: 1.99, 1: 1.24, 2: 1.14})
+    assert "not reached with max_staleness 1 (1.24), reached with max_staleness 2 (1.14)" in said and "1.99" not in said
 
 
 def test_the_controller_s_benchmark_runs() -> None:

@@ -68,6 +68,28 @@ def test_equal_groups_sound_after_so_many_steps_in_a_row() -> None:
     assert "grpo.group_size" in said[9][0]
 
 
+def test_groups_that_made_way_for_others_count_among_the_equal_ones() -> None:
+    kept = sick(groups__zero_variance_share=0.0, groups__trained=4.0, groups__replaced=16.0)
+    said = sounds([sick(groups__zero_variance_share=0.0, groups__trained=4.0, groups__replaced=4.0)] * 9)
+    assert said == {}
+    said = sounds([sick(groups__zero_variance_share=0.5, groups__trained=4.0, groups__replaced=16.0)] * 5)
+    assert "with the 16 groups replaced is 0.9, above 0.8 (alarms.max_equal_share)" in said[4][0]
+    assert sounds([kept] * 9, AlarmConfig(max_equal_share=0.79)) and not sounds([kept] * 9)
+
+
+def test_engines_that_sampled_from_another_distribution_sound_though_the_probe_agrees() -> None:
+    fresh = {"fresh_tokens": 900.0, "fresh_gap_mean": 0.02, "fresh_gap_max": 4.0}
+    said = sounds([HEALTHY, {**HEALTHY, **fresh}, HEALTHY, {**HEALTHY, **fresh, "fresh_gap_max": math.inf}])
+    assert "disagree on log-probs: fresh_gap_mean is 0.02, above 0.0001 (alarms.max_sync_gap)" in said[1][0]
+    assert "fresh_gap_max is inf" in said[3][0] and list(said) == [1, 3]
+    rounding = AlarmConfig(max_sync_gap=0.1)
+    assert not sounds([{**HEALTHY, **fresh}], rounding), "the largest of many is large in bfloat16"
+    assert sounds([{**HEALTHY, **fresh, "fresh_gap_max": math.inf}], rounding)
+    none = {"fresh_tokens": 0.0, "fresh_gap_mean": 0.0, "fresh_gap_max": 0.0}
+    ill = {"sync_gap_max": 0.5}
+    assert list(sounds([ill, none, ill])) == [0], "no fresh token is no sign of health"
+
+
 def test_two_signs_of_one_sickness_are_one_line_and_two_sicknesses_are_two() -> None:
     said = sounds([*FIRST, sick(importance_ratio_p99=9.0, ess_share=0.2, entropy=0.01)])
     assert [len(lines) for lines in said.values()] == [2]
@@ -114,18 +136,47 @@ def course(
 @pytest.mark.parametrize("name", ["jaccard", "findings_f1_ecg", "findings_f1_cxr", "findings_f1_lab"])
 def test_a_reward_that_rises_while_held_out_quality_falls_sounds(name: str) -> None:
     said = sounds(list(course((1.0, 1.5), {name: (0.9, 0.7)})), AlarmConfig(max_findings_fall=math.inf))
-    # It falls by 0.034 to step 10 and by 0.068 to step 20, when it is first measured beyond 0.05.
-    assert list(said) == [20]
-    assert "reward/jaccard rose from" in said[20][0] and "since step 0" in said[20][0]
-    assert f"held_out/{name} fell from 0.9 to 0.8322, by more than 0.05 (alarms.max_fall)" in said[20][0]
-    assert "reward/total" not in said[20][0] and "reward/deviation" not in said[20][0]
+    # It falls by 0.034 every 10 steps; of single measurements 0.05 * sqrt(5) counts.
+    assert list(said) == [40]
+    assert "reward/jaccard rose from" in said[40][0] and "since step 0" in said[40][0]
+    assert f"held_out/{name} fell from 0.9 to 0.7644, by more than 0.1118 (alarms.max_fall)" in said[40][0]
+    assert "reward/total" not in said[40][0] and "reward/deviation" not in said[40][0]
 
 
 def test_held_out_quality_that_recovers_and_falls_again_sounds_again() -> None:
     metrics = list(course((1.0, 1.5), {"jaccard": (0.7, 0.7)}, steps=71))
-    for step, value in ((20, 0.6), (30, 0.6), (40, 0.69), (50, 0.64), (60, 0.5)):
+    for step, value in ((20, 0.55), (30, 0.55), (40, 0.69), (50, 0.64), (60, 0.5)):
         metrics[step]["held_out/jaccard"] = value
-    assert list(sounds(metrics)) == [20, 50]
+    assert list(sounds(metrics)) == [20, 60]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_that_first_improves_and_is_then_hacked_sounds(seed: int) -> None:
+    """It ends with the scores that it began with."""
+    better, rng = {"jaccard": (0.45, 0.7), "findings_f1_ecg": (0.7, 0.95)}, np.random.default_rng(seed)
+    worse = {name: (high, low) for name, (low, high) in better.items()}
+    metrics = [*course((1.0, 1.4), better, 60, seed=seed), *course((1.4, 2.0), worse, 91, seed=seed)]
+    for row in metrics:
+        row |= {k: v + 0.012 * rng.standard_normal() for k, v in row.items() if k.startswith("held_out/")}
+    said = sounds(metrics)
+    lines = [line for step in said for line in said[step]]
+    assert min(said) > 60 and sorted(line.split(": ")[1] for line in lines) == [
+        "the reasoning rots",
+        "the reward rises while held-out quality falls",
+    ]
+    hacked = next(line for line in lines if "the reward rises" in line)
+    assert "reward/jaccard rose from" in hacked and "(means of " in hacked
+    assert 40 <= int(hacked.split(" since step ")[1].split(",")[0]) <= 90, "not since the first measurement"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_fifty_noisy_measurements_beside_a_rising_reward_are_silent(seed: int) -> None:
+    """The highest of fifty, less the latest, is up to 4.5 deviations by chance alone."""
+    flat = {"jaccard": (0.58, 0.58), "findings_f1_ecg": (0.95, 0.95), "findings_f1_lab": (0.87, 0.87)}
+    metrics, rng = list(course((1.0, 1.5), flat, steps=500, seed=seed)), np.random.default_rng(seed)
+    for row in metrics:
+        row |= {k: v + 0.02 * rng.standard_normal() for k, v in row.items() if k.startswith("held_out/")}
+    assert sounds(metrics) == {}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +238,9 @@ def test_a_recorded_run_whose_reasoning_rotted_sounds_while_its_answers_look_wel
     assert measured[-1]["held_out/jaccard"] > measured[0]["held_out/jaccard"]
     assert measured[-1]["held_out/findings_f1_lab"] < 0.1 < 0.8 < measured[0]["held_out/findings_f1_lab"]
     said = sounds(rows)
-    assert list(said) == [15, 34]
+    assert list(said) == [15, 21, 34]
     assert "the reasoning rots: held_out/findings_f1_lab fell from 0.8741 to 0.7725" in said[15][0]
+    # The reward rises over the first third alone, by little more than its noise; the findings fall by far more.
+    assert "the reward rises while held-out quality falls: reward/jaccard rose from 0.5862 to 0.6305" in said[21][0]
+    assert "since step 9, while held_out/findings_f1_lab fell from 0.8741 to 0.7202" in said[21][0]
     assert "answers run away in length" in said[34][0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,9 @@ from medtvt_rl.config import Config, TaskConfig
 from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.evaluation.config import AlarmConfig
 from medtvt_rl.rollout.config import EngineConfig, RolloutConfig, SamplingConfig
-from medtvt_rl.types import Prompt
+from medtvt_rl.types import Prompt, ReferenceHeader
 from pipelines.grpo import StepReport, load_prompts
+from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
 
 
 def prompts_of_ten_tokens(config: Config, tokenizer: object, split: str) -> Sequence[Prompt]:
@@ -40,14 +43,18 @@ class Notes:
         self.lines: list[str] = []
         self.given_up: list[int] = []
         self.rows: list[int] = []
+        self.told: set[str] = set()
 
     def line(self, text: str) -> None:
         self.lines.append(text)
 
     def scalars(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         self.rows.append(step)
+        self.told |= set(metrics)
 
-    def update(self, *what: object, **metrics: float) -> None: ...
+    def update(self, *what: object, **metrics: float) -> None:
+        self.told |= set(metrics)
+
     def write(self, *what: object) -> None: ...
 
     def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
@@ -87,3 +94,25 @@ def test_held_out_answers_that_come_late_have_a_row_and_sound_the_alarms() -> No
     assert notes.rows == [0, 3]
     (line,) = notes.lines
     assert line.startswith("grpo: ALARM: step 3: the reasoning rots: held_out/findings_f1_lab fell from 0.9 to 0.5")
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_a_drift_that_nobody_measured_is_not_told(with_reference: bool) -> None:
+    notes, trained = Notes(), training_group(3)
+    if with_reference:
+        header = ReferenceHeader(kl=np.zeros(3, np.float32), seconds=0.1)
+        trained = replace(trained, group=replace(trained.group, reference_header=header))
+    report = StepReport(notes, notes, Alarms(AlarmConfig()), Incidents(notes.line))  # type: ignore[arg-type]
+    report.step(trained_step(0, trained, **{"reward/total": 0.0, "staleness/max": 0.0, "kl": 0.0, "entropy": 0.0}))
+    assert "entropy" in notes.told and ("kl" in notes.told) == with_reference
+
+
+def test_an_alarm_that_began_with_an_infinite_value_is_not_new_after_a_resume(tmp_path: Path) -> None:
+    notes, ill = Notes(), {"sync_gap_max": float("inf")}
+    with Reporter(tmp_path, stream=io.StringIO()) as reporter:
+        reporter.scalars("grpo", 0, ill)
+    report = StepReport(notes, notes, Alarms(AlarmConfig()), Incidents(notes.line))  # type: ignore[arg-type]
+    report.show_again(read_metrics(tmp_path / METRICS_FILE))
+    assert len(report.sounded) == 1
+    report.measured({"held_out/version": 1.0, **ill})
+    assert len(report.sounded) == 1 and not notes.lines

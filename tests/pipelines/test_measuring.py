@@ -8,7 +8,7 @@ import pytest
 from test_grpo_loop import FakeCluster, FakeHeldOut, Told, run_loop
 
 from medtvt_rl.algorithm.config import GrpoConfig, HeldOutConfig
-from pipelines.measuring import Measuring
+from pipelines.measuring import Measuring, engine_gap
 
 
 class SlowHeldOut:
@@ -107,3 +107,7 @@ def test_every_result_of_a_run_is_told_once(max_staleness: int) -> None:
     run_loop(cluster, told, held_out=FakeHeldOut(cluster), max_staleness=max_staleness)
     rows = [metrics["held_out/version"] for metrics in [*told.metrics, *told.late] if "held_out/version" in metrics]
     assert sorted(rows) == sorted(cluster.scores) and {0, 6} <= set(rows)
+
+
+def test_without_a_probe_no_gap_was_measured() -> None:
+    assert asyncio.run(engine_gap(FakeCluster(), None)) is None

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from medtvt_rl.evaluation.summary import curves
 from medtvt_rl.logs import QUIET_ENVIRONMENT, last_lines, quiet_environment, quiet_third_parties
 from pipelines.reporter import Reporter, read_metrics
 
@@ -118,6 +119,18 @@ def test_scalars_reach_both_files_and_a_resume_appends(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=False)
     events.Reload()
     assert sorted((event.step, event.value) for event in events.Scalars("grpo/reward")) == [(1, 0.5), (2, 1.0)]
+
+
+def test_an_infinite_value_comes_back_as_such(tmp_path: Path) -> None:
+    with Reporter(tmp_path, stream=io.StringIO()) as reporter:
+        reporter.scalars("grpo", 1, {"sync_gap_max": float("inf"), "low": float("-inf"), "kl": float("nan")})
+        reporter.scalars("grpo", 2, {"sync_gap_max": 1.0})
+        reporter.forget("grpo", 2)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert "Infinity" not in line and "NaN" not in line, "no JSON"
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (row["sync_gap_max"], row["low"], row["kl"]) == (float("inf"), float("-inf"), None)
+    assert curves([row])["grpo"]["sync_gap_max"] == [(1.0, None)]
 
 
 def test_a_row_cut_short_by_a_crash_costs_only_itself(tmp_path: Path) -> None:

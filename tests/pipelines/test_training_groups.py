@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -9,13 +11,14 @@ from medtvt_rl.algorithm.config import GrpoConfig, KlConfig, LossConfig, Overlon
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.types import GroupHeader, ReferenceHeader
 from pipelines.grpo_roles import FinishedGroup
+from pipelines.step_metrics import rollout_metrics
 from pipelines.training_groups import with_advantages
 
 REWARDS, LENGTHS, KL = [1.0, 0.0], (10, 4), [3.0, 1.0]
 
 
-def finished() -> FinishedGroup:
-    total = np.array(REWARDS, np.float32)
+def finished(rewards: Sequence[float] = REWARDS) -> FinishedGroup:
+    total = np.array(rewards, np.float32)
     header = GroupHeader(
         group_id=0, prompt_id="p", lengths=LENGTHS, num_cut=0, oldest_version=0, newest_version=0, generate_s=0.1
     )
@@ -51,3 +54,12 @@ def test_kl_and_length_are_taken_off_the_reward_before_the_mean(
     found = with_advantages(finished(), config, max_new_tokens=10)
     np.testing.assert_allclose(found.advantages, np.array(shaped) - np.mean(shaped), atol=1e-6)
     assert found.group.rewards.total.tolist() == REWARDS, "the reward that is reported is the one that was scored"
+
+
+@pytest.mark.parametrize(("overlong", "share"), [(0.0, 1.0), (0.5, 0.0)])
+def test_a_group_of_equal_rewards_that_shaping_tells_apart_teaches_something(overlong: float, share: float) -> None:
+    config = GrpoConfig(overlong=OverlongConfig(weight=overlong, buffer_tokens=5))
+    found = with_advantages(finished([1.0, 1.0]), config, max_new_tokens=10)
+    metrics = rollout_metrics([found], 3)
+    assert metrics["groups/zero_variance_share"] == share and metrics["groups/trained"] == 1
+    assert metrics["reward_equal_groups/jaccard"] == 1
