@@ -275,7 +275,7 @@ class Roster:
                 await asyncio.to_thread(anew)
             except RayError as error:
                 self._incidents.report(f"{self.role} {index} stays on its node: {cause_of(error)}")
-            self._restarts[index] = Restarts(self._supervision)
+            self._restarts[index].free()
             await self._succeed(index, "moved")
         finally:
             self._successors.pop(index, None)
