@@ -18,6 +18,10 @@ class MemberLostError(ActorError):
     """An actor is gone: it died, fell silent, or gave wrong results."""
 
 
+class MemberLeftError(MemberLostError):
+    """An actor was taken out, because its node leaves or for want of work: nothing that it was asked is at fault."""
+
+
 class SickError(RuntimeError):
     """An actor answers, but not with finite values."""
 
@@ -30,6 +34,9 @@ class Bundles(Protocol):
 
     def wanting(self, role: str, index: int) -> str:
         """What it waits for where it has none."""
+
+    def is_gone(self, node_id: str) -> bool:
+        """Whether a node has died, or will be taken away."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

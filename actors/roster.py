@@ -21,7 +21,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from actors.deadline import DeadlineError, OvertakenError, before, within
 from actors.failure import ActorError, cause_of, log_tail, with_log
-from actors.member import Bundles, Loss, Member, MemberLostError, SickError
+from actors.member import Bundles, Loss, Member, MemberLeftError, MemberLostError, SickError
 from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
 from actors.turns import Turns
@@ -33,6 +33,8 @@ PLACE_POLL_S = 1.0
 EMPTY_POLL_S = 0.1
 SICK_GROUPS = 2
 """So many groups in a row without finite values, and an actor is held to be sick, whatever others make of them."""
+NODES_PER_GROUP = 10
+"""So many nodes may go under one group; a group may be what fells a whole machine, too."""
 
 
 class Roster:
@@ -169,7 +171,7 @@ class Roster:
         is_finite: Callable[[T], bool],
     ) -> T:
         """What one member makes of a group, the next where it is lost at it, `supervision.max_attempts` at most: it may
-        be the group that kills them.
+        be the group that kills them. Those that were taken out, or lost with their node, do not count.
 
         Values that are not finite are the group's fault or the actor's: another one is asked. Where it has finite ones,
         or where the next group fares alike, the actor is sick, and replaced.
@@ -182,13 +184,17 @@ class Roster:
             SickError: the group has no finite values.
         """
         doubted: list[Member] = []
-        attempts = self._supervision.max_attempts
-        for attempt in range(1, attempts + 1):
+        lost: list[Member] = []
+        num_sick, attempts = 0, self._supervision.max_attempts
+        while num_sick < attempts:
             member = await pick(doubted)
             try:
                 answer = await ask(member)
+            except MemberLeftError:
+                continue
             except MemberLostError:
-                if attempt == attempts:
+                lost.append(member)
+                if num_sick + len(lost) >= attempts and num_sick + await self._blamed(lost) >= attempts:
                     raise
                 continue
             if is_finite(answer):
@@ -197,7 +203,7 @@ class Roster:
                     words = f"not finite when it was asked to {what}, which {self.role} {member.index} finds finite"
                     self.lose(other, SickError(words))
                 return answer
-            member.sick += 1
+            num_sick, member.sick = num_sick + 1, member.sick + 1
             if member.sick >= SICK_GROUPS:
                 self.lose(member, SickError(f"{SICK_GROUPS} groups in a row were not finite, the last to {what}"))
             elif doubted or len(self.serving) == 1:
@@ -205,6 +211,14 @@ class Roster:
             else:
                 doubted.append(member)
         raise SickError(f"{self.role} actors, asked to {what}, found values that are not finite")
+
+    async def _blamed(self, lost: Sequence[Member]) -> int:
+        """How many of the members that were lost at a group count: not those whose node is known to be gone by now."""
+        at = [member.where.node_id for member in lost if member.where is not None and member.where.node_id]
+        if self._bundles is None or not at:
+            return len(lost)
+        gone = [await asyncio.to_thread(self._bundles.is_gone, node_id) for node_id in at]
+        return len(lost) - min(sum(gone), NODES_PER_GROUP)
 
     async def everywhere(
         self, ask: Callable[[Member], Awaitable[Any]], members: Iterable[Member] | None = None
@@ -284,7 +298,7 @@ class Roster:
     def _take_out(self, index: int, why: str) -> Member:
         """From now on an actor is asked nothing new."""
         member = self.serving.pop(index)
-        self._lost[index] = MemberLostError(f"{self.role} {index} {why}")
+        self._lost[index] = MemberLeftError(f"{self.role} {index} {why}")
         self._incidents.report(f"{self.role} {index} {why}; {len(self.serving)} serve")
         self.changed()
         return member

@@ -11,6 +11,7 @@ from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from actors.member import MemberLostError
+from actors.process import Whereabouts
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.weights import WeightBufferError
@@ -220,6 +221,65 @@ def test_a_group_that_breaks_two_generators_is_given_up_alone(tmp_path: Path) ->
             await cast.pool.generate(PROMPT, 0, 4)
         await cast.settle()
         assert cast.pool.num_left == 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("num_gone", "is_made"), [(4, True), (5, True), (6, False)])
+def test_nodes_that_go_under_a_group_do_not_count_but_not_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_gone: int, is_made: bool
+) -> None:
+    monkeypatch.setattr("actors.roster.NODES_PER_GROUP", 4)
+
+    class Nodes:
+        """Every bundle has its node; those of the first generators were taken away."""
+
+        def has_node(self, role: str, index: int) -> bool:
+            return True
+
+        def is_gone(self, node_id: str) -> bool:
+            return int(node_id) < num_gone
+
+    async def run() -> None:
+        cast = Cast(tmp_path, 1, max_attempts=2, max_restarts=100)
+        pool: Any = cast.pool
+        pool._roster._bundles = Nodes()
+
+        def prepare(generator: FakeGenerator) -> None:
+            generation = len(cast.successors[0]) + 1
+            generator.where = Whereabouts(node="", pid=1, devices=None, node_id=f"{generation}")
+            if generation < num_gone:
+                generator.fault = ActorDiedError()
+                generator.start.remote = lambda: asyncio.sleep(0, generator.where)
+
+        cast.prepare = prepare
+        pool._roster.serving[0].where = Whereabouts(node="", pid=1, devices=None, node_id="0")
+        cast.first[0].fault = ActorDiedError()
+        if is_made:
+            assert (await cast.pool.generate(PROMPT, 3, 4))[1] == f"0..4 of g0.{num_gone}"
+        else:
+            with pytest.raises(MemberLostError):
+                await cast.pool.generate(PROMPT, 3, 4)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_those_that_were_taken_out_before_they_were_done_do_not_count(tmp_path: Path, moves: bool) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 4, max_attempts=1)
+        for generator in cast.first[:3]:
+            generator.gates["generate"].clear()
+        group = asyncio.create_task(cast.pool.generate(PROMPT, 3, 4))
+        for index in range(3):
+            await cast.settle()
+            assert cast.first[index].groups == [3]
+            if moves:
+                cast.prepare = closed("start")
+                cast.pool.move(index, "it will be taken away", 0.0, lambda: None)
+            else:
+                await cast.pool._roster.retire(index, 0.0)
+        assert (await group)[1] == "0..4 of g3"
 
     asyncio.run(run())
 

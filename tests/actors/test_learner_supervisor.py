@@ -229,6 +229,9 @@ class FakeBundles:
     def wanting(self, role: str, index: int) -> str:
         return "learner 0: 1 CPU. The cluster has nothing"
 
+    def is_gone(self, node_id: str) -> bool:
+        raise AssertionError("no group is asked of learners")
+
 
 @pytest.mark.parametrize("returns", [True, False])
 def test_a_gang_waits_for_a_node_but_not_without_end(
