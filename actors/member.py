@@ -46,6 +46,8 @@ class Member:
     Attributes:
         load: what it has to do, in the pool's measure; groups: the groups of it.
         answered_at: when it last answered anything, on the monotonic clock.
+        totals: of its engine's work, as far as it has one; seen_at: when they were last asked for; moved_at: when they
+            were first seen so.
         sick: groups in a row that it gave values for that are not finite.
         gone: set when it is lost; what it was asked for may else never end, where its node is cut off.
     """
@@ -56,6 +58,9 @@ class Member:
     load: int = 0
     groups: int = 0
     answered_at: float = field(default_factory=time.monotonic)
+    totals: Any = None
+    seen_at: float = 0.0
+    moved_at: float = 0.0
     sick: int = 0
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -6,7 +6,8 @@
        +--- brought up --- started in its own bundle, once that has a node; else given up
 
 Owns: the actors by index, losses and successors, who is asked about a group that failed. Does not own: the records
-(member.py), what the actors are asked (rollout_pool.py, scoring_pools.py), or where they run (placement.py).
+(member.py), silence (watch.py), what the actors are asked (rollout_pool.py, scoring_pools.py), or where they run
+(placement.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from actors.member import Bundles, Loss, Member, MemberLeftError, MemberLostErro
 from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
 from actors.turns import Turns
+from actors.watch import Watch
 from medtvt_rl.config import Config
 from medtvt_rl.faults import Incident, Outcome, RoleLostError
 
@@ -81,7 +83,8 @@ class Roster:
         self._starting: dict[int, Any] = {}
         self._event = asyncio.Event()
         self.turns = Turns()
-        self._watch: asyncio.Task[None] | None = None
+        self._watch = Watch(self.role, self._supervision.silence_s, self.serving.values, self.lose)
+        self._watching: asyncio.Task[None] | None = None
 
     # Who serves.
 
@@ -140,7 +143,8 @@ class Roster:
         """The answer of a member.
 
         Raises:
-            MemberLostError: it is gone, or answered nothing at all in the time given; its successor is on its way.
+            MemberLostError: it is gone, or answered nothing at all in the time given, or has an engine that stands
+                still; its successor is on its way.
             DeadlineError: it is late, but answered others meanwhile: it has too much to do.
             ActorError: the call failed.
         """
@@ -152,7 +156,9 @@ class Roster:
             raise self._lost[member.index] from error
         except DeadlineError as error:
             if member.answered_at > asked_at:
-                raise
+                if not self._watch.is_still(member, asked_at):
+                    raise
+                error = DeadlineError(f"{error}; its engine stands still")
             raise self.lose(member, error) from error
         except self.fatal as error:
             raise self.lose(member, error) from error
@@ -238,19 +244,7 @@ class Roster:
     def keep_watch(self) -> None:
         """From now on every member has to say that it lives."""
         if self._supervision.silence_s > 0:
-            self._watch = asyncio.create_task(self._listen(), name=f"watch over {self.role}")
-
-    async def _listen(self) -> None:
-        while True:
-            await asyncio.sleep(self._supervision.silence_s / 2)
-            await asyncio.gather(*(self._hear(member) for member in list(self.serving.values())))
-
-    async def _hear(self, member: Member) -> None:
-        seconds, who = self._supervision.silence_s, f"{self.role} {member.index}"
-        try:
-            await within(member.handle.health.remote(), seconds, f"{who} to say that it lives", "supervision.silence_s")
-        except (DeadlineError, RayError) as error:
-            self.lose(member, error)
+            self._watching = asyncio.create_task(self._watch.run(), name=f"watch over {self.role}")
 
     # Losses and successors.
 
@@ -313,7 +307,7 @@ class Roster:
 
     def stop(self) -> None:
         """Ends every actor, those on their way included."""
-        for task in (*self._successors.values(), *([self._watch] if self._watch else [])):
+        for task in (*self._successors.values(), *([self._watching] if self._watching else [])):
             task.cancel()
         for handle in [*(member.handle for member in self.serving.values()), *self._starting.values()]:
             self._kill(handle)
