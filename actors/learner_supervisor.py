@@ -41,6 +41,7 @@ from medtvt_rl.types import LearnerStep
 
 T = TypeVar("T")
 ROLE = "learner"
+STORE_POLL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,15 @@ class Shelf(Protocol):
 
     def newest(self, version: int) -> tuple[str, int] | None:
         """Place of the learners' part, and version, of the newest whole one not later than `version`; None is
-        the model that the run started from. May take long."""
+        the model that the run started from. May take long.
+
+        Raises:
+            OutOfReachError: that cannot be said now.
+        """
+
+
+class OutOfReachError(RuntimeError):
+    """The store of the checkpoints does not answer, or not as it should; it may later. The message says how."""
 
 
 class RecoveryError(RuntimeError):
@@ -223,12 +232,10 @@ class LearnerSupervisor:
     async def _brought_back(self) -> str:
         """A new gang with the weights of now; in words, how it got there."""
         version = self._version
-        gang, found = await asyncio.gather(
-            self._start(), asyncio.to_thread(self._shelf.newest, version), return_exceptions=True
-        )
+        gang, found = await asyncio.gather(self._start(), self._newest(version), return_exceptions=True)
         for each in (gang, found):
             if isinstance(each, BaseException):
-                if isinstance(gang, LearnerGang):
+                if not isinstance(gang, BaseException):
                     gang.stop()
                 raise each
         try:
@@ -238,6 +245,25 @@ class LearnerSupervisor:
             raise
         self._gang = gang  # type: ignore[assignment]
         return words
+
+    async def _newest(self, version: int) -> tuple[str, int] | None:
+        """The checkpoint to begin at. Raises RecoveryError where the store does not answer in time."""
+        limit_s, setting = self._config.supervision.vacancy_timeout_s, "supervision.vacancy_timeout_s"
+        deadline, told = time.monotonic() + limit_s, False
+        while True:
+            try:
+                return await asyncio.to_thread(self._shelf.newest, version)
+            except OutOfReachError as error:
+                if time.monotonic() > deadline:
+                    raise RecoveryError(
+                        f"the checkpoints could not be read for {limit_s:g} s ({setting}): {error}"
+                    ) from error
+                if not told:
+                    self._incidents.report(
+                        f"the checkpoints cannot be read: {error}; tried for {limit_s:g} s ({setting})"
+                    )
+                told = True
+            await asyncio.sleep(STORE_POLL_S)
 
     async def _caught_up(self, gang: LearnerGang, found: tuple[str, int] | None, version: int) -> str:
         first = 0

@@ -228,7 +228,7 @@ class LearnerWorker:
             if self._sender is None:
                 from medtvt_rl.learner.nccl_sender import WeightSender
 
-                self._sender = WeightSender(self._device, self._config.rollout.update_timeout_s)
+                self._sender = WeightSender(self._device, self._config.rollout)
             self._sender.open(group)
 
     def broadcast_weights(self, weights: WeightBuffer) -> None:

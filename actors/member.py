@@ -18,6 +18,10 @@ class MemberLostError(ActorError):
     """An actor is gone: it died, fell silent, or gave wrong results."""
 
 
+class MemberLeftError(MemberLostError):
+    """An actor was taken out, because its node leaves or for want of work: nothing that it was asked is at fault."""
+
+
 class SickError(RuntimeError):
     """An actor answers, but not with finite values."""
 
@@ -31,6 +35,9 @@ class Bundles(Protocol):
     def wanting(self, role: str, index: int) -> str:
         """What it waits for where it has none."""
 
+    def is_gone(self, node_id: str) -> bool:
+        """Whether a node has died, or will be taken away."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Member:
@@ -39,6 +46,8 @@ class Member:
     Attributes:
         load: what it has to do, in the pool's measure; groups: the groups of it.
         answered_at: when it last answered anything, on the monotonic clock.
+        totals: of its engine's work, as far as it has one; seen_at: when they were last asked for; moved_at: when they
+            were first seen so.
         sick: groups in a row that it gave values for that are not finite.
         gone: set when it is lost; what it was asked for may else never end, where its node is cut off.
     """
@@ -49,6 +58,9 @@ class Member:
     load: int = 0
     groups: int = 0
     answered_at: float = field(default_factory=time.monotonic)
+    totals: Any = None
+    seen_at: float = 0.0
+    moved_at: float = 0.0
     sick: int = 0
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -151,6 +151,10 @@ class Placement:
         party, position = self._seats[role, index]
         return f"{party.wanted[position]}. {offers(nodes_now())}"
 
+    def is_gone(self, node_id: str) -> bool:
+        """Whether a node has died, or will be taken away. Asks the cluster, which may learn of a death late."""
+        return all(node.leaves for node in nodes_now() if node.node_id == node_id)
+
     def add(self, bundle: Bundle, room_first: bool = False) -> None:
         """Reserves one more bundle; `has_node` says when it is placed.
 

@@ -24,17 +24,20 @@ SPARE_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whereabouts:
-    """Where an actor runs; `devices` is its CUDA_VISIBLE_DEVICES, None where that is not set."""
+    """Where an actor runs: address of its node, and Ray's id of that, empty where it is not known; `devices` is its
+    CUDA_VISIBLE_DEVICES, None where that is not set."""
 
     node: str
     pid: int
     devices: str | None
+    node_id: str = ""
 
 
 def whereabouts() -> Whereabouts:
     """Of this process."""
     devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return Whereabouts(node=ray.util.get_node_ip_address(), pid=os.getpid(), devices=devices)
+    node, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+    return Whereabouts(node=node, pid=os.getpid(), devices=devices, node_id=node_id)
 
 
 def entitle(actor: str, work: str) -> None:

@@ -6,7 +6,8 @@
        +--- brought up --- started in its own bundle, once that has a node; else given up
 
 Owns: the actors by index, losses and successors, who is asked about a group that failed. Does not own: the records
-(member.py), what the actors are asked (rollout_pool.py, scoring_pools.py), or where they run (placement.py).
+(member.py), silence (watch.py), what the actors are asked (rollout_pool.py, scoring_pools.py), or where they run
+(placement.py).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from actors.deadline import DeadlineError, OvertakenError, before, within
 from actors.failure import ActorError, cause_of, log_tail, with_log
-from actors.member import Bundles, Loss, Member, MemberLostError, SickError
+from actors.member import Bundles, Loss, Member, MemberLeftError, MemberLostError, SickError
 from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
 from actors.turns import Turns
+from actors.watch import Watch
 from medtvt_rl.config import Config
 from medtvt_rl.faults import Incident, Outcome, RoleLostError
 
@@ -33,6 +35,8 @@ PLACE_POLL_S = 1.0
 EMPTY_POLL_S = 0.1
 SICK_GROUPS = 2
 """So many groups in a row without finite values, and an actor is held to be sick, whatever others make of them."""
+NODES_PER_GROUP = 10
+"""So many nodes may go under one group; a group may be what fells a whole machine, too."""
 
 
 class Roster:
@@ -79,7 +83,8 @@ class Roster:
         self._starting: dict[int, Any] = {}
         self._event = asyncio.Event()
         self.turns = Turns()
-        self._watch: asyncio.Task[None] | None = None
+        self._watch = Watch(self.role, self._supervision.silence_s, self.serving.values, self.lose)
+        self._watching: asyncio.Task[None] | None = None
 
     # Who serves.
 
@@ -138,7 +143,8 @@ class Roster:
         """The answer of a member.
 
         Raises:
-            MemberLostError: it is gone, or answered nothing at all in the time given; its successor is on its way.
+            MemberLostError: it is gone, or answered nothing at all in the time given, or has an engine that stands
+                still; its successor is on its way.
             DeadlineError: it is late, but answered others meanwhile: it has too much to do.
             ActorError: the call failed.
         """
@@ -150,7 +156,9 @@ class Roster:
             raise self._lost[member.index] from error
         except DeadlineError as error:
             if member.answered_at > asked_at:
-                raise
+                if not self._watch.is_still(member, asked_at):
+                    raise
+                error = DeadlineError(f"{error}; its engine stands still")
             raise self.lose(member, error) from error
         except self.fatal as error:
             raise self.lose(member, error) from error
@@ -169,7 +177,7 @@ class Roster:
         is_finite: Callable[[T], bool],
     ) -> T:
         """What one member makes of a group, the next where it is lost at it, `supervision.max_attempts` at most: it may
-        be the group that kills them.
+        be the group that kills them. Those that were taken out, or lost with their node, do not count.
 
         Values that are not finite are the group's fault or the actor's: another one is asked. Where it has finite ones,
         or where the next group fares alike, the actor is sick, and replaced.
@@ -182,13 +190,17 @@ class Roster:
             SickError: the group has no finite values.
         """
         doubted: list[Member] = []
-        attempts = self._supervision.max_attempts
-        for attempt in range(1, attempts + 1):
+        lost: list[Member] = []
+        num_sick, attempts = 0, self._supervision.max_attempts
+        while num_sick < attempts:
             member = await pick(doubted)
             try:
                 answer = await ask(member)
+            except MemberLeftError:
+                continue
             except MemberLostError:
-                if attempt == attempts:
+                lost.append(member)
+                if num_sick + len(lost) >= attempts and num_sick + await self._blamed(lost) >= attempts:
                     raise
                 continue
             if is_finite(answer):
@@ -197,7 +209,7 @@ class Roster:
                     words = f"not finite when it was asked to {what}, which {self.role} {member.index} finds finite"
                     self.lose(other, SickError(words))
                 return answer
-            member.sick += 1
+            num_sick, member.sick = num_sick + 1, member.sick + 1
             if member.sick >= SICK_GROUPS:
                 self.lose(member, SickError(f"{SICK_GROUPS} groups in a row were not finite, the last to {what}"))
             elif doubted or len(self.serving) == 1:
@@ -205,6 +217,14 @@ class Roster:
             else:
                 doubted.append(member)
         raise SickError(f"{self.role} actors, asked to {what}, found values that are not finite")
+
+    async def _blamed(self, lost: Sequence[Member]) -> int:
+        """How many of the members that were lost at a group count: not those whose node is known to be gone by now."""
+        at = [member.where.node_id for member in lost if member.where is not None and member.where.node_id]
+        if self._bundles is None or not at:
+            return len(lost)
+        gone = [await asyncio.to_thread(self._bundles.is_gone, node_id) for node_id in at]
+        return len(lost) - min(sum(gone), NODES_PER_GROUP)
 
     async def everywhere(
         self, ask: Callable[[Member], Awaitable[Any]], members: Iterable[Member] | None = None
@@ -224,19 +244,7 @@ class Roster:
     def keep_watch(self) -> None:
         """From now on every member has to say that it lives."""
         if self._supervision.silence_s > 0:
-            self._watch = asyncio.create_task(self._listen(), name=f"watch over {self.role}")
-
-    async def _listen(self) -> None:
-        while True:
-            await asyncio.sleep(self._supervision.silence_s / 2)
-            await asyncio.gather(*(self._hear(member) for member in list(self.serving.values())))
-
-    async def _hear(self, member: Member) -> None:
-        seconds, who = self._supervision.silence_s, f"{self.role} {member.index}"
-        try:
-            await within(member.handle.health.remote(), seconds, f"{who} to say that it lives", "supervision.silence_s")
-        except (DeadlineError, RayError) as error:
-            self.lose(member, error)
+            self._watching = asyncio.create_task(self._watch.run(), name=f"watch over {self.role}")
 
     # Losses and successors.
 
@@ -275,7 +283,7 @@ class Roster:
                 await asyncio.to_thread(anew)
             except RayError as error:
                 self._incidents.report(f"{self.role} {index} stays on its node: {cause_of(error)}")
-            self._restarts[index] = Restarts(self._supervision)
+            self._restarts[index].free()
             await self._succeed(index, "moved")
         finally:
             self._successors.pop(index, None)
@@ -284,7 +292,7 @@ class Roster:
     def _take_out(self, index: int, why: str) -> Member:
         """From now on an actor is asked nothing new."""
         member = self.serving.pop(index)
-        self._lost[index] = MemberLostError(f"{self.role} {index} {why}")
+        self._lost[index] = MemberLeftError(f"{self.role} {index} {why}")
         self._incidents.report(f"{self.role} {index} {why}; {len(self.serving)} serve")
         self.changed()
         return member
@@ -299,7 +307,7 @@ class Roster:
 
     def stop(self) -> None:
         """Ends every actor, those on their way included."""
-        for task in (*self._successors.values(), *([self._watch] if self._watch else [])):
+        for task in (*self._successors.values(), *([self._watching] if self._watching else [])):
             task.cancel()
         for handle in [*(member.handle for member in self.serving.values()), *self._starting.values()]:
             self._kill(handle)

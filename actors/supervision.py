@@ -14,6 +14,8 @@ from medtvt_rl.config import SupervisionConfig
 from medtvt_rl.faults import Incident
 
 USUAL_ROLES = ("rollout", "reward", "reference", "learner")
+NEVER = float("-inf")
+"""When a start began that does not count."""
 
 
 class Restarts:
@@ -22,10 +24,13 @@ class Restarts:
     def __init__(self, config: SupervisionConfig) -> None:
         self._config = config
         self._begun: list[float] = []
+        self._free = False
 
     @property
     def allowed(self) -> bool:
         """Whether it may be started once more."""
+        if self._free:
+            return True
         since = time.monotonic() - self._config.restart_window_s
         return sum(begun > since for begun in self._begun) < self._config.max_restarts
 
@@ -34,13 +39,18 @@ class Restarts:
         """The limit in words."""
         return f"supervision.max_restarts: {self._config.max_restarts} in {self._config.restart_window_s:g} s"
 
+    def free(self) -> None:
+        """The next start does not count: the actor did not fail."""
+        self._free = True
+
     def begin(self) -> None:
         """Counts a restart."""
-        self._begun.append(time.monotonic())
+        self._begun.append(NEVER if self._free else time.monotonic())
+        self._free = False
 
     def take_back(self) -> None:
         """The last one does not count: it was no fault of the actor."""
-        self._begun.pop()
+        self._free = self._begun.pop() == NEVER
 
 
 class Incidents:

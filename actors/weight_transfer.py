@@ -76,7 +76,7 @@ class LearnerSender:
     """Rank 0 of the learner gang as a Sender."""
 
     def __init__(self, worker: Any, config: RolloutConfig) -> None:
-        self._worker, self._timeout_s = worker, config.update_timeout_s + SENDER_GRACE_S
+        self._worker, self._config = worker, config
 
     async def address(self) -> tuple[str, int]:
         """See Sender."""
@@ -88,16 +88,20 @@ class LearnerSender:
 
     async def broadcast(self, buffer: ray.ObjectRef) -> None:
         """See Sender."""
-        await self._call("broadcast weights", "broadcast_weights", buffer)
+        timeout_s, setting = self._config.publication_timeout_s, self._config.publication_timeout
+        await self._call("broadcast weights", "broadcast_weights", buffer, timeout_s=timeout_s, setting=setting)
 
     async def close(self) -> None:
         """See Sender."""
         await self._call("leave the weight group", "close_weight_group")
 
-    async def _call(self, what: str, method: str, *arguments: Any) -> Any:
+    async def _call(
+        self, what: str, method: str, *arguments: Any, timeout_s: float | None = None, setting: str = TIMEOUT
+    ) -> Any:
+        seconds = (self._config.update_timeout_s if timeout_s is None else timeout_s) + SENDER_GRACE_S
         try:
             answer = getattr(self._worker, method).remote(*arguments)
-            return await within(answer, self._timeout_s, f"learner rank 0 to {what}", TIMEOUT)
+            return await within(answer, seconds, f"learner rank 0 to {what}", setting)
         except DeadlineError as error:
             raise SenderError(str(error)) from error
         except RayError as error:
@@ -209,16 +213,20 @@ class WeightTransfer:
     async def _load(self, member: Member, weights: Any, publication: Publication) -> None:
         """One engine takes a whole buffer, or a header whose data comes from the group."""
         answer = member.handle.update_weights.remote(weights, publication.version)
-        found = await self._ask(member, answer, f"load weights of version {publication.version}")
+        what, timeout_s = f"load weights of version {publication.version}", self._config.publication_timeout_s
+        found = await self._ask(member, answer, what, timeout_s, self._config.publication_timeout)
         try:
             publication.check(member.index, found)
         except WeightSyncError as error:
             raise self._roster.lose(member, error) from error
 
-    async def _ask(self, member: Member, answer: Awaitable[Any], what: str) -> Any:
+    async def _ask(
+        self, member: Member, answer: Awaitable[Any], what: str, timeout_s: float | None = None, setting: str = TIMEOUT
+    ) -> Any:
         """The answer of an engine, which is lost if it is late, however busy it may be."""
+        seconds = self._config.update_timeout_s if timeout_s is None else timeout_s
         try:
-            return await self._roster.ask(member, answer, what, self._config.update_timeout_s, TIMEOUT)
+            return await self._roster.ask(member, answer, what, seconds, setting)
         except DeadlineError as error:
             raise self._roster.lose(member, error) from error
 

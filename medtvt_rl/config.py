@@ -81,7 +81,8 @@ class SupervisionConfig:
     Attributes:
         max_restarts, restart_window_s: an actor (the learner gang: as a whole) is started again so many times within so
             many seconds; lost once more, it is given up. The run ends when a role has none left.
-        max_attempts: actors that one group is asked of before it is discarded: it may be the group that kills them.
+        max_attempts: actors that may be lost at one group before it is discarded: it may be the group that kills them.
+            Those that were taken out, or lost with their node, do not count.
         silence_s: an actor that does not even say that it lives for so long is lost, whatever it was asked for; 0
             leaves that to the deadlines of its calls.
         vacancy_timeout_s: a role may be without any actor for so long, e.g. because no node has room for one; then the

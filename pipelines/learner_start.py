@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from actors.failure import cause_of
 from actors.learner_gang import LearnerGang, make_worker
-from actors.learner_supervisor import LearnerSupervisor, StepNote
+from actors.learner_supervisor import LearnerSupervisor, OutOfReachError, StepNote
 from actors.placement import Placement
 from actors.spares import Spares
 from actors.supervision import Incidents
@@ -18,6 +19,9 @@ from actors.timeline import Timeline
 from medtvt_rl.config import Config
 from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.journal import STEPS_FILE, read_steps
+
+DAMAGED = (FileNotFoundError, ValueError, KeyError, TypeError)
+"""What reading a checkpoint ends with where its files are not those that were written; anything else is the store's."""
 
 
 class CheckpointShelf:
@@ -32,12 +36,18 @@ class CheckpointShelf:
 
     def newest(self, version: int) -> tuple[str, int] | None:
         """See Shelf."""
+        try:
+            return self._newest(version)
+        except Exception as error:  # the client of a store raises what it likes
+            raise OutOfReachError(cause_of(error)) from error
+
+    def _newest(self, version: int) -> tuple[str, int] | None:
         for known in self._store.versions():
             if known > version:
                 continue
             try:
                 return self._store.read(known).learner, known
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except DAMAGED as error:
                 if self._store.has(known):  # else it made room for newer ones
                     self._report(f"checkpoint {self._store.place(known)} is damaged and passed over: {error}")
         return None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from medtvt_rl.rollout.config import RolloutConfig
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import WeightBuffer
 
@@ -75,17 +76,17 @@ class WeightSender:
     """Rank 0 of one weight group after another. What it waits for in vain, it leaves behind in a thread.
 
     Args:
-        timeout_s: of `open` and of `send`; the setting is rollout.update_timeout_s.
+        config: has the deadlines of `open` and `send`.
         join: makes the channel of a group; returns when all ranks have come.
     """
 
     def __init__(
         self,
         device: torch.device,
-        timeout_s: float,
+        config: RolloutConfig,
         join: Callable[[WeightGroup, torch.device], Channel] = NcclChannel,
     ) -> None:
-        self._device, self._timeout_s, self._join = device, timeout_s, join
+        self._device, self._config, self._join = device, config, join
         self._channel: Channel | None = None
         self._expected: WeightGroup | None = None
         self._lock = threading.Lock()
@@ -99,7 +100,7 @@ class WeightSender:
         self.close()
         self._expected = group
         engines = f"{group.world_size - 1} workers of the engines to join at {group.address}:{group.port}"
-        self._within(lambda: self._enter(group), engines)
+        self._within(lambda: self._enter(group), engines, self._config.update_timeout_s, "rollout.update_timeout_s")
 
     def send(self, weights: WeightBuffer) -> None:
         """Broadcasts the data of a buffer.
@@ -111,7 +112,8 @@ class WeightSender:
         if channel is None:
             raise WeightGroupError(f"weights of version {weights.version}: no weight group is open; build one first")
         what = f"the workers of the engines to receive weights of version {weights.version}"
-        self._within(lambda: channel.broadcast(weights.data), what)
+        timeout_s, setting = self._config.publication_timeout_s, self._config.publication_timeout
+        self._within(lambda: channel.broadcast(weights.data), what, timeout_s, setting)
 
     def close(self) -> None:
         """Leaves the group, if there is one."""
@@ -129,16 +131,16 @@ class WeightSender:
         if late:
             channel.destroy()
 
-    def _within(self, call: Callable[[], T], what: str) -> T:
+    def _within(self, call: Callable[[], T], what: str, timeout_s: float, setting: str) -> T:
         """The result of a call that may hang for good; the group is given up where it does, or fails."""
         result: Future[T] = Future()
         threading.Thread(target=_run, args=(call, result), name="weight-group", daemon=True).start()
         try:
-            return result.result(self._timeout_s)
+            return result.result(timeout_s)
         except FutureTimeoutError as error:
             self.close()
             raise WeightGroupError(
-                f"waited {self._timeout_s:g} s (rollout.update_timeout_s) for {what}; the weight group is given up"
+                f"waited {timeout_s:g} s ({setting}) for {what}; the weight group is given up"
             ) from error
         except Exception:
             self.close()

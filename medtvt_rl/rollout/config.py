@@ -85,7 +85,8 @@ class RolloutConfig:
             none; None one where the node has memory to spare.
         max_completions_per_engine: a larger group is spread over several generators; 0 never does; None takes
             engine.max_num_seqs, more than which an engine can only compute one after the other.
-        start_timeout_s, generate_timeout_s, update_timeout_s: deadlines of the calls, seconds.
+        start_timeout_s, generate_timeout_s, update_timeout_s: deadlines of the calls, seconds. With on_update `finish`
+            a publication has generate_timeout_s besides, for the requests in flight.
     """
 
     num_generators: int = 1
@@ -115,6 +116,17 @@ class RolloutConfig:
     def most(self) -> int:
         """Generators that a run has at most."""
         return self.num_generators if self.max is None else self.max
+
+    @property
+    def publication_timeout_s(self) -> float:
+        """How long an engine that serves may take until it holds new weights, and the learner until it has sent them:
+        with on_update `finish` the requests in flight come first."""
+        return self.update_timeout_s + (self.generate_timeout_s if self.on_update == "finish" else 0.0)
+
+    @property
+    def publication_timeout(self) -> str:
+        """The settings that make it."""
+        return "rollout.update_timeout_s" + (" + generate_timeout_s" if self.on_update == "finish" else "")
 
     @property
     def engine_share(self) -> int | None:

@@ -91,7 +91,7 @@ class RolloutEngine(Protocol):
         """Joins a broadcast group, with `weights.transport: nccl` only."""
 
     def stats(self) -> dict[str, float]:
-        """Totals since the start: those of counters.Totals."""
+        """Totals since the start: those of counters.Totals. A late engine whose totals stand still is taken to hang."""
 
     def close(self) -> None:
         """Ends it; groups not finished raise EngineBrokenError."""

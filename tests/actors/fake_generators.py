@@ -11,6 +11,7 @@ import numpy as np
 from ray.exceptions import ActorDiedError
 
 from actors.member import Member
+from actors.process import Whereabouts
 from actors.rollout_pool import RolloutPool
 from actors.supervision import Incidents
 from medtvt_rl.config import Config, RunConfig
@@ -64,7 +65,8 @@ class FakeGenerator:
         self.loaded: list[str] = []
         self.joined: list[tuple[Any, int]] = []
         self.broken: str | None = None
-        self.start = Method(lambda: self._answer("start", None))
+        self.where: Whereabouts | None = None
+        self.start = Method(lambda: self._answer("start", self.where))
         self.generate = Method(self._generate)
         self.merge = Method(self._merge)
         self.update_weights = Method(self._update)

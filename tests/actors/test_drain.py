@@ -11,6 +11,8 @@ from fake_generators import PROMPT, Cast
 
 from actors import drain as drain_module
 from actors.drain import SPARED_S, Drain
+from actors.supervision import Restarts
+from medtvt_rl.config import SupervisionConfig
 
 SETTING = "node b"
 
@@ -114,6 +116,37 @@ def test_leaving_is_no_restart_that_counts(tmp_path: Path) -> None:
         assert len(cast.successors[0]) == 3 and cast.pool.serving == [0]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("max_restarts", [0, 1])
+def test_one_that_moved_has_all_of_its_restarts_left(tmp_path: Path, max_restarts: int) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, max_restarts=max_restarts)
+        cast.pool.move(0, "it will be taken away", 5.0, lambda: None)
+        await until(lambda: cast.pool.serving == [0, 1], cast.told)
+        assert cast.told[-1].startswith("rollout 0 serves again") and cast.incidents.over[0].outcome == "moved"
+        for life in range(max_restarts):
+            cast.successors[0][-1].dead.set()
+            await cast.pool.stats()
+            await until(lambda: cast.pool.serving == [0, 1], cast.told)
+            assert len(cast.successors[0]) == life + 2
+        cast.successors[0][-1].dead.set()
+        await cast.pool.stats()
+        await cast.settle()
+        assert cast.pool.serving == [1] and "given up (supervision.max_restarts" in cast.told[-1]
+
+    asyncio.run(run())
+
+
+def test_a_start_that_does_not_count_stays_so_where_its_node_goes_meanwhile() -> None:
+    restarts = Restarts(SupervisionConfig(max_restarts=0))
+    assert not restarts.allowed
+    restarts.free()
+    for _ in range(2):
+        assert restarts.allowed
+        restarts.begin()
+        assert not restarts.allowed
+        restarts.take_back()
 
 
 async def until(condition: Any, what: Any) -> None:

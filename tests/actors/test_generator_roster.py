@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from actors.member import MemberLostError
+from actors.deadline import DeadlineError
+from actors.member import Member, MemberLostError
+from actors.process import Whereabouts
+from actors.watch import Watch
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
 from medtvt_rl.weights import WeightBufferError
@@ -220,6 +224,113 @@ def test_a_group_that_breaks_two_generators_is_given_up_alone(tmp_path: Path) ->
             await cast.pool.generate(PROMPT, 0, 4)
         await cast.settle()
         assert cast.pool.num_left == 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("works", [False, True])
+def test_an_engine_that_stands_still_after_an_answer_is_lost_and_its_group_made_elsewhere(
+    tmp_path: Path, works: bool
+) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1, generate_timeout_s=0.5, silence_s=0.1)
+        pool: Any = cast.pool
+        first, steps = cast.first[0], count()
+        if works:
+            first.stats.remote = lambda: asyncio.sleep(0, {"busy_s": float(next(steps))})
+        pool._roster.keep_watch()
+        first.gates["generate"].clear()
+        group = asyncio.create_task(cast.pool.generate(PROMPT, 3, 4))
+        await asyncio.sleep(0.05)
+        await cast.pool.stats()
+        if works:
+            with pytest.raises(DeadlineError):
+                await group
+            assert not first.dead.is_set()
+        else:
+            assert (await group)[1] == "0..4 of g0.1" and cast.successors[0][0].groups == [3]
+            assert "for rollout 0 to generate group 3; its engine stands still; it is started again" in cast.told[0]
+        cast.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_a_broken_engine_is_replaced_though_nothing_was_asked_of_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, silence_s=0.05)
+        pool: Any = cast.pool
+        cast.first[1].broken = "a step failed"
+        pool._roster.keep_watch()
+        await asyncio.sleep(0.2)
+        assert cast.first[1].dead.is_set() and cast.pool.num_left == 2 and not cast.first[0].dead.is_set()
+        assert cast.told[0].startswith("rollout 1 is lost: EngineBrokenError: a step failed")
+        cast.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_long_idleness_is_no_standstill() -> None:
+    watch = Watch("rollout", 60.0, list, lambda member, error: None)
+    member = Member(index=0, handle=None, moved_at=100.0, seen_at=1000.0)
+    assert watch.is_still(member, since=900.0) and not watch.is_still(member, since=950.0)
+    assert not watch.is_still(member, since=1200.0), "nobody has looked since it was asked"
+
+
+@pytest.mark.parametrize(("num_gone", "is_made"), [(4, True), (5, True), (6, False)])
+def test_nodes_that_go_under_a_group_do_not_count_but_not_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_gone: int, is_made: bool
+) -> None:
+    monkeypatch.setattr("actors.roster.NODES_PER_GROUP", 4)
+
+    class Nodes:
+        """Every bundle has its node; those of the first generators were taken away."""
+
+        def has_node(self, role: str, index: int) -> bool:
+            return True
+
+        def is_gone(self, node_id: str) -> bool:
+            return int(node_id) < num_gone
+
+    async def run() -> None:
+        cast = Cast(tmp_path, 1, max_attempts=2, max_restarts=100)
+        pool: Any = cast.pool
+        pool._roster._bundles = Nodes()
+
+        def prepare(generator: FakeGenerator) -> None:
+            generation = len(cast.successors[0]) + 1
+            generator.where = Whereabouts(node="", pid=1, devices=None, node_id=f"{generation}")
+            if generation < num_gone:
+                generator.fault = ActorDiedError()
+                generator.start.remote = lambda: asyncio.sleep(0, generator.where)
+
+        cast.prepare = prepare
+        pool._roster.serving[0].where = Whereabouts(node="", pid=1, devices=None, node_id="0")
+        cast.first[0].fault = ActorDiedError()
+        if is_made:
+            assert (await cast.pool.generate(PROMPT, 3, 4))[1] == f"0..4 of g0.{num_gone}"
+        else:
+            with pytest.raises(MemberLostError):
+                await cast.pool.generate(PROMPT, 3, 4)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_those_that_were_taken_out_before_they_were_done_do_not_count(tmp_path: Path, moves: bool) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 4, max_attempts=1)
+        for generator in cast.first[:3]:
+            generator.gates["generate"].clear()
+        group = asyncio.create_task(cast.pool.generate(PROMPT, 3, 4))
+        for index in range(3):
+            await cast.settle()
+            assert cast.first[index].groups == [3]
+            if moves:
+                cast.prepare = closed("start")
+                cast.pool.move(index, "it will be taken away", 0.0, lambda: None)
+            else:
+                await cast.pool._roster.retire(index, 0.0)
+        assert (await group)[1] == "0..4 of g3"
 
     asyncio.run(run())
 

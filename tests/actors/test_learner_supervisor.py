@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from actors.learner_gang import LearnerError
-from actors.learner_supervisor import LearnerSupervisor, StepNote
+from actors.learner_supervisor import LearnerSupervisor, OutOfReachError, StepNote
 from actors.supervision import Incidents
 from medtvt_rl.config import Config, RunConfig, SupervisionConfig
 from medtvt_rl.faults import RoleLostError
@@ -70,6 +70,7 @@ class Cast:
         self.config = Config(run=RunConfig(name="r", root=str(tmp_path)), supervision=SupervisionConfig(**settings))
         self.config.grpo.record_steps = record_steps
         self.fail_at, self.skipped, self.damaged = list(fail_at), set[int](), False
+        self.unanswered = 0
         self.records, self.checkpoints, self.version = set[int](), dict[int, list[int]](), 0
         self.gangs: list[FakeGang] = [FakeGang(self)]
         self.told: list[str] = []
@@ -83,6 +84,9 @@ class Cast:
         return self.gangs[-1]
 
     def newest(self, version: int) -> tuple[str, int] | None:
+        if self.unanswered > 0:
+            self.unanswered -= 1
+            raise OutOfReachError("ClientError: 503 Slow Down")
         known = [each for each in self.checkpoints if each <= version]
         return (str(max(known)), max(known)) if known else None
 
@@ -181,6 +185,26 @@ def test_without_records_the_run_goes_on_only_from_a_checkpoint_of_the_same_step
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("unanswered", [3, 1000])
+def test_a_store_that_does_not_answer_is_waited_for_but_not_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unanswered: int
+) -> None:
+    monkeypatch.setattr("actors.learner_supervisor.STORE_POLL_S", 0.01)
+    cast = Cast(tmp_path, "train 5", vacancy_timeout_s=0.2)
+    cast.unanswered = unanswered
+    if unanswered == 3:
+        assert len(asyncio.run(cast.run())) == 6
+        assert cast.gangs[1].calls[:2] == ["start", "load"]
+        assert [line for line in cast.told if "cannot be read: ClientError: 503 Slow Down; tried for 0.2 s" in line]
+    else:
+        words = (
+            r"the checkpoints could not be read for 0\.2 s \(supervision\.vacancy_timeout_s\): ClientError: 503 Slow"
+        )
+        with pytest.raises(RoleLostError, match=words):
+            asyncio.run(cast.run())
+        assert cast.gangs[1].dead and cast.incidents.over[0].outcome == "given up"
+
+
 def test_steps_before_a_resume_are_repeated_by_what_the_journal_says(tmp_path: Path) -> None:
     async def run() -> None:
         cast = Cast(tmp_path)
@@ -228,6 +252,9 @@ class FakeBundles:
 
     def wanting(self, role: str, index: int) -> str:
         return "learner 0: 1 CPU. The cluster has nothing"
+
+    def is_gone(self, node_id: str) -> bool:
+        raise AssertionError("no group is asked of learners")
 
 
 @pytest.mark.parametrize("returns", [True, False])

@@ -259,6 +259,29 @@ def test_the_last_engine_lost_in_a_broadcast_ends_the_run(tmp_path: Path) -> Non
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("broadcast", [True, False])
+@pytest.mark.parametrize("generate_timeout_s", [20.0, 0.05])
+def test_an_engine_that_finishes_its_requests_first_has_the_time_of_a_generation_besides(
+    tmp_path: Path, broadcast: bool, generate_timeout_s: float
+) -> None:
+    async def run() -> None:
+        settings = {"update_timeout_s": 0.05, "generate_timeout_s": generate_timeout_s}
+        cast = Cast(tmp_path, 2, on_update="finish", **settings)
+        sender, pool = FakeSender(cast), cast.pool
+        gate = cast.first[1].gates["receive" if broadcast else "update"]
+        gate.clear()
+        weights: Any = "buffer 1"
+        publication = publish(cast, sender, 1) if broadcast else pool.update_weights(weights, 1, CHECKSUM)
+        asyncio.get_running_loop().call_later(0.3, gate.set)
+        await publication
+        await cast.settle()
+        assert cast.first[1].dead.is_set() == (generate_timeout_s < 1)
+        if generate_timeout_s < 1:
+            assert "waited 0.1 s (rollout.update_timeout_s + generate_timeout_s) for rollout 1 to load" in cast.told[0]
+
+    asyncio.run(run())
+
+
 class FakeWorker:
     """Rank 0; `answer` is what every method gives, or raises."""
 
@@ -295,6 +318,9 @@ def test_the_sender_asks_rank_0_and_names_it_where_it_fails(monkeypatch: pytest.
         silent = LearnerSender(FakeWorker("hang"), RolloutConfig(update_timeout_s=0.05))
         with pytest.raises(SenderError, match=r"0\.1 s \(rollout\.update_timeout_s\) for learner rank 0 to build"):
             await silent.open(group)  # type: ignore[arg-type]
+        busy = RolloutConfig(on_update="finish", update_timeout_s=0.05, generate_timeout_s=0.1)
+        with pytest.raises(SenderError, match=r"0\.2 s \(rollout\.update_timeout_s \+ generate_timeout_s\) for"):
+            await LearnerSender(FakeWorker("hang"), busy).broadcast(buffer)  # type: ignore[arg-type]
 
     asyncio.run(run())
 

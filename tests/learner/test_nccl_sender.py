@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from medtvt_rl.learner.nccl_sender import NcclChannel, WeightGroupError, WeightSender
+from medtvt_rl.rollout.config import RolloutConfig
 from medtvt_rl.weight_group import WeightGroup
 from medtvt_rl.weights import pack_weights
 
@@ -42,7 +43,7 @@ class FakeChannel:
 
 
 def sender_of(join: Callable[[WeightGroup, torch.device], Any], timeout_s: float = 0.1) -> WeightSender:
-    return WeightSender(CPU, timeout_s, join)
+    return WeightSender(CPU, RolloutConfig(update_timeout_s=timeout_s), join)
 
 
 def test_the_bytes_go_out_and_a_new_group_ends_the_one_before() -> None:
@@ -103,6 +104,16 @@ def test_a_broadcast_that_hangs_is_ended_at_its_deadline() -> None:
     with pytest.raises(WeightGroupError, match="for the workers of the engines to receive weights of version 3"):
         sender.send(BUFFER)
     assert time.monotonic() - started < 10 and channel.destroyed.is_set()
+
+
+def test_engines_that_finish_first_have_the_time_of_a_generation_besides() -> None:
+    channel = FakeChannel(threading.Event())
+    config = RolloutConfig(on_update="finish", update_timeout_s=0.05, generate_timeout_s=20.0)
+    sender = WeightSender(CPU, config, lambda group, device: channel)
+    sender.open(group(1))
+    threading.Timer(0.3, lambda: channel.hold and channel.hold.set()).start()
+    sender.send(BUFFER)
+    assert channel.sent and not channel.destroyed.is_set()
 
 
 def test_a_group_that_fails_is_given_up_with_its_own_error() -> None:
