@@ -95,7 +95,7 @@ async def _measure(config: Config, model: Path, reporter: Reporter) -> Timings:
     from pipelines.grpo import load_prompts
 
     prompts = load_prompts(config, AutoTokenizer.from_pretrained(model, trust_remote_code=False), "train")
-    placement = place(plan(config, grpo_roles(config)), config.placement.timeout_s)
+    placement = place(plan(config, grpo_roles(config)), config.placement, reporter.line)
     where, told = (config, placement, model), (Incidents(reporter.line), Timeline())
     roles = []
     try:
