@@ -64,12 +64,24 @@ def find_model(config: Config, run: Path | None) -> Path:
     found = [stages / name for name in MODELS if (stages / name / "config.json").is_file()]
     if found:
         return found[0]
-    if run is None and config.model.init and (Path(config.model.init) / "config.json").is_file():
+    if run is None and config.model.init and _starts_grpo(config, Path(config.model.init)):
         return Path(config.model.init)
+    learning = config.run.stages[: config.run.stages.index("sft") + 1] if "sft" in config.run.stages else []
+    made = f"make one: medtvt-rl run -c CONFIG run.stages=[{','.join(learning)}]"
     raise ConfigError(
-        f"bench: there is no model in {stages}; name a run with --run, or make one: "
-        "medtvt-rl run -c CONFIG run.stages=[cohort,pretrain,sft]"
+        f"bench: there is no model in {stages}; name a run with --run, or "
+        + (made if learning else "set model.init to the model that GRPO starts from")
     )
+
+
+def _starts_grpo(config: Config, folder: Path) -> bool:
+    """Whether GRPO can begin with `model.init`: about studies it needs more than a language model. What
+    `model.init_from` writes is one, and is written before anything starts."""
+    from medtvt_rl.data.check.start_model import kind_of
+
+    if config.task.items is not None:
+        return kind_of(folder) == "medtvt"
+    return config.model.init_from is not None or (folder / "config.json").is_file()
 
 
 def run(config: Config, model: Path, out: Path, reporter: Reporter) -> None:

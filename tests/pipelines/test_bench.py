@@ -10,11 +10,54 @@ import pytest
 
 from actors.bundles import Bundle
 from actors.placement import PlacementError
-from medtvt_rl.config import Config, RunConfig
+from medtvt_rl.config import Config, RunConfig, load_config
+from medtvt_rl.config_checks import ConfigError
 from medtvt_rl.data.tokenizer import byte_tokenizer
 from medtvt_rl.roles import PlacementConfig
 from pipelines import bench, replay
 from pipelines.reporter import Reporter
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TEXT, STUDIES = CONFIGS / "text_task.yaml", CONFIGS / "quickstart.yaml"
+SOURCE = "model.init_from=medtvt_rl.model.smollm2:SOURCE"
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "stages"),
+    [
+        (STUDIES, [], "[cohort,pretrain,sft]"),
+        (STUDIES, ["run.stages=[pretrain,sft,grpo]"], "[pretrain,sft]"),
+        (TEXT, [], "[sft]"),
+        (STUDIES, ["model.init={folder}", SOURCE], "[cohort,pretrain,sft]"),
+    ],
+)
+def test_without_a_model_it_names_the_stages_of_this_run_that_make_one(
+    tmp_path: Path, path: Path, settings: list[str], stages: str
+) -> None:
+    given = [f"run.root={tmp_path}", *(each.format(folder=tmp_path / "llama") for each in settings)]
+    with pytest.raises(ConfigError, match=r"medtvt-rl run -c CONFIG run\.stages=") as refused:
+        bench.find_model(load_config(path, given), None)
+    assert str(refused.value).endswith(f" run.stages={stages}")
+    load_config(path, [*given, f"run.stages={stages}"])
+
+
+def test_a_language_model_begins_a_text_task_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    given = [f"run.root={tmp_path}", f"model.init={folder}"]
+    without_sft = load_config(TEXT, [*given, "run.stages=[grpo,evaluate]"])
+    with pytest.raises(ConfigError, match=r"or set model\.init to the model"):
+        bench.find_model(without_sft, None)
+    assert bench.find_model(load_config(TEXT, [*given, SOURCE]), None) == folder, "it is written before it is needed"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert bench.find_model(without_sft, None) == folder
+    with pytest.raises(ConfigError, match="there is no model"):
+        bench.find_model(without_sft, tmp_path / "another")
+    with pytest.raises(ConfigError, match="there is no model"):
+        bench.find_model(load_config(STUDIES, given), None)
+    (folder / "config.json").write_text('{"model_type": "medtvt"}')
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert bench.find_model(load_config(STUDIES, given), None) == folder
 
 
 @pytest.mark.parametrize("command", ["bench", "replay"])
