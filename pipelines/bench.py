@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +137,7 @@ async def _clocked(starting):  # type: ignore[no-untyped-def]
 
 def timings_of(config: Config, found: Measured, start_s: float, prompt_tokens: float) -> Timings:
     """What was measured, as the simulation computes with it."""
+    from medtvt_rl.data.parallel import usable_cores
     from medtvt_rl.simulation.fit import fit_engine, fit_line
     from medtvt_rl.simulation.timings import Timings
 
@@ -154,7 +154,7 @@ def timings_of(config: Config, found: Measured, start_s: float, prompt_tokens: f
     group_s, reference_token_s = 0.0, 0.0
     if found.referenced:
         group_s, reference_token_s, _ = fit_line(*zip(*found.referenced))
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     own = min(1.0, cores / 2)
     beside = median(alone_s / both_s for alone_s, both_s in found.asides) / own
     size = config.grpo.group_size

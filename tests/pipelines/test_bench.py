@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from medtvt_rl.config import Config, RunConfig, load_config
 from medtvt_rl.config_checks import ConfigError
 from medtvt_rl.data.tokenizer import byte_tokenizer
 from medtvt_rl.roles import PlacementConfig
+from medtvt_rl.simulation.fit import Generated
 from pipelines import bench, replay
+from pipelines.bench_roles import Measured
 from pipelines.reporter import Reporter
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -58,6 +61,27 @@ def test_a_language_model_begins_a_text_task_alone(tmp_path: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "medtvt"}')
     (folder / "tokenizer_config.json").write_text("{}")
     assert bench.find_model(load_config(STUDIES, given), None) == folder
+
+
+def test_the_machine_has_the_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medtvt_rl.data.parallel.CPU_QUOTA", tmp_path / "none")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 7})
+    lengths = ((20, 30), (10, 40))
+    found = Measured(
+        generated=[Generated(seconds=1.0, lengths=lengths, prompt_tokens=(10, 12))],
+        answers=[0.1],
+        scored=[0.1],
+        trained=[(100, 1.0), (200, 2.0)],
+        probes=[0.1],
+        exports=[0.1],
+        loads=[0.1],
+        driver_calls=10,
+        driver_cpu_s=0.01,
+        asides=[(1.0, 1.0)],
+    )
+    timings = bench.timings_of(Config(), found, start_s=1.0, prompt_tokens=10.0)
+    assert (timings.cores, timings.beside) == (2, 1.0)
 
 
 @pytest.mark.parametrize("command", ["bench", "replay"])
