@@ -306,15 +306,11 @@ async def placed(bundles: Sequence[Bundle], settings: PlacementConfig, report: C
     return found
 
 
-def place(
-    bundles: Sequence[Bundle],
-    timeout_s: float,
-    fallback_after_s: float = 15.0,
-    report: Callable[[str], None] = lambda line: None,
-) -> Placement:
-    """Reserves every bundle, or raises PlacementError naming one that does not fit."""
+def place(bundles: Sequence[Bundle], settings: PlacementConfig, report: Callable[[str], None]) -> Placement:
+    """Reserves every bundle, or raises PlacementError naming one that does not fit; `report` is told in a line what is
+    waited for."""
     assert ray.is_initialized()
-    with Placing(bundles, timeout_s, fallback_after_s, report) as placing:
+    with Placing(bundles, settings.timeout_s, settings.fallback_after_s, report) as placing:
         while (found := placing.look()) is None:
             time.sleep(POLL_S)
     return found

@@ -83,9 +83,7 @@ class RolloutPool:
     ) -> None:
         self._config, self._spares, self._keep = config.rollout, spares, keep
         self._max_attempts = config.supervision.max_attempts
-        on_policy = config.grpo.max_staleness == 0
-        by_speed = config.rollout.balance == "speed" or (config.rollout.balance == "auto" and not on_policy)
-        self._balance = Balance(by_speed)
+        self._balance = Balance(config.rollout.by_speed(config.grpo.max_staleness))
         served = self._successor_serves
         self._roster = GeneratorRoster(config, members, incidents, renew, kill, timeline, bundles, served)
         self._transfer = WeightTransfer(self._roster, config.rollout, incidents.report)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -64,12 +63,24 @@ def find_model(config: Config, run: Path | None) -> Path:
     found = [stages / name for name in MODELS if (stages / name / "config.json").is_file()]
     if found:
         return found[0]
-    if run is None and config.model.init and (Path(config.model.init) / "config.json").is_file():
+    if run is None and config.model.init and _starts_grpo(config, Path(config.model.init)):
         return Path(config.model.init)
+    learning = config.run.stages[: config.run.stages.index("sft") + 1] if "sft" in config.run.stages else []
+    made = f"make one: medtvt-rl run -c CONFIG run.stages=[{','.join(learning)}]"
     raise ConfigError(
-        f"bench: there is no model in {stages}; name a run with --run, or make one: "
-        "medtvt-rl run -c CONFIG run.stages=[cohort,pretrain,sft]"
+        f"bench: there is no model in {stages}; name a run with --run, or "
+        + (made if learning else "set model.init to the model that GRPO starts from")
     )
+
+
+def _starts_grpo(config: Config, folder: Path) -> bool:
+    """Whether GRPO can begin with `model.init`: about studies it needs more than a language model. What
+    `model.init_from` writes is one, and is written before anything starts."""
+    from medtvt_rl.data.check.start_model import kind_of
+
+    if config.task.items is not None:
+        return kind_of(folder) == "medtvt"
+    return config.model.init_from is not None or (folder / "config.json").is_file()
 
 
 def run(config: Config, model: Path, out: Path, reporter: Reporter) -> None:
@@ -95,7 +106,7 @@ async def _measure(config: Config, model: Path, reporter: Reporter) -> Timings:
     from pipelines.grpo import load_prompts
 
     prompts = load_prompts(config, AutoTokenizer.from_pretrained(model, trust_remote_code=False), "train")
-    placement = place(plan(config, grpo_roles(config)), config.placement.timeout_s)
+    placement = place(plan(config, grpo_roles(config)), config.placement, reporter.line)
     where, told = (config, placement, model), (Incidents(reporter.line), Timeline())
     roles = []
     try:
@@ -126,6 +137,7 @@ async def _clocked(starting):  # type: ignore[no-untyped-def]
 
 def timings_of(config: Config, found: Measured, start_s: float, prompt_tokens: float) -> Timings:
     """What was measured, as the simulation computes with it."""
+    from medtvt_rl.data.parallel import usable_cores
     from medtvt_rl.simulation.fit import fit_engine, fit_line
     from medtvt_rl.simulation.timings import Timings
 
@@ -142,7 +154,7 @@ def timings_of(config: Config, found: Measured, start_s: float, prompt_tokens: f
     group_s, reference_token_s = 0.0, 0.0
     if found.referenced:
         group_s, reference_token_s, _ = fit_line(*zip(*found.referenced))
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     own = min(1.0, cores / 2)
     beside = median(alone_s / both_s for alone_s, both_s in found.asides) / own
     size = config.grpo.group_size

@@ -113,7 +113,7 @@ def _own_paths(config: Config) -> dict[str, str]:
     named = {
         "rollout.make_engine": (config.rollout.make_engine, (usual.rollout.make_engine,)),
         "learner.make_engine": (config.learner.make_engine, (usual.learner.make_engine,)),
-        "rollout.scaling": (config.rollout.scaling, (usual.rollout.scaling,)),
+        "rollout.scaling": (config.rollout.scaling, ("room", "need")),
         "grpo.layout": (grpo.layout, (usual.grpo.layout,)),
         "grpo.advantage": (grpo.advantage, ADVANTAGES),
         "grpo.loss.kind": (grpo.loss.kind, LOSSES),

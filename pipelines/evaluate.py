@@ -105,7 +105,7 @@ async def _generators(config: Config, folder: Path, reporter: Reporter) -> Async
     tell("starting the engines")
     staged = for_evaluation(config)
     bundles = plan(config, {"rollout": staged.rollout.least})
-    placement = place(bundles, config.placement.timeout_s, config.placement.fallback_after_s, tell)
+    placement = place(bundles, config.placement, tell)
     try:
         pool = await RolloutPool.start(config, placement, folder, Incidents(tell))
         async with (

@@ -100,7 +100,7 @@ def run(config: Config, lines: list[dict[str, Any]], reporter: Reporter) -> None
 
 async def _replay(config: Config, lines: list[dict[str, Any]], reporter: Reporter) -> None:
     first = lines[0]["step"]
-    placement = place(plan(config, {"learner": config.learner.num_workers}), config.placement.timeout_s)
+    placement = place(plan(config, {"learner": config.learner.num_workers}), config.placement, reporter.line)
     try:
         gang = await LearnerGang.start(config, placement, start_model(config))
         if first > 0:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
-from pipelines.command import EXIT_USAGE, fail, load
+from pipelines.command import EXIT_USAGE, check_named, fail, load
 
 if TYPE_CHECKING:
+    from actors.elastic import Policy
     from medtvt_rl.simulation.timings import Timings
     from pipelines.simulation import Outcome
     from pipelines.sweep import Findings
@@ -53,13 +54,14 @@ def command(args: argparse.Namespace) -> int:
             timings = Timings.read(args.timings or config.folder / "timings.json")
         except TimingsError as error:
             raise ConfigError(str(error)) from error
+        policy = policy_of(config)
     except ConfigError as error:
         return fail(str(error), EXIT_USAGE)
     from pipelines.simulation_page import simulation_page
     from pipelines.stages import write_json
     from pipelines.sweep import Sweep
 
-    sweep = Sweep(config, timings, args.steps, lambda line: print(line, flush=True))
+    sweep = Sweep(config, timings, args.steps, lambda line: print(line, flush=True), policy)
     found = sweep.all(generators, learners, args.straggler, args.loss_minutes * 60)
     folder = args.out or config.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +69,20 @@ def command(args: argparse.Namespace) -> int:
     (folder / "simulation.html").write_text(simulation_page(config, timings, found), encoding="utf-8")
     print(f"simulate: {folder / 'simulation.html'}, {folder / 'simulation.json'}")
     return 0
+
+
+def policy_of(config: Config) -> Policy | None:
+    """What decides how many generators serve, as in a run; None where the nodes do, or where none come and go. Raises
+    ConfigError where `rollout.scaling` names no policy."""
+    if config.rollout.least == config.rollout.most or config.rollout.scaling == "room":
+        return None
+    check_named(config, runs_here=False)
+    from actors.elastic import make_policy
+
+    try:
+        return make_policy(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def numbers(option: str, text: str) -> list[int]:

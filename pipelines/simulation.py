@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medtvt_rl.config import Config
 from medtvt_rl.data.sampler import PromptSampler
-from medtvt_rl.rollout.elastic import ElasticPolicy, Signals
+from medtvt_rl.rollout.elastic import Signals
 from medtvt_rl.simulation.clock import run_simulated
 from medtvt_rl.simulation.cores import Cores
 from medtvt_rl.simulation.generators import Driver, SimulatedGenerators
@@ -24,6 +25,9 @@ from medtvt_rl.simulation.world import Setting
 from medtvt_rl.types import Prompt
 from pipelines.grpo_loop import GrpoLoop
 from pipelines.grpo_roles import FinishedGroup, TrainedStep, TrainingGroup
+
+if TYPE_CHECKING:
+    from actors.elastic import Policy
 
 NUM_PROMPTS = 4096
 
@@ -95,9 +99,7 @@ class _Reading:
 class _Run:
     """The roles of one run, read at every publication."""
 
-    def __init__(
-        self, config: Config, setting: Setting, timings: Timings, policy: ElasticPolicy | None, seed: int
-    ) -> None:
+    def __init__(self, config: Config, setting: Setting, timings: Timings, policy: Policy | None, seed: int) -> None:
         cores = Cores(setting.cores, timings.beside)
         self.driver = Driver(timings, cores)
         self.rollouts = SimulatedGenerators(config, setting, timings, cores, self.driver, seed)
@@ -106,7 +108,7 @@ class _Run:
         self.learner = SimulatedLearner(config, setting, timings, cores, self.driver)
         self.readings = [self._reading()]
         self.tasks: list[asyncio.Task[None]] = []
-        self._policy = policy
+        self._policy, self._least, self._most = policy, config.rollout.least, config.rollout.most
         self.rollouts.on_published = self._published
 
     def _reading(self) -> _Reading:
@@ -138,9 +140,9 @@ class _Run:
             starting=self.rollouts.starting,
         )
         decision = self._policy.decide(now.at, signals)
-        if decision > 0:
+        if decision > 0 and signals.generators + signals.starting < self._most:
             self.tasks.append(asyncio.create_task(self.rollouts.add()))
-        elif decision < 0:
+        elif decision < 0 and not signals.starting and signals.generators > self._least:
             self.rollouts.remove()
 
     async def lose(self, index: int, begin_s: float, end_s: float | None) -> None:
@@ -162,14 +164,14 @@ def simulate(
     setting: Setting,
     timings: Timings,
     steps: int,
-    policy: ElasticPolicy | None = None,
+    policy: Policy | None = None,
     slower: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> Outcome:
     """One run of so many steps, beside those in which it warms up and ends.
 
     Args:
-        policy: adds and removes generators.
+        policy: adds and removes generators, between `rollout.min` and `rollout.max`.
         slower: from so many seconds on every generator is so many times slower.
     """
     lag = config.grpo.max_staleness + 1

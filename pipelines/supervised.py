@@ -129,9 +129,7 @@ def _placeable(config: Config, num_workers: int, reporter: Reporter) -> Bundle:
     Raises:
         PlacementError: no kind of node has room.
     """
-    settings = config.placement
-    bundles = plan(config, {"learner": num_workers})
-    placement = place(bundles, settings.timeout_s, settings.fallback_after_s, reporter.line)
+    placement = place(plan(config, {"learner": num_workers}), config.placement, reporter.line)
     try:
         return placement.bundle("learner", 0)
     finally:

@@ -8,14 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from medtvt_rl.config import Config
-from medtvt_rl.rollout.elastic import ElasticPolicy
+from medtvt_rl.rollout.elastic import Signals
 from medtvt_rl.simulation.formulas import best_ratio
 from medtvt_rl.simulation.timings import Timings
 from medtvt_rl.simulation.world import Setting, setting_of
 from pipelines.simulate import HEAD, row
 from pipelines.simulation import Outcome, simulate
+
+if TYPE_CHECKING:
+    from actors.elastic import Policy
 
 ENOUGH = 1.05
 """So many times the shortest step is near enough to it."""
@@ -62,7 +66,7 @@ class Findings:
         here: as configured, on the machine that was measured; None where the run joins a cluster.
         by_generators: each role on machines of its own.
         usual, straggler: one setting, with all generators alike and with a slow one.
-        elastic: with `rollout.min` and `rollout.max`; None where they are not set.
+        elastic: between `rollout.min` and `rollout.max`; None where no policy decides.
     """
 
     here: Outcome | None
@@ -74,11 +78,41 @@ class Findings:
     elastic: Outcome | None
 
 
-class Sweep:
-    """Makes the runs of a configuration, and tells of each when it is done."""
+class _Asked:
+    """A policy as a run asks it: what it raises is told, and it is not asked again."""
 
-    def __init__(self, config: Config, timings: Timings, steps: int, tell: Callable[[str], None]) -> None:
-        self._config, self._timings, self._steps, self._tell = config, timings, steps, tell
+    def __init__(self, policy: Policy, tell: Callable[[str], None]) -> None:
+        self._policy: Policy | None = policy
+        self._tell = tell
+
+    def decide(self, now: float, signals: Signals) -> int:
+        if self._policy is None:
+            return 0
+        try:
+            return int(self._policy.decide(now, signals) or 0)
+        except Exception as error:  # the policy may be the user's
+            self._policy = None
+            words = f"{type(error).__name__}: {error}"
+            self._tell(f"elastic: no more generators come or go, at {now:.0f} s rollout.scaling raised {words}")
+            return 0
+
+
+class Sweep:
+    """Makes the runs of a configuration, and tells of each when it is done.
+
+    Args:
+        policy: decides how many generators serve in one of them; None leaves that one out.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        timings: Timings,
+        steps: int,
+        tell: Callable[[str], None],
+        policy: Policy | None = None,
+    ) -> None:
+        self._config, self._timings, self._steps, self._tell, self._policy = config, timings, steps, tell, policy
 
     def all(self, generators: Sequence[int], learners: Sequence[int], slowness: float, loss_s: float) -> Findings:
         """Every run, in the order of Findings."""
@@ -90,8 +124,9 @@ class Sweep:
         ratios = [self._ratio(count) for count in learners]
         usual, straggler = self._straggler(ratios, slowness)
         loss = self._loss(usual, loss_s)
-        rollout = self._config.rollout
-        elastic = None if rollout.min is None and rollout.max is None else self._elastic()
+        elastic = None if self._policy is None else self._elastic(self._policy)
+        if elastic is None and self._config.rollout.least < self._config.rollout.most:
+            self._tell("elastic: rollout.scaling is room, so the nodes decide; rollout.scaling=need is simulated")
         return Findings(
             here=here,
             by_generators=tuple(by_generators),
@@ -102,7 +137,7 @@ class Sweep:
             elastic=elastic,
         )
 
-    def _run(self, setting: Setting, steps: int | None = None, policy: ElasticPolicy | None = None) -> Outcome:
+    def _run(self, setting: Setting, steps: int | None = None, policy: Policy | None = None) -> Outcome:
         wanted = steps or (self._steps if setting.generators <= MANY_GENERATORS else min(self._steps, FEW_STEPS))
         return simulate(self._config, setting, self._timings, wanted, policy)
 
@@ -198,7 +233,7 @@ class Sweep:
         )
         return found
 
-    def _elastic(self) -> Outcome:
+    def _elastic(self, policy: Policy) -> Outcome:
         """From `rollout.num_generators` on, until the number has had time to settle."""
         low, high = self._config.rollout.least, self._config.rollout.most
         settings = self._config.rollout.elastic
@@ -206,8 +241,9 @@ class Sweep:
         per_change_s = settings.window_s + settings.cooldown_s + self._timings.start_s
         steps = math.ceil((high - low + 3) * per_change_s / first.step_s)
         outcome = self._run(
-            setting_of(self._config), min(max(steps, self._steps), MAX_LOSS_STEPS), ElasticPolicy(settings, low, high)
+            setting_of(self._config), min(max(steps, self._steps), MAX_LOSS_STEPS), _Asked(policy, self._tell)
         )
         counts = " ".join(f"{count} at {at:.0f} s," for at, count in outcome.generators).rstrip(",")
-        self._tell(f"elastic, rollout.min {low} to rollout.max {high}: {counts}; {outcome.step_s:.2f} s a step")
+        bounds = f"rollout.scaling {self._config.rollout.scaling}, rollout.min {low} to rollout.max {high}"
+        self._tell(f"elastic, {bounds}: {counts}; {outcome.step_s:.2f} s a step")
         return outcome

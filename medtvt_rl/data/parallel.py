@@ -6,6 +6,7 @@ Owns: the pool. Does not own: what is run. Processes are spawned, never forked: 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import TypeVar
 
 from medtvt_rl.data.errors import DataError
@@ -22,6 +24,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Of the container that this process is in: microseconds of CPU, or `max`, in a period of so many."""
 _WORTH_A_POOL = 96
 _CHUNK = 16
 _CHUNKS_UNDER_WAY = 3
@@ -56,8 +60,13 @@ def ordered_map(
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use: those it is bound to, and no more than its container's quota is worth."""
+    bound = len(os.sched_getaffinity(0))
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
+        return min(bound, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # there is none
+        return bound
 
 
 def _in_processes(function: Callable[[Item], Result], items: Sequence[Item], num_workers: int) -> Iterator[Result]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 WINDOW_S = 120.0
@@ -129,6 +129,11 @@ class Balance:
             )
             for index, track in sorted(self._tracks.items())
         ]
+
+    def slowest(self, indices: Collection[int]) -> int:
+        """Who of these is best gone without: one that is not measured, else the slowest; of equals the newest."""
+        speeds = {index: track.speed for index, track in self._tracks.items()}
+        return min(indices, key=lambda index: (speeds.get(index, 0.0), -index))
 
     def _track(self, index: int) -> _Track:
         track = self._tracks.get(index)

@@ -117,6 +117,10 @@ class RolloutConfig:
         """Generators that a run has at most."""
         return self.num_generators if self.max is None else self.max
 
+    def by_speed(self, max_staleness: int) -> bool:
+        """`balance` with `auto` decided: whether work goes by measured speed."""
+        return self.balance == "speed" or (self.balance == "auto" and max_staleness > 0)
+
     @property
     def publication_timeout_s(self) -> float:
         """How long an engine that serves may take until it holds new weights, and the learner until it has sent them:

@@ -1,8 +1,8 @@
 """The generators of a simulated run as the loop sees them: who gets a group, publications, losses, members that come
 and go.
 
-Owns: choice by load as the real pool makes it, the versions that serve, the cost of the driver's calls. Does not own:
-what an engine does with a group (engine.py).
+Owns: asking whoever's turn it is, the versions that serve, the cost of the driver's calls. Does not own: whose turn it
+is (medtvt_rl/rollout/balance.py, as in a real run), what an engine does with a group (engine.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtvt_rl.config import Config
+from medtvt_rl.rollout.balance import Balance
 from medtvt_rl.simulation.cores import Cores
 from medtvt_rl.simulation.engine import GoneError, SimulatedEngine
 from medtvt_rl.simulation.timings import Timings
@@ -62,10 +63,12 @@ class SimulatedGenerators:
         self._loop = asyncio.get_running_loop()
         self._engines: dict[int, SimulatedEngine] = {}
         self._load: Counter[int] = Counter()
+        self._balance = Balance(config.rollout.by_speed(config.grpo.max_staleness), self._loop.time)
         self._seats: dict[int, int] = {}
         self._come = asyncio.Event()
         self._version = 0
         self._next = 0
+        self._slowness = 1.0
         self._gone: list[SimulatedEngine] = []
         self.starting = 0
         self.on_published: Callable[[], None] = lambda: None
@@ -83,7 +86,7 @@ class SimulatedGenerators:
             self._cores,
             rollout.engine.max_num_seqs,
             rollout.on_update,
-            self._setting.straggler if index == last else 1.0,
+            self._setting.straggler if index == last else self._slowness,
             rollout.engine.num_threads if self._setting.cores != float("inf") else 1.0,
         )
 
@@ -91,15 +94,18 @@ class SimulatedGenerators:
 
     def together(self, group_ids: Sequence[int], num_completions: int) -> None:
         """Settles who makes these; each engine begins with its share as a whole."""
-        load = Counter(self._load)
+        load = self._loads()
         for group_id in group_ids:
-            index = min(self._engines, key=lambda index: (load[index], index))
-            load[index] += num_completions
-            self._seats[group_id] = index
-            self._engines[index].expect(1)
+            for index in self._balance.order(load, num_completions)[:1]:
+                load[index] += num_completions
+                self._seats[group_id] = index
+                self._engines[index].expect(1)
+
+    def _loads(self) -> dict[int, int]:
+        return {index: self._load[index] for index in self._engines}
 
     async def generate(self, prompt: Prompt, group_id: int, num_completions: int) -> tuple[GroupHeader, Any]:
-        """A group of one of the measured ones' lengths, from who has least to do."""
+        """A group of one of the measured ones' lengths, from the generator whose turn it is."""
         began = self._loop.time()
         row = self._timings.lengths[int(self._random.integers(len(self._timings.lengths)))]
         lengths = tuple(int(length) for length in self._random.choice(row, num_completions))
@@ -123,17 +129,21 @@ class SimulatedGenerators:
             while not self._engines:
                 self._come.clear()
                 await self._come.wait()
-            index = first if first in self._engines else min(self._engines, key=lambda i: (self._load[i], i))
-            first = None
+            index = first if first in self._engines else self._balance.order(self._loads(), load)[0]
+            first, tokens = None, 0
             engine = self._engines[index]
             self._load[index] += load
+            self._balance.begin(index)
             try:
                 await self._driver.call()
-                return await engine.generate(lengths, prompt_tokens)
+                versions = await engine.generate(lengths, prompt_tokens)
+                tokens = sum(lengths)
+                return versions
             except GoneError:
                 self.again += 1
             finally:
                 self._load[index] -= load
+                self._balance.end(index, tokens)
 
     async def update_weights(self, weights: Any, version: int, checksum: int) -> None:
         """Returns when every engine that serves holds the version."""
@@ -201,13 +211,13 @@ class SimulatedGenerators:
         while engine.version != self._version:
             await engine.update(self._version)
         self._engines[index] = engine
+        self._balance.started_anew(index)
         self._come.set()
         self._count_changed()
 
     def remove(self) -> None:
-        """Takes the generator with the least to do out of service; what it has begun it ends."""
-        index = min(self._engines, key=lambda index: (self._load[index], -index))
-        engine = self._engines.pop(index)
+        """Takes the slowest generator out of service, as the real run does; what it has begun it ends."""
+        engine = self._engines.pop(self._balance.slowest(self._engines))
         self._gone.append(engine)
         self._count_changed()
 
@@ -225,7 +235,8 @@ class SimulatedGenerators:
             engine.end()
 
     def slow_down(self, slowness: float) -> None:
-        """From now on every generator is so many times slower than measured."""
+        """From now on every generator is so many times slower than measured, those that come later, too."""
+        self._slowness = slowness
         for engine in self._engines.values():
             engine.slowness = slowness
 

@@ -22,7 +22,7 @@ class Timings:
     """Seconds of each role's work.
 
     Attributes:
-        cores: logical CPUs of the machine that was measured.
+        cores: logical CPUs that could be used of the machine that was measured.
         beside: speed of a thread while others keep the machine's remaining cores busy, over its speed alone.
         decode_s: (completions that run together, seconds of one token of all), by rising number.
         context_s: of one token, for every token that it attends to.

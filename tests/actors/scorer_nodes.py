@@ -74,7 +74,7 @@ def join_two_nodes(cluster: Cluster, folder: Path) -> tuple[Config, list[Any]]:
 
 async def start_scorers(config: Config, nodes: list[Any]) -> Scorers:
     """Both serve, each on its node."""
-    placement = place(plan(config, {"reward": 2}), 60)
+    placement = place(plan(config, {"reward": 2}), config.placement, print)
 
     def make(index: int) -> Any:
         return Scorer.options(**placement.options("reward", index)).remote()  # type: ignore[attr-defined]

@@ -152,7 +152,7 @@ def test_nodes_come_and_go_with_their_generators(address: str, tmp_path: Path) -
 
     async def run() -> None:
         told: list[str] = []
-        placement = place(plan(config, {"rollout": 1}), 180)
+        placement = place(plan(config, {"rollout": 1}), config.placement, print)
 
         def make(index: int) -> Any:
             return Generator.options(**placement.options("rollout", index)).remote()  # type: ignore[attr-defined]

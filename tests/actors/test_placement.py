@@ -104,7 +104,7 @@ def test_every_role_lands_where_it_is_declared_and_the_plan_is_drawn(cluster: Cl
         reference=RoleResources(labels={"role": "scoring"}),
     )
     numbers = {"learner": 2, "rollout": 2, "reference": 1, "reward": 1}
-    placement = place(plan(config, numbers), 60, fallback_after_s=1.0)
+    placement = place(plan(config, numbers), PlacementConfig(fallback_after_s=1.0), print)
     seats = [(role, index) for role, number in numbers.items() for index in range(number)]
     found = landed(placement, seats)
     assert [found[seat] for seat in seats if seat[0] == "learner"] == [("h100", 1)] * 2, "all learners on one kind"
@@ -126,14 +126,14 @@ def test_what_has_no_room_falls_back_and_a_broad_engine_gets_its_gpus_on_one_nod
     config = declared(
         rollout=RoleResources(gpus=1, market="spot", labels={"role": "rollout"}, fallbacks=fallbacks),
     )
-    placement = place(plan(config, {"rollout": 3}), 30, fallback_after_s=0.5)
+    placement = place(plan(config, {"rollout": 3}), PlacementConfig(fallback_after_s=0.5), print)
     found = landed(placement, [("rollout", index) for index in range(3)])
     gpus = dict(found.values())
     assert len(gpus) == 3 and gpus.pop("l4") == 1 and gpus.pop("a10g") == 1 and list(gpus.values()) == [0]
     placement.release()
     config = declared(rollout=RoleResources(gpus=1))
     config.rollout.tensor_parallel = 2
-    placement = place(plan(config, {"rollout": 1}), 30)
+    placement = place(plan(config, {"rollout": 1}), PlacementConfig(), print)
     assert landed(placement, [("rollout", 0)]) == {("rollout", 0): ("h100", 2)}
     placement.release()
 
@@ -143,7 +143,7 @@ def test_one_that_joins_later_waits_for_the_kinds_of_node_in_their_declared_orde
     cpu = Fallback(gpus=0, market="any", labels={"role": "scoring"})
     spot = RoleResources(gpus=1, market="spot", labels={"role": "rollout"}, fallbacks=[cpu])
     bundles = plan(declared(rollout=spot), {"rollout": 3})
-    placement = place(bundles[:1], 30, fallback_after_s=0.5)
+    placement = place(bundles[:1], PlacementConfig(fallback_after_s=0.5), print)
     placement.add(bundles[1], room_first=True)
     assert placement.bundle("rollout", 1).gpus == 0, "the L4 is taken"
     placement.add(bundles[2])
@@ -155,7 +155,7 @@ def test_one_that_joins_later_waits_for_the_kinds_of_node_in_their_declared_orde
     assert landed(placement, late) == dict.fromkeys(late, ("cpu", 0))
     placement.release()
     placement.add(bundles[0])  # as of a thread that was on its way
-    again = place(bundles[:1], 30, fallback_after_s=29)
+    again = place(bundles[:1], PlacementConfig(fallback_after_s=29.0), print)
     assert again.bundle("rollout", 0).gpus == 1, "nothing stays reserved after the end"
     again.release()
 
@@ -191,4 +191,4 @@ def test_what_fits_nowhere_is_named_with_what_the_cluster_offers(
 def test_what_fits_alone_but_not_beside_the_others_is_named(cluster: Cluster) -> None:
     config = declared(rollout=RoleResources(gpus=1, accelerator=["L4"]))
     with pytest.raises(PlacementError, match=r"all together do not; without a place: rollout \d\. "):
-        place(plan(config, {"rollout": 2}), 1.0)
+        place(plan(config, {"rollout": 2}), PlacementConfig(timeout_s=1.0), print)

@@ -65,7 +65,8 @@ async def _life(config: Config, folder: Path) -> dict[str, Any]:
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
     told: list[str] = []
-    pool = await RolloutPool.start(config, place(plan(config, {"rollout": 2}), 60), folder, Incidents(told.append))
+    placement = place(plan(config, {"rollout": 2}), config.placement, print)
+    pool = await RolloutPool.start(config, placement, folder, Incidents(told.append))
     members = pool._roster.serving
     buffer = pack_weights(VERSION, unmerged_weights(policy))
     await pool.update_weights(ray.put(buffer), VERSION, buffer.checksum)

@@ -128,7 +128,7 @@ def trained(model_folder: Path, config: Config, groups: list[RolloutGroup]) -> d
 
 
 async def _life(model_folder: Path, config: Config, groups: list[RolloutGroup]) -> dict[str, Any]:
-    placement = place(plan(config, {"learner": 2}), 30)
+    placement = place(plan(config, {"learner": 2}), config.placement, print)
     folder, found = config.folder, {}
     gang = await LearnerGang.start(config, placement, model_folder)
     batch = _to_train(groups)

@@ -180,3 +180,8 @@ def test_names_are_looked_up_before_anything_starts(
     monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
     cli.check_named(load_config(QUICKSTART, ["rewards.own.function=own_rewards:own"]))
     monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+
+
+@pytest.mark.parametrize("scaling", ["room", "need"])
+def test_the_scaling_policies_of_the_project_are_no_dotted_paths(scaling: str) -> None:
+    cli.check_named(load_config(QUICKSTART, [f"rollout.scaling={scaling}", "rollout.max=2"]))

@@ -87,7 +87,7 @@ async def until(done: Callable[[], bool], what: str) -> None:
 async def killed_engine(config: Config, folder: Path, policy: Any) -> dict[str, Any]:
     """A group, and the same again after the generator died and its spare took its place; what was told meanwhile."""
     told: list[str] = []
-    placement = place(plan(config, {"rollout": 1}), 60)
+    placement = place(plan(config, {"rollout": 1}), config.placement, print)
     pool = await RolloutPool.start(config, placement, folder, Incidents(told.append), with_spares=True)
     assert pool._spares is not None
     waiting = pool._spares._waiting
@@ -134,7 +134,8 @@ def test_an_engine_of_one_s_own_is_replaced_by_its_spare_with_the_newest_weights
 async def scored_twice(config: Config, folder: Path, layout: Any) -> tuple[list[Any], Incidents]:
     """The rewards of a group given three times, the memory killed before the third."""
     incidents = Incidents(lambda line: None)
-    placement = place([bundle for bundle in layout.bundles(config) if bundle.role in ("reward", "memory")], 60)
+    bundles = [bundle for bundle in layout.bundles(config) if bundle.role in ("reward", "memory")]
+    placement = place(bundles, config.placement, print)
     scoring = await layout.start_scoring(layout, config, placement, folder, incidents, Timeline())
     try:
         found = [await scoring.score(group_of_two()) for _ in range(2)]

@@ -71,6 +71,13 @@ def test_without_speed_only_what_is_under_way_counts() -> None:
     assert balance.order({0: 8, 1: 8, 2: 0}, 4) == [2, 0, 1] and balance.order({1: 4, 0: 4}, 4) == [0, 1]
 
 
+def test_who_leaves_is_the_slowest_and_of_equals_the_newest() -> None:
+    balance, _ = work({0: 100.0, 1: 10.0, 2: 100.0}, groups=300, at_once=12)
+    assert balance.slowest([0, 1, 2]) == 1 and balance.slowest([0]) == 0
+    assert balance.slowest([0, 1, 7]) == 7, "one that is not measured"
+    assert Balance(False).slowest([0, 1, 2]) == 2
+
+
 def test_a_successor_counts_as_the_usual_one_until_it_is_measured() -> None:
     balance, _ = work({0: 10.0, 1: 1000.0}, groups=300, at_once=8)
     balance.begin(0)

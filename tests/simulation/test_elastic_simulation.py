@@ -11,7 +11,7 @@ from timing_models import timings
 
 from medtvt_rl.config import Config
 from medtvt_rl.rollout.config import ElasticConfig
-from medtvt_rl.rollout.elastic import ElasticPolicy
+from medtvt_rl.rollout.elastic import ElasticPolicy, Signals
 from medtvt_rl.simulation.world import setting_of
 from pipelines.simulation import Outcome, simulate
 
@@ -24,11 +24,26 @@ def run(generators: int, steps: int = 900, **changes: Any) -> Outcome:
     config = Config()
     config.grpo.max_staleness, config.grpo.groups_per_step, config.grpo.group_size = 2, 8, 2
     config.grpo.loss.kl.coefficient = 0.0
-    config.rollout.engine.max_num_seqs = 2
+    config.rollout.engine.max_num_seqs, config.rollout.min, config.rollout.max = 2, LOW, HIGH
     slower = changes.pop("slower", None)
     setting = replace(setting_of(config, generators), **changes)
     policy = ElasticPolicy(ElasticConfig(window_s=60.0, cooldown_s=60.0), LOW, HIGH)
     return simulate(config, setting, MODEL, steps, policy, slower)
+
+
+def test_no_policy_goes_beyond_the_bounds() -> None:
+    class Always:
+        def __init__(self, wish: int) -> None:
+            self.wish = wish
+
+        def decide(self, now: float, signals: Signals) -> int:
+            return self.wish
+
+    config = Config()
+    config.grpo.groups_per_step, config.rollout.min, config.rollout.max = 4, 2, 4
+    for wish, end in ((1, 4), (-1, 2)):
+        found = simulate(config, setting_of(config, 3), MODEL, 60, Always(wish))
+        assert counts(found) == [3, end], found.generators
 
 
 def counts(outcome: Outcome) -> list[int]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 from timing_models import timings
 
 from medtvt_rl.config import Config
+from medtvt_rl.simulation.clock import run_simulated
+from medtvt_rl.simulation.cores import Cores
 from medtvt_rl.simulation.formulas import best_ratio
+from medtvt_rl.simulation.generators import Driver, SimulatedGenerators
 from medtvt_rl.simulation.timings import Timings
 from medtvt_rl.simulation.world import Setting, setting_of
+from medtvt_rl.types import Prompt
 from pipelines.simulation import Outcome, simulate
 
 
@@ -74,14 +80,44 @@ def test_generators_beyond_those_that_get_groups_bring_nothing() -> None:
     assert step_s(64) == pytest.approx(step_s(32), rel=0.02)
 
 
-def test_a_straggler_costs_more_than_its_share_and_a_loss_ends() -> None:
+@pytest.mark.parametrize(
+    ("max_staleness", "balance", "by_speed"),
+    [(1, "auto", True), (1, "speed", True), (1, "even", False), (0, "auto", False), (0, "speed", True)],
+)
+def test_a_straggler_costs_what_the_balance_of_the_run_lets_it_cost(
+    max_staleness: int, balance: Literal["auto", "speed", "even"], by_speed: bool
+) -> None:
+    made = config(max_staleness)
+    made.rollout.engine.max_num_seqs, made.rollout.balance = 32, balance
+    setting, model = setting_of(made, 4), timings(learner_step_s=0.0)
+    usual = simulate(made, setting, model, 40).step_s
+    cost = simulate(made, replace(setting, straggler=5.0), model, 40).step_s / usual
+    # Alike, every step waits for a quarter of the work at a fifth of the speed.
+    assert 1.25 < cost < 3.5 if by_speed else cost == pytest.approx(5.0, rel=0.05)
+
+
+def test_of_unlike_generators_the_slowest_leaves() -> None:
+    async def main() -> list[float]:
+        made, cores = config(1), Cores()
+        setting = replace(setting_of(made, 3), straggler=5.0)
+        pool = SimulatedGenerators(made, setting, timings(), cores, Driver(timings(), cores))
+        prompt = Prompt(prompt_id="p", token_ids=np.zeros(1, dtype=np.int32), item_id=None, ground_truth="")
+        await pool.add(start_s=0.0)
+        await asyncio.gather(*(pool.generate(prompt, number, 8) for number in range(8)))
+        pool.remove()
+        # What is slow is gone: the groups of all that are left take a group's own time.
+        made_in = await asyncio.gather(*(pool.generate(prompt, number, 8) for number in range(8, 14)))
+        pool.stop()
+        return [header.generate_s for header, _ in made_in]
+
+    assert run_simulated(main()) == pytest.approx([0.5] * 6)
+
+
+def test_a_loss_ends() -> None:
     made = config(1)
     made.rollout.engine.max_num_seqs = 32
     model = timings(learner_step_s=0.2)
     setting = setting_of(made, 4)
-    usual = simulate(made, setting, model, 20)
-    slow = simulate(made, replace(setting, straggler=5.0), model, 20)
-    assert slow.step_s > 1.2 * usual.step_s
     lost = simulate(made, replace(setting, lost=((3, 3.0, 6.0),)), model, 60)
     whole = simulate(made, setting, model, 60)
     assert lost.again > 0
@@ -90,8 +126,9 @@ def test_a_straggler_costs_more_than_its_share_and_a_loss_ends() -> None:
     assert 1.0 < lost.ends[-1] - whole.ends[-1] < 3.0 + model.start_s
 
 
-def test_every_generator_that_is_lost_at_once_is_waited_for() -> None:
-    found = run(1, timings(start_s=5.0), lost=((0, 2.0, 3.0),))
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_every_generator_that_is_lost_at_once_is_waited_for(max_staleness: int) -> None:
+    found = run(max_staleness, timings(start_s=5.0), lost=((0, 2.4, 3.0),))
     assert [count for _, count in found.generators] == [1, 0, 1]
 
 

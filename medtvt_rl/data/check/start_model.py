@@ -44,7 +44,7 @@ def _encoder_fault(config: Config, modality: str) -> str:
     from medtvt_rl.model.encoder_init import read_encoder
 
     try:
-        if _kind(Path(config.model.init or "")) == "medtvt":
+        if kind_of(Path(config.model.init or "")) == "medtvt":
             return f"model.{modality}.init: model.init={config.model.init!r} brings its encoders along; leave it out"
         read_encoder(config.model, modality)
     except ValueError as error:
@@ -52,7 +52,7 @@ def _encoder_fault(config: Config, modality: str) -> str:
     return ""
 
 
-def _kind(folder: Path) -> object:
+def kind_of(folder: Path) -> object:
     """The kind of model in a folder; None where it has none, or no configuration that can be read."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
@@ -64,7 +64,7 @@ def _fault(folder: Path) -> str:
     wanted = "a Hugging Face folder has config.json, model.safetensors and the tokenizer (Meta's own files are none)"
     if not folder.is_dir():
         return "is no folder; put the model there, or name another"
-    kind = _kind(folder)
+    kind = kind_of(folder)
     if kind is None:
         return f"has no readable config.json: {wanted}"
     if kind not in KINDS:
