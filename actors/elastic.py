@@ -25,7 +25,6 @@ from actors.bundles import Bundle, bundle_of
 from actors.failure import cause_of
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
-from medtvt_rl.rollout.balance import Share
 from medtvt_rl.rollout.elastic import ElasticPolicy, Signals
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ class Generators(Protocol):
 
     async def remove(self, index: int) -> None: ...
 
-    def shares(self) -> list[Share]: ...
+    def slowest(self) -> int: ...
 
 
 class Seats(Protocol):
@@ -217,9 +216,7 @@ class Elastic:
         return True
 
     def _close(self) -> None:
-        """The slowest goes, of equals the newest."""
-        speeds = {share.index: share.tokens_per_s or 0.0 for share in self._generators.shares()}
-        index = min(self._generators.serving, key=lambda one: (speeds.get(one, 0.0), -one))
+        index = self._generators.slowest()
         self._leaving[index] = asyncio.create_task(self._go(index), name=f"rollout {index} leaves")
 
     async def _go(self, index: int) -> None:

@@ -303,6 +303,10 @@ class RolloutPool:
         """What each generator did of the whole, those that have left included."""
         return self._balance.shares()
 
+    def slowest(self) -> int:
+        """Which of those that serve is best gone without."""
+        return self._balance.slowest(self.serving)
+
     def stop(self) -> None:
         """Ends every generator."""
         self._roster.stop()

@@ -16,7 +16,6 @@ from actors.elastic import Elastic, Signals
 from actors.spares import Spares
 from medtvt_rl.config import Config
 from medtvt_rl.faults import RoleLostError
-from medtvt_rl.rollout.balance import Share
 from medtvt_rl.rollout.config import ElasticConfig
 from medtvt_rl.rollout.pending import EngineBrokenError
 
@@ -62,8 +61,8 @@ class Pool:
     async def remove(self, index: int) -> None:
         self.serving.remove(index)
 
-    def shares(self) -> list[Share]:
-        return [Share(index=i, tokens=1, groups=1, share=0.1, tokens_per_s=10.0 * (i != 1)) for i in self.serving]
+    def slowest(self) -> int:
+        return 1 if 1 in self.serving else max(self.serving)
 
 
 STEP = {"seconds/step": 4.0, "seconds/wait_groups": 1.0, "seconds/conclude": 0.5, "seconds/rollout_idle": 0.25}
