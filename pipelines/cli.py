@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -17,15 +16,13 @@ from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
 from pipelines.command import (
     EXIT_FAILED,
-    EXIT_INTERRUPTED,
     EXIT_USAGE,
+    alone_in,
     check_engine,
     check_named,
     fail,
     in_session,
     load,
-    tell,
-    unwritable,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +99,6 @@ def _module(command: str) -> ModuleType:
 
 def _run(stage: str, config: Config) -> int:
     """One stage, or all of them."""
-    from pipelines.run_lock import RunInUseError, run_lock
     from pipelines.stages import StageError, check_finished, finished
 
     asked = config.run.stages if stage == "run" else [stage]
@@ -112,16 +108,7 @@ def _run(stage: str, config: Config) -> int:
         return fail(str(error), EXIT_FAILED)
     if any(name in ("grpo", "evaluate") and finished(name, config) is None for name in asked):
         check_engine(config)
-    with ExitStack() as held:
-        try:
-            held.enter_context(run_lock(config.folder, tell))
-        except RunInUseError as error:
-            return fail(str(error), EXIT_FAILED)
-        except KeyboardInterrupt:
-            return fail("SIGINT: nothing was started", EXIT_INTERRUPTED)
-        except OSError as error:
-            raise ConfigError(unwritable(config, error)) from error
-        return _run_here(stage, config)
+    return alone_in(config, lambda: _run_here(stage, config))
 
 
 def _run_here(stage: str, config: Config) -> int:

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,6 +173,26 @@ def written_init(config: Config, begin: Callable[[str], None], update: Callable[
     begin(f"model: writing {source.name} to {folder}, once")
     write_folder(source, folder, update)
     return True
+
+
+def alone_in(config: Config, work: Callable[[], int]) -> int:
+    """What a command that uses the run folder returns, which no other one may use meanwhile.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    from pipelines.run_lock import RunInUseError, run_lock
+
+    with ExitStack() as held:
+        try:
+            held.enter_context(run_lock(config.folder, tell))
+        except RunInUseError as error:
+            return fail(str(error), EXIT_FAILED)
+        except KeyboardInterrupt:
+            return fail("SIGINT: nothing was started", EXIT_INTERRUPTED)
+        except OSError as error:
+            raise ConfigError(unwritable(config, error)) from error
+        return work()
 
 
 def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool) -> int:

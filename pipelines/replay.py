@@ -20,7 +20,7 @@ from actors.placement import place, plan
 from medtvt_rl.config import Config
 from medtvt_rl.learner.step_record import STEPS_FOLDER, step_file
 from pipelines.checkpoints import LEARNER, CheckpointStore
-from pipelines.command import EXIT_USAGE, check_named, fail, in_session
+from pipelines.command import EXIT_USAGE, alone_in, check_named, fail, in_session
 from pipelines.journal import read_steps
 from pipelines.reporter import Reporter
 from pipelines.stages import start_model
@@ -43,9 +43,12 @@ def command(args: argparse.Namespace) -> int:
     try:
         config, lines = check(args.run, args.from_step, args.to_step)
         check_named(config)
+        # Its learners write logs there, and a run's own actors look for their driver's mark.
+        return alone_in(
+            config, lambda: in_session(config, lambda reporter: run(config, lines, reporter), with_ray=True)
+        )
     except (ValueError, ReplayError) as error:
         return fail(str(error), EXIT_USAGE)
-    return in_session(config, lambda reporter: run(config, lines, reporter), with_ray=True)
 
 
 def load_run(folder: Path) -> Config:

@@ -1,7 +1,7 @@
-"""One driver writes a run folder at a time: a lock on a file in it, which goes with the process that holds it.
+"""One driver uses a run folder at a time: a lock on a file in it, which goes with the process that holds it.
 
 Owns: RUN/logs/lock, which says who holds it, and the wait for that one's end: a job that was asked to stop still writes
-its checkpoint. Does not own: what is written under it. Who only reads a run (replay, study) takes no lock.
+its checkpoint. Does not own: what is written under it. Who only reads a run (study) takes no lock.
 """
 
 from __future__ import annotations

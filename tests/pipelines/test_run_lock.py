@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from stored_examples import QUICKSTART, a_config
 
-from pipelines import cli, run_lock
+from pipelines import cli, replay, run_lock
 from pipelines.run_lock import RunInUseError
 
 HOLD = """
@@ -99,3 +99,15 @@ def test_a_stage_leaves_a_run_folder_in_use_alone(
             assert cli.main([stage, "-c", QUICKSTART, f"run.root={tmp_path}"]) == 1
             assert f"medtvt-rl: {folder} is in use by process {os.getpid()} on " in capsys.readouterr().err
         assert [path.name for path in folder.iterdir()] == ["logs"] and not (folder / "config.yaml").exists()
+
+
+def test_a_replay_leaves_a_run_that_is_under_way_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = a_config(tmp_path).folder
+    monkeypatch.setattr(replay, "check", lambda run, first, last: (a_config(tmp_path), []))
+    with run_lock.run_lock(folder, print):
+        monkeypatch.setattr(run_lock, "run_lock", partial(run_lock.run_lock, wait_s=0.0))
+        assert cli.main(["replay", str(folder)]) == 1
+    assert f"{folder} is in use by process {os.getpid()} on " in capsys.readouterr().err
+    assert [path.name for path in (folder / "logs").iterdir()] == ["lock"]
