@@ -4,9 +4,9 @@
 
 Each round measures the timings (`medtvt-rl bench`), then runs GRPO from the SFT model of a finished run at each
 staleness, so that a machine that becomes slower slows both sides; then the same setting is simulated with the timings
-of that round. Printed for every variant: the median real step over all steps but those of warm-up and end, the
-simulated one, their ratio, and the ratio of busy time of generator and learner. The last line says whether the goal is
-reached: within 15 % at each staleness.
+of that round. Printed for every variant: the mean real step over all steps but those of warm-up and end (asynchronous
+ones come in turns of a short and a long one, so that a median says nothing), the simulated one, their ratio, and the
+busy time of generator and learner. The last line says whether the goal is reached: within 15 % at each staleness.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_async import WARM_UP_STEPS, rows_of
@@ -112,9 +112,8 @@ def call(module: str, *arguments: str) -> None:
 
 def report(staleness: int, number: int, real: list[dict[str, float]], simulated: Outcome) -> float:
     """Prints a line; the ratio."""
-    step_s = median(row["seconds/step"] for row in real)
-    generator_s = median(row["seconds/rollout_busy"] for row in real)
-    learner_s = median(row["seconds/train"] for row in real)
+    names = ("seconds/step", "seconds/rollout_busy", "seconds/train")
+    step_s, generator_s, learner_s = (fmean(row[name] for row in real) for name in names)
     ratio = simulated.step_s / step_s
     busy_s = [simulated.step_s * (1 - idle) for idle in (simulated.generator_idle, simulated.learner_idle)]
     print(
