@@ -11,6 +11,7 @@ from medtvt_rl.algorithm.config import GrpoConfig
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
 from medtvt_rl.roles import node_kinds
+from medtvt_rl.rollout.config import ROOM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +110,7 @@ def for_evaluation(config: Config) -> Config:
     and each of the others joins when it has a node."""
     count = evaluation_generators(config)
     least = count if config.rollout.min is None else min(config.rollout.min, count)
-    return replace(config, rollout=replace(config.rollout, num_generators=count, min=least, max=count, scaling="room"))
+    return replace(config, rollout=replace(config.rollout, num_generators=count, min=least, max=count, scaling=ROOM))
 
 
 def logical_cpus(config: Config) -> float:

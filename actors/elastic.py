@@ -25,13 +25,13 @@ from actors.bundles import Bundle, bundle_of
 from actors.failure import cause_of
 from medtvt_rl.config import Config
 from medtvt_rl.dotted import resolve
+from medtvt_rl.rollout.config import NEED, ROOM
 from medtvt_rl.rollout.elastic import ElasticPolicy, Signals
 
 logger = logging.getLogger(__name__)
 NODE_POLL_S = 1.0
 RETRY_S = 20.0
 """After one that did not come, or did not serve, no other is asked for for so long."""
-ROOM, NEED = "room", "need"
 
 
 class Policy(Protocol):

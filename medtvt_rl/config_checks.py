@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from medtvt_rl.algorithm.config import ADVANTAGES, LOSSES
 from medtvt_rl.config_bounds import are_betas, fault, numbers
 from medtvt_rl.roles import check_placement, node_kinds
+from medtvt_rl.rollout.config import SCALINGS
 
 if TYPE_CHECKING:
     from medtvt_rl.config import Config
@@ -111,7 +112,7 @@ def _check_elastic(config: Config) -> None:
     _require(low <= count, "rollout.min", low, f"it exceeds rollout.num_generators = {count}; lower it")
     _require(high >= count, "rollout.max", high, f"it is below rollout.num_generators = {count}; raise it")
     _require(
-        rollout.scaling in ("room", "need") or ":" in rollout.scaling,
+        rollout.scaling in SCALINGS or ":" in rollout.scaling,
         "rollout.scaling",
         rollout.scaling,
         "write room, need, or the dotted path of a policy, 'package.module:function'",

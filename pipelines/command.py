@@ -21,6 +21,7 @@ from medtvt_rl.algorithm.config import ADVANTAGES, LOSSES
 from medtvt_rl.config import Config, load_config
 from medtvt_rl.config_checks import ConfigError
 from medtvt_rl.privacy import SaltError, open_for, prepare_salt
+from medtvt_rl.rollout.config import SCALINGS
 
 if TYPE_CHECKING:
     from medtvt_rl.model.llm_source import LlmSource
@@ -113,7 +114,7 @@ def _own_paths(config: Config) -> dict[str, str]:
     named = {
         "rollout.make_engine": (config.rollout.make_engine, (usual.rollout.make_engine,)),
         "learner.make_engine": (config.learner.make_engine, (usual.learner.make_engine,)),
-        "rollout.scaling": (config.rollout.scaling, ("room", "need")),
+        "rollout.scaling": (config.rollout.scaling, SCALINGS),
         "grpo.layout": (grpo.layout, (usual.grpo.layout,)),
         "grpo.advantage": (grpo.advantage, ADVANTAGES),
         "grpo.loss.kind": (grpo.loss.kind, LOSSES),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from medtvt_rl.config import Config
 from medtvt_rl.config_checks import ConfigError
+from medtvt_rl.rollout.config import ROOM
 from pipelines.command import EXIT_USAGE, check_named, fail, load
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def command(args: argparse.Namespace) -> int:
 def policy_of(config: Config) -> Policy | None:
     """What decides how many generators serve, as in a run; None where the nodes do, or where none come and go. Raises
     ConfigError where `rollout.scaling` names no policy."""
-    if config.rollout.least == config.rollout.most or config.rollout.scaling == "room":
+    if config.rollout.least == config.rollout.most or config.rollout.scaling == ROOM:
         return None
     check_named(config, runs_here=False)
     from actors.elastic import make_policy

@@ -8,6 +8,8 @@ from typing import Literal
 from medtvt_rl.model.config import LoraSettings
 
 Sent = Literal["adapter", "trainable", "merged", "full"]
+ROOM, NEED = SCALINGS = "room", "need"
+"""What `rollout.scaling` may be besides a dotted path."""
 
 
 @dataclass
@@ -92,7 +94,7 @@ class RolloutConfig:
     num_generators: int = 1
     min: int | None = None
     max: int | None = None
-    scaling: str = "room"
+    scaling: str = ROOM
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     scaling_interval_s: float = 10.0
     tensor_parallel: int = 1
