@@ -163,7 +163,7 @@ class Elastic:
         """The policy's last decision, once; where room alone decides 1 wherever there is some, which may be meant for
         those that still wait for theirs."""
         if self._by_room:
-            if self._without_node:
+            if self._asked_for > 0 or self._without_node:
                 return 0
             return int(await asyncio.to_thread(self._seats.has_room, self._bundle(self._next_index())))
         wish, self._wish = self._wish, 0
