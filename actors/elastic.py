@@ -42,6 +42,30 @@ class Policy(Protocol):
         """1: one generator more; -1: one less; 0: as it is. `now` in seconds of a clock that never goes back."""
 
 
+class Asked:
+    """A policy as a run asks it, also a simulated one: it may be the user's, and training does not hang on it.
+
+    Args:
+        name: as `rollout.scaling` has it.
+        report: told in a line of what it raises.
+    """
+
+    def __init__(self, policy: Policy, name: str, report: Callable[[str], None]) -> None:
+        self._policy: Policy | None = policy
+        self._name, self._report = name, report
+
+    def decide(self, now: float, signals: Signals) -> int:
+        """See Policy; 0 from the moment on at which it raised."""
+        if self._policy is None:
+            return 0
+        try:
+            return int(self._policy.decide(now, signals) or 0)
+        except Exception as error:
+            self._policy = None
+            self._report(f"no more generators come or go: rollout.scaling {self._name} raised {cause_of(error)}")
+            return 0
+
+
 class Generators(Protocol):
     """The pool, as far as it is needed here."""
 
@@ -83,7 +107,7 @@ class Elastic:
         self._config, self._settings = config, config.rollout
         self._generators, self._seats, self._report = generators, seats, report
         self._by_room = self._settings.scaling == ROOM
-        self._policy: Policy | None = None if self._by_room else make_policy(config)
+        self._policy = None if self._by_room else Asked(make_policy(config), self._settings.scaling, report)
         self._asked_for = self._settings.num_generators - len(generators.serving)
         self._coming: dict[int, asyncio.Task[None]] = {}
         self._without_node = set[int]()
@@ -108,14 +132,8 @@ class Elastic:
             generators=serving,
             starting=max(0, self._count() - serving),
         )
-        try:
-            # Steps may be shorter than the time between two looks: a decision waits for the next one.
-            self._wish = int(self._policy.decide(time.monotonic(), signals) or 0) or self._wish
-        except Exception as error:  # a policy may be the user's, and training does not hang on it
-            self._policy, self._wish = None, 0
-            self._report(
-                f"no more generators come or go: rollout.scaling {self._settings.scaling} raised {cause_of(error)}"
-            )
+        # Steps may be shorter than the time between two looks: a decision waits for the next one.
+        self._wish = self._policy.decide(time.monotonic(), signals) or self._wish
 
     async def run(self) -> None:
         """Goes on until it is cancelled; whoever is on the way then is left to `stop` of pool and placement."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from medtvt_rl.config import Config
-from medtvt_rl.rollout.elastic import Signals
 from medtvt_rl.simulation.formulas import best_ratio
 from medtvt_rl.simulation.timings import Timings
 from medtvt_rl.simulation.world import Setting, setting_of
@@ -76,25 +75,6 @@ class Findings:
     straggler: Outcome
     loss: Loss
     elastic: Outcome | None
-
-
-class _Asked:
-    """A policy as a run asks it: what it raises is told, and it is not asked again."""
-
-    def __init__(self, policy: Policy, tell: Callable[[str], None]) -> None:
-        self._policy: Policy | None = policy
-        self._tell = tell
-
-    def decide(self, now: float, signals: Signals) -> int:
-        if self._policy is None:
-            return 0
-        try:
-            return int(self._policy.decide(now, signals) or 0)
-        except Exception as error:  # the policy may be the user's
-            self._policy = None
-            words = f"{type(error).__name__}: {error}"
-            self._tell(f"elastic: no more generators come or go, at {now:.0f} s rollout.scaling raised {words}")
-            return 0
 
 
 class Sweep:
@@ -235,14 +215,15 @@ class Sweep:
 
     def _elastic(self, policy: Policy) -> Outcome:
         """From `rollout.num_generators` on, until the number has had time to settle."""
+        from actors.elastic import Asked  # with Ray, which no other run here needs
+
         low, high = self._config.rollout.least, self._config.rollout.most
         settings = self._config.rollout.elastic
         first = self._run(setting_of(self._config), FEW_STEPS)
         per_change_s = settings.window_s + settings.cooldown_s + self._timings.start_s
         steps = math.ceil((high - low + 3) * per_change_s / first.step_s)
-        outcome = self._run(
-            setting_of(self._config), min(max(steps, self._steps), MAX_LOSS_STEPS), _Asked(policy, self._tell)
-        )
+        asked = Asked(policy, self._config.rollout.scaling, lambda line: self._tell(f"elastic: {line}"))
+        outcome = self._run(setting_of(self._config), min(max(steps, self._steps), MAX_LOSS_STEPS), asked)
         counts = " ".join(f"{count} at {at:.0f} s," for at, count in outcome.generators).rstrip(",")
         bounds = f"rollout.scaling {self._config.rollout.scaling}, rollout.min {low} to rollout.max {high}"
         self._tell(f"elastic, {bounds}: {counts}; {outcome.step_s:.2f} s a step")
