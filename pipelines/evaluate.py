@@ -14,8 +14,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from actors.bundles import for_evaluation, plan
@@ -25,12 +23,9 @@ from actors.supervision import Incidents
 from medtvt_rl.config import Config
 from medtvt_rl.evaluation.records import StudyAnswers
 from medtvt_rl.model.config import UNTRAINED_STAND_INS
-from medtvt_rl.model.named_weights import named_weights
-from medtvt_rl.model.policy import load_policy
 from medtvt_rl.model.seal import seal
 from medtvt_rl.types import Prompt
 from medtvt_rl.user_code import task_items
-from medtvt_rl.weights import pack_weights
 from pipelines.answers import Ablating, Asker, Evaluator, make_evaluator, one_per_item
 from pipelines.generators import drained, elastic
 from pipelines.grpo import load_prompts
@@ -74,19 +69,15 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(before_folder, trust_remote_code=False)
     prompts = held_out_prompts(config, load_prompts(config, tokenizer, config.evaluation.split), reporter)
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
-    async with _generators(config, before_folder, reporter) as pool:
-        asker = Asker(config, pool, tokenizer, config.evaluation.num_samples)
-
-        async def ask(label: str, some: Sequence[Prompt], sample: bool = True) -> dict[str, StudyAnswers]:
-            reporter.start(label, len(some), "prompt")
-            return await asker.answers(some, sample, reporter.update)
-
-        answers = {first: await ask(names[first], prompts)}
-        if last != first:
-            await load_into(pool, after_folder)
-            answers[last] = await ask(names[last], prompts)
-        save_answers(config, answers)
-        ablated = await _ablated_answers(config, ask, evaluator, prompts)
+    folders = {first: before_folder, last: after_folder}
+    answers, ablated = {}, {}
+    for policy, folder in folders.items():
+        async with _generators(config, folder, reporter) as pool:
+            ask = _asking(Asker(config, pool, tokenizer, config.evaluation.num_samples), reporter)
+            answers[policy] = await ask(names[policy], prompts)
+            if policy == last:
+                save_answers(config, answers)
+                ablated = await _ablated_answers(config, ask, evaluator, prompts)
     publish_model(config, after_folder)
     summary, results = judged(config, evaluator, answers, reporter.start, reporter.update)
     summary["ablations"] = _ablations(evaluator, ablated, results[last])
@@ -95,14 +86,25 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     return {"summary": {"evaluation": summary}}
 
 
+def _asking(asker: Asker, reporter: Reporter) -> Ask:
+    """Asks, and shows how far it is."""
+
+    async def ask(label: str, prompts: Sequence[Prompt], sample: bool = True) -> dict[str, StudyAnswers]:
+        reporter.start(label, len(prompts), "prompt")
+        return await asker.answers(prompts, sample, reporter.update)
+
+    return ask
+
+
 @asynccontextmanager
 async def _generators(config: Config, folder: Path, reporter: Reporter) -> AsyncIterator[RolloutPool]:
-    """Within it generators answer; those beyond `rollout.min` join when they have their nodes."""
+    """Within it generators answer with the policy of a folder, which they load themselves: the driver may be too small
+    for it. Those beyond `rollout.min` join when they have their nodes."""
 
     def tell(text: str) -> None:
         reporter.line(f"evaluate: {text}")
 
-    tell("starting the engines")
+    tell(f"starting the engines with {folder}")
     staged = for_evaluation(config)
     bundles = plan(config, {"rollout": staged.rollout.least})
     placement = place(bundles, config.placement, tell)
@@ -148,13 +150,6 @@ def _ablations(evaluator: Evaluator, answers: Mapping[str, Mapping[str, StudyAns
         part: evaluator.paired_gain(full, evaluator.evaluate(given), metric=metric).to_dict()
         for part, given in answers.items()
     }
-
-
-async def load_into(pool: RolloutPool, folder: Path) -> None:
-    """Loads another policy into running engines."""
-    policy = load_policy(folder, torch.float32)
-    weights = pack_weights(1, named_weights(policy))
-    await pool.update_weights(ray.put(weights), weights.version, weights.checksum)
 
 
 def publish_model(config: Config, source: Path) -> None:
