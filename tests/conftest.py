@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -36,14 +37,18 @@ for shared in ("integration", "faults"):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, so that two processes end at about the same time, and while one makes the run that several
-    share, the other does what does not need it. The order is kept within a file."""
-    items.sort(key=_turn)
+    share, the other does what does not need it. A file stays together, and in its order."""
+    files = defaultdict[Path, list[pytest.Item]](list)
+    for item in items:
+        files[item.path].append(item)
+    turns = {path: _turn(path, inside) for path, inside in files.items()}
+    items.sort(key=lambda item: turns[item.path])
 
 
-def _turn(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
-    shares_run = "root" in getattr(item, "fixturenames", ())
-    kinds = (not any(item.iter_markers(kind)) for kind in ("cluster", "engine"))
-    return *kinds, item.path.name != "test_exactness.py", shares_run
+def _turn(path: Path, items: list[pytest.Item]) -> tuple[bool, bool, bool, bool]:
+    shares_run = any("root" in getattr(item, "fixturenames", ()) for item in items)
+    kinds = (not any(item.get_closest_marker(kind) for item in items) for kind in ("cluster", "engine"))
+    return path.name != "test_exactness.py", *kinds, shares_run
 
 
 @pytest.fixture(scope="session")
