@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -43,6 +44,18 @@ def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) ->
         cli.main([stage, "--help"])
     assert caught.value.code == 0
     assert "usage: medtvt-rl" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("stage", [*cli.HELP, *cli.COMMANDS])
+def test_every_stage_is_a_module_that_runs(
+    stage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module(f"pipelines.{stage.replace('-', '_')}", run_name="__main__")
+    assert caught.value.code == 0
+    assert f"usage: medtvt-rl {stage} " in capsys.readouterr().out
 
 
 def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
