@@ -12,7 +12,7 @@ import pytest
 from medtvt_rl.config import load_config
 from pipelines import cli
 from pipelines.command import check_engine, in_session, load
-from pipelines.plan import batch_arithmetic
+from pipelines.plan import actors_of, batch_arithmetic
 from pipelines.stages import StageError, finished, start_model, write_json, write_summary
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
@@ -28,6 +28,15 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     assert "16 prompts x 4 completions = 64 completions" in text
     assert "rollout 0: 1 CPU" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_lists_the_actors_of_every_stage_that_is_asked_for() -> None:
+    config = load_config(QUICKSTART, ["sft.num_workers=2", "evaluation.num_generators=3"])
+    lines = actors_of(config, ["cohort", "sft", "evaluate"]).splitlines()
+    stage = lines.index("evaluate:")
+    assert [line.partition(":")[0] for line in lines[:stage]] == ["sft", "  learner 0", "  learner 1"]
+    assert [line.partition(":")[0] for line in lines[stage + 1 :]] == [f"  rollout {index}" for index in range(3)]
+    assert actors_of(config, ["cohort"]) == "no actor"
 
 
 def test_batch_arithmetic_counts_prompts_completions_and_micro_batches() -> None:
