@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError
 
 from actors.deadline import within
 from actors.failure import ActorError, cause_of, with_log
-from actors.learner_worker import LearnerShard, LearnerWorker, RankHealth, WeightHeader
+from actors.learner_worker import LearnerShard, LearnerWorker, WeightHeader
 from actors.placement import Placement
 from actors.process import Whereabouts
 from actors.spares import Spares
@@ -32,8 +32,6 @@ from medtvt_rl.faults import TooFewCompletionsError
 from medtvt_rl.storage import Digest
 from medtvt_rl.types import GroupHeader, LearnerStep
 
-HEALTH_TIMEOUT_S = 10.0
-"""Where supervision.silence_s is off."""
 LAST_WORDS_S = 1.0
 """How long the other ranks may still report a failure of their own after the first one failed."""
 PEER_WORDS = ("timed out", "timeout", "connection", "peer", "socket", "gloo", "nccl")
@@ -187,11 +185,6 @@ class LearnerGang:
     async def load_checkpoint(self, folder: str) -> None:
         """Restores what the ranks of any gang wrote into a folder or URL."""
         await self._everywhere("load_checkpoint", folder)
-
-    async def health(self) -> list[RankHealth]:
-        """What every rank is doing."""
-        timeout_s = self._config.supervision.silence_s or HEALTH_TIMEOUT_S
-        return await self._all("health", lambda worker, _: worker.health.remote(), timeout_s, "supervision.silence_s")
 
     def stop(self) -> None:
         """Ends every rank."""
