@@ -113,7 +113,7 @@ def _run(stage: str, config: Config) -> int:
         return fail(str(error), EXIT_FAILED)
     if any(name in ("grpo", "evaluate") and finished(name, config) is None for name in asked):
         check_engine(config)
-    return alone_in(config, lambda: _run_here(stage, config))
+    return alone_in(config, lambda: _run_here(stage, config), keeps_checkpoints="grpo" in asked)
 
 
 def _run_here(stage: str, config: Config) -> int:
