@@ -29,6 +29,7 @@ from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
 from medtvt_rl.faults import TooFewCompletionsError
+from medtvt_rl.roles import GANG
 from medtvt_rl.storage import Digest
 from medtvt_rl.types import GroupHeader, LearnerStep
 
@@ -252,7 +253,7 @@ def make_worker(config: Config, placement: Placement, rank: int, spare: bool = F
     actor: Any = LearnerWorker
     environment = {"env_vars": {"OMP_NUM_THREADS": str(config.learner.num_threads)}}
     options = {**placement.options("learner", rank, spare), "runtime_env": environment}
-    return actor.options(**options).remote(rank, config.learner.num_workers, config)
+    return actor.options(**options).remote(rank, config.learner.num_workers, placement.seen_from(config, GANG, rank))
 
 
 def remoteness(error: BaseException) -> int:

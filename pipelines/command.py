@@ -98,14 +98,19 @@ def check_placeable(config: Config) -> None:
 def check_engine(config: Config) -> None:
     """Raises ConfigError where the generators of a local run cannot start with the vLLM that is installed. Those of a
     cluster look at what their own node has."""
+    from medtvt_rl.roles import node_kinds
     from medtvt_rl.rollout.build import check_build
 
     usual = config.rollout.make_engine == type(config.rollout).make_engine
     if usual and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
-        try:
-            check_build(config.placement.rollout.gpus)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        faults: list[ValueError] = []
+        for kind in node_kinds("rollout", config.placement.rollout):
+            try:
+                check_build(kind.gpus)
+                return
+            except ValueError as error:
+                faults.append(error)
+        raise ConfigError(str(faults[0])) from faults[0]
 
 
 def _own_paths(config: Config) -> dict[str, str]:

@@ -103,6 +103,7 @@ def test_the_build_of_vllm_for_gpus_without_one_is_one_line_before_anything_star
     assert error.count("\n") == 1 and "set placement.rollout.gpus=1" in error and "EXTRA=cpu" in error
     assert not (tmp_path / "runs").exists()
     check_engine(load_config(QUICKSTART, ["placement.rollout.gpus=1"]))
+    check_engine(load_config(QUICKSTART, ["placement.rollout.fallbacks=[{gpus: 1}]"]))
     check_engine(load_config(QUICKSTART, ["cluster.address=10.0.0.1:6379"]))  # its nodes may have another build
     check_engine(load_config(QUICKSTART, ["rollout.make_engine=my_engine:start"]))
 
