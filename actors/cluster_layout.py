@@ -57,15 +57,16 @@ class Layout:
         return sum(node.free_gpus for node in self.nodes)
 
 
-def stage_bundles(config: Config) -> dict[str, list[Bundle]]:
-    """Stage -> the actors that it starts, of the stages in `run.stages` that start any."""
+def stage_bundles(config: Config, stages: Sequence[str] | None = None) -> dict[str, list[Bundle]]:
+    """Stage -> the actors that it starts, of those stages (None: of `run.stages`) that start any."""
     bundles: dict[str, Callable[[], list[Bundle]]] = {
         "pretrain": lambda: plan(config, {"learner": config.pretrain.num_workers}),
         "sft": lambda: plan(config, {"learner": config.sft.num_workers}),
         "grpo": lambda: grpo_bundles(config),
         "evaluate": lambda: plan(config, {"rollout": evaluation_generators(config)}),
     }
-    return {stage: bundles[stage]() for stage in config.run.stages if stage in bundles}
+    asked = config.run.stages if stages is None else stages
+    return {stage: bundles[stage]() for stage in asked if stage in bundles}
 
 
 def lay_out(bundles: Sequence[Bundle], types: Sequence[NodeType], max_workers: int | None) -> Layout:

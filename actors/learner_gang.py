@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError
 
 from actors.deadline import within
 from actors.failure import ActorError, cause_of, with_log
-from actors.learner_worker import LearnerShard, LearnerWorker, RankHealth, WeightHeader
+from actors.learner_worker import LearnerShard, LearnerWorker, WeightHeader
 from actors.placement import Placement
 from actors.process import Whereabouts
 from actors.spares import Spares
@@ -29,11 +29,10 @@ from medtvt_rl.algorithm.losses import Denominators
 from medtvt_rl.algorithm.packing import balanced_shards
 from medtvt_rl.config import Config
 from medtvt_rl.faults import TooFewCompletionsError
+from medtvt_rl.roles import GANG
 from medtvt_rl.storage import Digest
 from medtvt_rl.types import GroupHeader, LearnerStep
 
-HEALTH_TIMEOUT_S = 10.0
-"""Where supervision.silence_s is off."""
 LAST_WORDS_S = 1.0
 """How long the other ranks may still report a failure of their own after the first one failed."""
 PEER_WORDS = ("timed out", "timeout", "connection", "peer", "socket", "gloo", "nccl")
@@ -188,11 +187,6 @@ class LearnerGang:
         """Restores what the ranks of any gang wrote into a folder or URL."""
         await self._everywhere("load_checkpoint", folder)
 
-    async def health(self) -> list[RankHealth]:
-        """What every rank is doing."""
-        timeout_s = self._config.supervision.silence_s or HEALTH_TIMEOUT_S
-        return await self._all("health", lambda worker, _: worker.health.remote(), timeout_s, "supervision.silence_s")
-
     def stop(self) -> None:
         """Ends every rank."""
         for worker in self._workers:
@@ -259,7 +253,7 @@ def make_worker(config: Config, placement: Placement, rank: int, spare: bool = F
     actor: Any = LearnerWorker
     environment = {"env_vars": {"OMP_NUM_THREADS": str(config.learner.num_threads)}}
     options = {**placement.options("learner", rank, spare), "runtime_env": environment}
-    return actor.options(**options).remote(rank, config.learner.num_workers, config)
+    return actor.options(**options).remote(rank, config.learner.num_workers, placement.seen_from(config, GANG, rank))
 
 
 def remoteness(error: BaseException) -> int:

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 
 from actors.failure import log_tail
 from actors.learner_gang import GroupWithAdvantages, LearnerError, LearnerGang
-from actors.learner_worker import RankHealth
 from actors.member import Bundles, Loss
 from actors.roster import PLACE_POLL_S
 from actors.spares import Spares
@@ -142,10 +141,6 @@ class LearnerSupervisor:
     async def write_snapshot(self, folder: str) -> dict[str, Digest]:
         """See LearnerGang; not made again where it fails, for what was kept is gone with the gang."""
         return await self._gang.write_snapshot(folder)
-
-    async def health(self) -> list[RankHealth]:
-        """See LearnerGang."""
-        return await self._call(lambda gang: gang.health())
 
     def stop(self) -> None:
         """Ends every rank and every spare."""

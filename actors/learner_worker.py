@@ -146,6 +146,7 @@ class LearnerWorker:
 
         config = self._config.learner
         process_group.prepare_environment(config.num_threads)
+        process_group.check_gpu("learner", self._config.placement.learner.gpus)
         meeting = process_group.Rendezvous(
             rank=self._rank,
             world_size=self._world_size,

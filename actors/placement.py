@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.bundles import Bundle, evaluation_generators, grpo_roles, logical_cpus, plan
 from actors.cluster_view import draw, lacks, nodes_now, offers
+from medtvt_rl.config import Config
 from medtvt_rl.roles import GANG, PlacementConfig
 
 __all__ = [
@@ -129,6 +130,12 @@ class Placement:
         """The bundle that is reserved for an actor: its first choice or a fallback."""
         party, position = self._seats[role, index]
         return party.chosen[position]
+
+    def seen_from(self, config: Config, role: str, index: int) -> Config:
+        """The configuration with what the bundle of an actor really has: a fallback may be without a GPU."""
+        chosen, workers = self.bundle(role, index), config.rollout.tensor_parallel if role == "rollout" else 1
+        has = replace(getattr(config.placement, role), cpus=chosen.cpus / workers, gpus=chosen.gpus / workers)
+        return replace(config, placement=replace(config.placement, **{role: has}))
 
     def count(self, role: str) -> int:
         """Bundles of a role."""

@@ -30,14 +30,15 @@ class ReferencePolicy:
         open_for(config.privacy, config.folder)
         import torch
 
+        from medtvt_rl.learner.process_group import check_gpu, training_device
         from medtvt_rl.model.policy import load_policy
 
         torch.set_num_threads(config.learner.num_threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_gpu("reference", config.placement.reference.gpus)
         # First, since importing the task may make its model known to transformers.
         self._items = task_items(config)
         policy: Any = load_policy(model_folder, dtype=getattr(torch, config.learner.dtype))
-        self._policy = policy.requires_grad_(False).to(device)
+        self._policy = policy.requires_grad_(False).to(training_device())
         self._config = config
 
     def ready(self) -> Whereabouts:

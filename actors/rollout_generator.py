@@ -59,7 +59,6 @@ class RolloutGenerator:
         self._first_version = version
         self._engine: RolloutEngine | None = None
         self._items: Any = None
-        self._num_calls = 0
 
     async def warm(self, devices: str | None, anyway: bool) -> bool:
         """Imports what `start` needs, and waits to be started; False, with nothing done, where the node is short of
@@ -123,22 +122,16 @@ class RolloutGenerator:
         """
         engine = self._running()
         begin = time.perf_counter()
-        self._num_calls += 1
         try:
-            try:
-                item = await asyncio.to_thread(self._item, prompt)
-                settings = sampling or self._config.rollout.sampling
-                seed = self._config.run.seed
-                future = engine.submit(
-                    prompt, item, group_id, num_completions, seed, settings, greedy, first_index, wave
-                )
-            except Exception:
-                if wave is not None:
-                    engine.excuse(wave)
-                raise
-            group = await asyncio.wrap_future(future)
-        finally:
-            self._num_calls -= 1
+            item = await asyncio.to_thread(self._item, prompt)
+            settings = sampling or self._config.rollout.sampling
+            seed = self._config.run.seed
+            future = engine.submit(prompt, item, group_id, num_completions, seed, settings, greedy, first_index, wave)
+        except Exception:
+            if wave is not None:
+                engine.excuse(wave)
+            raise
+        group = await asyncio.wrap_future(future)
         return GroupHeader.of(group, time.perf_counter() - begin, engine.version), group
 
     @ray.method(num_returns=2)
@@ -179,17 +172,6 @@ class RolloutGenerator:
     async def stats(self) -> dict[str, float]:
         """The engine's counters, see RolloutEngine.stats."""
         return self._running().stats()
-
-    async def drain(self) -> None:
-        """Returns when no group is in flight; the driver sends none meanwhile."""
-        while self._num_calls > 0:
-            await asyncio.sleep(0.01)
-
-    async def stop(self) -> None:
-        """Ends the engine; groups in flight raise EngineBrokenError."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await asyncio.to_thread(engine.close)
 
     def _item(self, prompt: Prompt) -> Any:
         if prompt.item_id is None:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,9 @@ class RolloutPool:
 
         def make(index: int, spare: bool = False) -> Any:
             options = placement.options("rollout", index, spare)
-            return actor.options(**options).remote(str(model_folder), _seen_from(config, placement, index), index)
+            return actor.options(**options).remote(
+                str(model_folder), placement.seen_from(config, "rollout", index), index
+            )
 
         spares = Spares(
             "rollout",
@@ -335,14 +337,6 @@ class RolloutPool:
                 return found
             lost = answers
         raise lost[-1]
-
-
-def _seen_from(config: Config, placement: Placement, index: int) -> Config:
-    """The configuration with what the bundle of a generator really has: a fallback may be without a GPU."""
-    chosen = placement.bundle("rollout", index)
-    workers = config.rollout.tensor_parallel
-    role = replace(config.placement.rollout, cpus=chosen.cpus / workers, gpus=chosen.gpus / workers)
-    return replace(config, placement=replace(config.placement, rollout=role))
 
 
 async def _started(config: Config, index: int, generator: Any) -> Member:

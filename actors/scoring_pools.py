@@ -181,7 +181,8 @@ class ReferencePool(GroupPool):
         actor: Any = ReferencePolicy
 
         def make(index: int, options: dict[str, Any]) -> Any:
-            return actor.options(**options).remote(str(model_folder), config, index)
+            seen = placement.seen_from(config, "reference", index)
+            return actor.options(**options).remote(str(model_folder), seen, index)
 
         pool = await cls.launch(config, placement, incidents, timeline, make)
         pool._keep = keep_here

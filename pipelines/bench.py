@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -204,3 +205,9 @@ def describe(timings: Timings) -> list[str]:
         f"driver: {1e3 * timings.driver_call_s:.2f} ms CPU a call, {1e3 * timings.answer_s:.2f} ms on the way; two "
         f"roles at once run at {timings.beside:.0%} of their speed",
     ]
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["bench", *sys.argv[1:]]))

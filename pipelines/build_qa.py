@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -275,3 +276,9 @@ def _tell_result(manifest: Mapping[str, Any], folder: Path, reporter: Reporter) 
     if manifest["rejected_answers"]:
         reporter.line(f"rejected: {manifest['rejected_answers']} answers, with reasons in {folder / REJECTED}")
     reporter.line(f"written: {folder}")
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["build-qa", *sys.argv[1:]]))

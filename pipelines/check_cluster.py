@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -133,3 +134,9 @@ def _nodes(layout: Layout) -> list[str]:
     left = Counter(bundle.role for bundle in layout.homeless)
     lines += [f"  nowhere: {number} {role}" for role, number in left.items()]
     return lines
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["check-cluster", *sys.argv[1:]]))

@@ -86,7 +86,7 @@ class CheckpointStore:
     """The checkpoints of a run.
 
     Args:
-        root: folder or fsspec URL; nothing else lies in it.
+        root: folder or fsspec URL; nothing else lies in it but a lock.
     """
 
     def __init__(self, root: str) -> None:

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.dry_run:
             from pipelines.plan import describe
 
-            print(describe(config))
+            print(describe(config, _stages(args.stage, config)))
             return 0
         return _run(args.stage, config)
     except ConfigError as error:
@@ -97,18 +97,23 @@ def _module(command: str) -> ModuleType:
     return import_module(f"pipelines.{command.replace('-', '_')}")
 
 
+def _stages(command: str, config: Config) -> list[str]:
+    """What a command goes through."""
+    return config.run.stages if command == "run" else [command]
+
+
 def _run(stage: str, config: Config) -> int:
     """One stage, or all of them."""
     from pipelines.stages import StageError, check_finished, finished
 
-    asked = config.run.stages if stage == "run" else [stage]
+    asked = _stages(stage, config)
     try:
         check_finished(asked, config)
     except StageError as error:
         return fail(str(error), EXIT_FAILED)
     if any(name in ("grpo", "evaluate") and finished(name, config) is None for name in asked):
         check_engine(config)
-    return alone_in(config, lambda: _run_here(stage, config))
+    return alone_in(config, lambda: _run_here(stage, config), keeps_checkpoints="grpo" in asked)
 
 
 def _run_here(stage: str, config: Config) -> int:

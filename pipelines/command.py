@@ -98,14 +98,19 @@ def check_placeable(config: Config) -> None:
 def check_engine(config: Config) -> None:
     """Raises ConfigError where the generators of a local run cannot start with the vLLM that is installed. Those of a
     cluster look at what their own node has."""
+    from medtvt_rl.roles import node_kinds
     from medtvt_rl.rollout.build import check_build
 
     usual = config.rollout.make_engine == type(config.rollout).make_engine
     if usual and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
-        try:
-            check_build(config.placement.rollout.gpus)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        faults: list[ValueError] = []
+        for kind in node_kinds("rollout", config.placement.rollout):
+            try:
+                check_build(kind.gpus)
+                return
+            except ValueError as error:
+                faults.append(error)
+        raise ConfigError(str(faults[0])) from faults[0]
 
 
 def _own_paths(config: Config) -> dict[str, str]:
@@ -176,8 +181,11 @@ def written_init(config: Config, begin: Callable[[str], None], update: Callable[
     return True
 
 
-def alone_in(config: Config, work: Callable[[], int]) -> int:
+def alone_in(config: Config, work: Callable[[], int], keeps_checkpoints: bool = False) -> int:
     """What a command that uses the run folder returns, which no other one may use meanwhile.
+
+    Args:
+        keeps_checkpoints: it writes and removes those of GRPO.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -187,6 +195,8 @@ def alone_in(config: Config, work: Callable[[], int]) -> int:
     with ExitStack() as held:
         try:
             held.enter_context(run_lock(config.folder, tell))
+            if keeps_checkpoints:
+                _hold_checkpoints(config, held)
         except RunInUseError as error:
             return fail(str(error), EXIT_FAILED)
         except KeyboardInterrupt:
@@ -194,6 +204,19 @@ def alone_in(config: Config, work: Callable[[], int]) -> int:
         except OSError as error:
             raise ConfigError(unwritable(config, error)) from error
         return work()
+
+
+def _hold_checkpoints(config: Config, held: ExitStack) -> None:
+    """Another run.root may have a run of the same name; where the folder cannot be written, that is told as it is of
+    each checkpoint."""
+    from pipelines.run_lock import CHECKPOINTS_LOCK, checkpoint_folder, not_locked, run_lock
+
+    folder = checkpoint_folder(config)
+    if folder is not None:
+        try:
+            held.enter_context(run_lock(folder, tell, name=CHECKPOINTS_LOCK))
+        except OSError as error:
+            tell(not_locked(folder, error))
 
 
 def in_session(config: Config, work: Callable[[Reporter], None], with_ray: bool) -> int:

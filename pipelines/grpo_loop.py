@@ -241,9 +241,9 @@ class GrpoLoop:
 
     async def _train(self) -> int:
         """Returns the version that the learner has reached when the run ends or is asked to stop."""
-        self._stats = await self._stop.unless(self._rollouts.stats(), [])
-        clock = self._clock
-        for step in range(self._ledger.buffer.version, self._config.steps):
+        clock, start = self._clock, self._ledger.buffer.version
+        self._stats = await self._measured(start, "the engines' counters", self._rollouts.stats(), [])
+        for step in range(start, self._config.steps):
             version, rate = step + 1, self._learning_rate(step)
             taken = groups = await self._take()
             if not taken:

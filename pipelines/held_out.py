@@ -6,12 +6,13 @@ weights while they answer; a measurement then is of the policy that moved on, by
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from actors.deadline import aside, within
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
 from medtvt_rl.types import Prompt
@@ -35,11 +36,13 @@ class HeldOutMeasurement:
         quick = replace(config, evaluation=replace(config.evaluation, bootstrap_resamples=RESAMPLES))
         self._prompts = one_per_item(prompts)[: settings.max_prompts]
         self._evaluator = make_evaluator(quick, self._prompts, settings.split)
+        self._timeout_s = settings.timeout_s
         self._asker = Asker(config, pool, tokenizer, num_samples=1)
 
     async def measure(self) -> dict[str, float]:
-        """The evaluator's metrics by name."""
+        """The evaluator's metrics by name. Raises DeadlineError where it is late; its thread is left to itself."""
         answers = await self._asker.answers(self._prompts)
-        result = await asyncio.to_thread(self._evaluator.evaluate, answers)
+        judged = aside(partial(self._evaluator.evaluate, answers))
+        result = await within(judged, self._timeout_s, "the evaluator of task.evaluate", "grpo.held_out.timeout_s")
         metrics = result.to_dict()["metrics"]
         return {name: float(metric["value"]) for name, metric in metrics.items()}

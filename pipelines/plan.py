@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from actors.bundles import grpo_bundles
+from collections.abc import Sequence
+
+from actors.cluster_layout import stage_bundles
 from medtvt_rl.config import Config, to_yaml
 
 
-def describe(config: Config) -> str:
-    """The resolved configuration, the batch arithmetic and the placement plan."""
+def describe(config: Config, stages: Sequence[str]) -> str:
+    """The resolved configuration, the batch arithmetic, and what the actors of these stages ask for."""
     return "\n".join(
         [
             "configuration",
@@ -15,9 +17,17 @@ def describe(config: Config) -> str:
             "batch arithmetic",
             _indent(batch_arithmetic(config)),
             "placement",
-            _indent("\n".join(str(bundle) for bundle in grpo_bundles(config))),
+            _indent(actors_of(config, stages)),
         ]
     )
+
+
+def actors_of(config: Config, stages: Sequence[str]) -> str:
+    """Every actor of these stages with what it asks for."""
+    lines: list[str] = []
+    for stage, bundles in stage_bundles(config, stages).items():
+        lines += [f"{stage}:", *(f"  {bundle}" for bundle in bundles)]
+    return "\n".join(lines) or "no actor"
 
 
 def batch_arithmetic(config: Config) -> str:

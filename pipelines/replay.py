@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,9 @@ async def _replay(config: Config, lines: list[dict[str, Any]], reporter: Reporte
     reporter.finish("replay")
     version = lines[-1]["step"] + 1
     reporter.line(f"replay: versions {first + 1} to {version} equal the run's weights bit for bit")
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["replay", *sys.argv[1:]]))

@@ -1,7 +1,8 @@
 """One driver uses a run folder at a time: a lock on a file in it, which goes with the process that holds it.
 
 Owns: RUN/logs/lock, which says who holds it, and the wait for that one's end: a job that was asked to stop still writes
-its checkpoint. Does not own: what is written under it. Who only reads a run (study) takes no lock.
+its checkpoint. A folder of checkpoints outside the run folder has one of its own: runs of one name may share it. Does
+not own: what is written under it. Who only reads a run (study) takes no lock.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LOCK = Path("logs") / "lock"
+from medtvt_rl.config import Config
+
+LOCK, CHECKPOINTS_LOCK = Path("logs") / "lock", Path("lock")
 WAIT_S, POLL_S = 30.0, 0.5
 
 _held = set[int]()
@@ -26,16 +29,16 @@ class RunInUseError(RuntimeError):
 
 
 @contextmanager
-def run_lock(folder: Path, tell: Callable[[str], None], wait_s: float = WAIT_S) -> Iterator[None]:
-    """Holds the run folder, which appears with it. Where its file system has no locks this is told, and nothing held.
+def run_lock(folder: Path, tell: Callable[[str], None], wait_s: float = WAIT_S, name: Path = LOCK) -> Iterator[None]:
+    """Holds the folder, which appears with it. Where its file system has no locks this is told, and nothing held.
 
     Raises:
         RunInUseError: another driver held it for `wait_s`.
         OSError: the folder cannot be written.
     """
-    (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     # Ray's processes do not inherit it, for Python opens files so that they are closed in programs that it starts.
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
     _held.add(lock)
     try:
         _take(lock, folder, tell, wait_s)
@@ -43,6 +46,15 @@ def run_lock(folder: Path, tell: Callable[[str], None], wait_s: float = WAIT_S) 
     finally:
         _held.discard(lock)
         os.close(lock)
+
+
+def checkpoint_folder(config: Config) -> Path | None:
+    """Where the checkpoints lie, if that is a folder which the lock of the run folder does not cover."""
+    from medtvt_rl.storage import Storage
+
+    storage = Storage(config.checkpoint_root)
+    folder = Path(storage.root)
+    return folder if storage.is_local and not folder.is_relative_to(config.folder.resolve()) else None
 
 
 def _take(lock: int, folder: Path, tell: Callable[[str], None], wait_s: float) -> None:
@@ -54,7 +66,7 @@ def _take(lock: int, folder: Path, tell: Callable[[str], None], wait_s: float) -
             break
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                tell(f"{folder} cannot be locked ({error}): see to it yourself that no other driver writes it")
+                tell(not_locked(folder, error))
                 return
         holder = os.pread(lock, 1000, 0).decode(errors="replace").strip() or "another driver"
         if time.monotonic() >= deadline:
@@ -69,6 +81,11 @@ def _take(lock: int, folder: Path, tell: Callable[[str], None], wait_s: float) -
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     os.fsync(lock)  # a driver on another node reads it
+
+
+def not_locked(folder: Path, error: OSError) -> str:
+    """What is said of a folder that is used without a lock."""
+    return f"{folder} cannot be locked ({error}): see to it yourself that no other driver writes it"
 
 
 def _let_go() -> None:

@@ -7,6 +7,7 @@ Owns: the command, its table, the files it leaves. Does not own: which runs are 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -119,3 +120,9 @@ def _plain(content: Any) -> Any:
     if isinstance(content, Sequence) and not isinstance(content, str):
         return [_plain(value) for value in content]
     return content
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["simulate", *sys.argv[1:]]))

@@ -7,6 +7,7 @@ the salt and the data may ask; the answer is an id.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,3 +49,9 @@ def known_ids(config: Config) -> Iterator[str]:
                 yield from (study_id, store.patient_id(study_id))
     for name in ("groups", "discarded"):
         yield from (str(row.get("prompt_id")) for row in read_rows(config.folder / "journal" / f"{name}.jsonl"))
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["study", *sys.argv[1:]]))

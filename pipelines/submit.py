@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import shlex
+import sys
 from pathlib import Path
 
 from medtvt_rl.config_checks import ConfigError
@@ -83,3 +84,9 @@ def _address(given: str | None) -> str:
     cluster = os.environ.get("RAY_ADDRESS", "")
     address = given or job_server or (cluster if cluster.startswith("http") else ADDRESS)
     return (address if "://" in address else f"http://{address}").rstrip("/")
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["submit", *sys.argv[1:]]))

@@ -92,7 +92,7 @@ def _fit(task: StageTask, chosen: Bundle, encoder_steps: int, reporter: Reporter
     board = board.options(scheduling_strategy=here).remote()
     trainer = Trainer(
         _worker,
-        train_loop_config={"task": task, "board": board, "folder": os.getcwd()},
+        train_loop_config={"task": task, "board": board, "folder": os.getcwd(), "gpus": chosen.gpus},
         torch_config=MeetingConfig(),
         scaling_config=_scaling(chosen, task.settings),
         run_config=RunConfig(
@@ -163,6 +163,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     redirect_output(task.config.folder / "logs" / f"{task.stage}_{rank}.log")
     open_for(task.config.privacy, task.config.folder)
     process_group.prepare_environment(task.settings.num_threads)
+    process_group.check_gpu("learner", arguments["gpus"])
     device = ray.train.torch.get_device()
     address, port = meeting()
     process_group.join(

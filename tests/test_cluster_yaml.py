@@ -129,6 +129,8 @@ def test_who_waits_long_for_a_first_node_waits_as_long_for_the_next() -> None:
     example = (ROOT / "docs/cluster.md").read_text().split("```yaml\n")[1].split("```")[0]
     shown = yaml.safe_load(example)
     assert shown["supervision"]["vacancy_timeout_s"] >= shown["placement"]["timeout_s"]
+    (on_cpu,) = (one for one in shown["placement"]["rollout"]["fallbacks"] if one.get("gpus") == 0)
+    assert shown["rollout"]["engine"]["num_threads"] == on_cpu["cpus"], "it computes on what it reserves"
 
 
 @pytest.mark.parametrize("path", cluster_configs(), ids=lambda path: path.stem)

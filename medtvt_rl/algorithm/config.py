@@ -78,12 +78,14 @@ class HeldOutConfig:
         max_prompts: of the split, the first so many; one answer is sampled for each and one greedy.
         best_by: the metric (the higher, the better) whose best checkpoint is kept, as metrics.jsonl names it behind
             "held_out/". None: jaccard, or the reward where task.evaluate is not the packages' own.
+        timeout_s: deadline for judging the answers; one that is missed is told, and training goes on.
     """
 
     every_steps: int = 15
     max_prompts: int = 50
     split: str = "validation"
     best_by: str | None = None
+    timeout_s: float = 300.0
 
 
 @dataclass

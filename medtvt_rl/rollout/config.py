@@ -35,7 +35,7 @@ class EngineConfig:
         dtype: of weights and activations; float32 where engine and learner must agree to 1e-4.
         kv_cache_bytes: KV cache on a CPU; on GPUs `gpu_memory_utilization` rules.
         block_size: tokens per KV block; a multiple of 32 on a CPU.
-        num_threads: OpenMP threads of one engine.
+        num_threads: OpenMP threads of one engine; `placement.rollout.cpus` only reserves them.
     """
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

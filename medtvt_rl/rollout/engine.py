@@ -93,9 +93,6 @@ class RolloutEngine(Protocol):
     def stats(self) -> dict[str, float]:
         """Totals since the start: those of counters.Totals. A late engine whose totals stand still is taken to hang."""
 
-    def close(self) -> None:
-        """Ends it; groups not finished raise EngineBrokenError."""
-
 
 @runtime_checkable
 class MakesAhead(Protocol):

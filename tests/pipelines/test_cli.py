@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from medtvt_rl.config import load_config
 from pipelines import cli
 from pipelines.command import check_engine, in_session, load
-from pipelines.plan import batch_arithmetic
+from pipelines.plan import actors_of, batch_arithmetic
 from pipelines.stages import StageError, finished, start_model, write_json, write_summary
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
@@ -29,6 +30,15 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_lists_the_actors_of_every_stage_that_is_asked_for() -> None:
+    config = load_config(QUICKSTART, ["sft.num_workers=2", "evaluation.num_generators=3"])
+    lines = actors_of(config, ["cohort", "sft", "evaluate"]).splitlines()
+    stage = lines.index("evaluate:")
+    assert [line.partition(":")[0] for line in lines[:stage]] == ["sft", "  learner 0", "  learner 1"]
+    assert [line.partition(":")[0] for line in lines[stage + 1 :]] == [f"  rollout {index}" for index in range(3)]
+    assert actors_of(config, ["cohort"]) == "no actor"
+
+
 def test_batch_arithmetic_counts_prompts_completions_and_micro_batches() -> None:
     config = load_config(QUICKSTART, ["learner.num_workers=2", "learner.token_budget=1024", "grpo.max_staleness=2"])
     text = batch_arithmetic(config)
@@ -43,6 +53,18 @@ def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) ->
         cli.main([stage, "--help"])
     assert caught.value.code == 0
     assert "usage: medtvt-rl" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("stage", [*cli.HELP, *cli.COMMANDS])
+def test_every_stage_is_a_module_that_runs(
+    stage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module(f"pipelines.{stage.replace('-', '_')}", run_name="__main__")
+    assert caught.value.code == 0
+    assert f"usage: medtvt-rl {stage} " in capsys.readouterr().out
 
 
 def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +103,7 @@ def test_the_build_of_vllm_for_gpus_without_one_is_one_line_before_anything_star
     assert error.count("\n") == 1 and "set placement.rollout.gpus=1" in error and "EXTRA=cpu" in error
     assert not (tmp_path / "runs").exists()
     check_engine(load_config(QUICKSTART, ["placement.rollout.gpus=1"]))
+    check_engine(load_config(QUICKSTART, ["placement.rollout.fallbacks=[{gpus: 1}]"]))
     check_engine(load_config(QUICKSTART, ["cluster.address=10.0.0.1:6379"]))  # its nodes may have another build
     check_engine(load_config(QUICKSTART, ["rollout.make_engine=my_engine:start"]))
 

@@ -56,6 +56,21 @@ def test_engines_that_cannot_be_compared_or_counted_are_told(monkeypatch: pytest
     assert loop.result.logprob_max_abs_diff == 0.25 and loop.result.steps == 6
 
 
+def test_engines_that_are_late_with_their_first_counters_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, asked = FakeEngines.stats, list[int]()
+
+    async def stats(self: FakeEngines) -> list[dict[str, float]]:
+        asked.append(self.cluster.version)
+        if len(asked) == 1:
+            raise RuntimeError("late")
+        return await counted(self)
+
+    monkeypatch.setattr(FakeEngines, "stats", stats)
+    told = Told()
+    assert run_loop(FakeCluster(), told, max_staleness=0).result.steps == 6
+    assert told.unknown == [(0, "the engines' counters", "late")] and asked == [0, 1, 2, 3, 4, 5, 6]
+
+
 def test_a_lost_role_still_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     async def score(self: FakeEngines, group: int, index: int) -> list[np.ndarray]:
         raise RoleLostError("no rollout actor is left", ())

@@ -101,6 +101,33 @@ def test_a_stage_leaves_a_run_folder_in_use_alone(
         assert [path.name for path in folder.iterdir()] == ["logs"] and not (folder / "config.yaml").exists()
 
 
+def test_runs_of_one_name_do_not_share_a_folder_of_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(stage: str, *overrides: str) -> int:
+        return cli.main([stage, "-c", QUICKSTART, f"run.root={tmp_path / 'other'}", "run.name=r", *overrides])
+
+    config = a_config(tmp_path / "one", "run.name=r", f"grpo.checkpoint_root={tmp_path / 'kept'}")
+    kept = run_lock.checkpoint_folder(config)
+    assert kept == tmp_path / "kept" / "r"
+    assert run_lock.checkpoint_folder(a_config(tmp_path)) is None, "the lock of the run folder holds it"
+    config.grpo.checkpoint_root = "memory://kept"
+    assert run_lock.checkpoint_folder(config) is None
+    begun = list[str]()
+    monkeypatch.setattr(cli, "_run_here", lambda stage, config: begun.append(stage) or 0)
+    with run_lock.run_lock(kept, print, name=run_lock.CHECKPOINTS_LOCK):
+        monkeypatch.setattr(run_lock, "run_lock", partial(run_lock.run_lock, wait_s=0.0))
+        for stage in ("run", "grpo"):
+            assert command(stage, f"grpo.checkpoint_root={tmp_path / 'kept'}") == 1
+            assert f"{kept} is in use by process {os.getpid()} on " in capsys.readouterr().err
+        assert command("sft", f"grpo.checkpoint_root={tmp_path / 'kept'}") == 0
+    assert command("grpo", f"grpo.checkpoint_root={tmp_path / 'kept'}") == 0
+    assert begun == ["sft", "grpo"] and capsys.readouterr().err == ""
+    (tmp_path / "file").touch()
+    assert command("grpo", f"grpo.checkpoint_root={tmp_path / 'file'}") == 0
+    assert "cannot be locked" in capsys.readouterr().err
+
+
 def test_a_replay_leaves_a_run_that_is_under_way_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,7 +114,6 @@ def test_a_text_depends_on_its_seed_alone_and_ends_where_the_model_ends_it(make:
     assert greedy[0].token_ids.tolist() == greedy[1].token_ids.tolist()
     stats = engine.stats()
     assert stats["tokens_generated"] == whole.num_tokens + part.num_tokens + sum(len(c.token_ids) for c in greedy)
-    engine.close()
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -128,7 +127,6 @@ def test_after_a_step_the_engine_holds_what_the_learner_sent(make: Any, llama: P
         buffer = pack_weights(version, unmerged_weights(learner.engine.policy))
         assert engine.update_weights(buffer, "continue") == buffer.checksum and engine.version == version
         assert gap(learner, engine, group) < TOLERANCE
-    engine.close()
 
 
 def test_damage_is_told_and_weights_of_another_model_break_it(make: Any, llama: Path) -> None:
@@ -142,7 +140,6 @@ def test_damage_is_told_and_weights_of_another_model_break_it(make: Any, llama: 
         engine.update_weights(pack_weights(1, [("model.norm.weight", torch.zeros(3))]), "continue")
     with pytest.raises(EngineBrokenError, match="version 1 do not fit"):
         a_group(engine, 1)
-    engine.close()
 
 
 def test_a_model_that_reads_a_dial_learns_and_samples_with_it(make: Any, dial: tuple[Path, Any]) -> None:
@@ -161,4 +158,3 @@ def test_a_model_that_reads_a_dial_learns_and_samples_with_it(make: Any, dial: t
     learner.engine.policy.save(folder.parent / "trained")  # type: ignore[operator]
     again = load_policy(folder.parent / "trained")
     assert torch.equal(again.reader.weight, learner.engine.policy.reader.weight)  # type: ignore[arg-type]
-    engine.close()

@@ -29,7 +29,7 @@ from medtvt_rl.rewards.config import RewardConfig
 from medtvt_rl.rollout.config import SamplingConfig
 from medtvt_rl.types import Prompt, RolloutGroup
 from medtvt_rl.weights import pack_weights
-from pipelines.plan import describe
+from pipelines.plan import actors_of
 from tests.tiny_llama import tiny_llama
 
 pytestmark = pytest.mark.cluster
@@ -167,7 +167,7 @@ def test_a_role_of_one_s_own_scores_beside_the_others_and_is_replaced(
 ) -> None:
     from memory_role import MemoryLayout  # type: ignore[import-not-found]
 
-    assert "memory 0: 0.1 CPU" in describe(config)
+    assert "memory 0: 0.1 CPU" in actors_of(config, ["grpo"])
     (first, second, third), incidents = asyncio.run(scored_twice(config, folder, MemoryLayout))
     assert set(first.components) == {"right", "rarity"}
     assert first.components["rarity"].tolist() == [1, 1] and second.components["rarity"].tolist() == [0.5, 0.5]

