@@ -122,7 +122,6 @@ class Layout:
                 await rollouts.update_weights(weights, found.version, checksum)
             keeper = CheckpointKeeper(config, self._store, learner, identity, self._tell, fetch)
             summary = await self._loop(found, placement, rollouts, scoring, reference, learner, keeper)
-            await learner.save_model(config.stage_folder("grpo") / "model")
             for role in (rollouts, scoring, reference, learner):
                 if role is not None:
                     role.stop()
@@ -170,8 +169,8 @@ class Layout:
         is_known = None if found is None else GroupLedger.known(found.loop)
         folder, limit = config.folder / "journal", config.rollout.sampling.max_new_tokens
         kept = _first(found), is_known, shows_samples(), to_yaml(config)
-        with Journal(folder, self._tokenizer, fetch, *kept) as journal:
-            self._incidents.record = journal.incident
+        journal = Journal(folder, self._tokenizer, fetch, *kept)
+        with journal, self._incidents.recorded(journal.incident):
             report = StepReport(reporter, journal, Alarms(config.alarms), self._incidents, rollouts.shares)
             report.show_again(read_metrics(config.folder / METRICS_FILE))
             held_out = _held_out(config, rollouts, self._tokenizer)
@@ -193,6 +192,7 @@ class Layout:
             if self._stop.requested:
                 raise Stopped(self._stop.number, _where(config, keeper, result))
             await keeper.close()
+            await learner.save_model(config.stage_folder("grpo") / "model")
         generators = generators_summary(rollouts.shares(), placement.kinds("rollout"))
         for line in generators_lines(generators):
             self._tell(line)

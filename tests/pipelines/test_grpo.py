@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from stored_examples import a_config, prompt_of
 from test_journal import trained_step, training_group
 
 from actors.supervision import Incidents
+from actors.timeline import Timeline
 from medtvt_rl.config import Config, TaskConfig
 from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.evaluation.config import AlarmConfig
+from medtvt_rl.faults import Incident
 from medtvt_rl.rollout.config import EngineConfig, RolloutConfig, SamplingConfig
 from medtvt_rl.types import Prompt, ReferenceHeader
-from pipelines.grpo import StepReport, load_prompts
+from pipelines import grpo
+from pipelines.grpo import Layout, StepReport, load_prompts
+from pipelines.grpo_roles import LoopResult
 from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
+from pipelines.timeline_file import TimelineFile
 
 
 def prompts_of_ten_tokens(config: Config, tokenizer: object, split: str) -> Sequence[Prompt]:
@@ -116,3 +125,61 @@ def test_an_alarm_that_began_with_an_infinite_value_is_not_new_after_a_resume(tm
     assert len(report.sounded) == 1
     report.measured({"held_out/version": 1.0, **ill})
     assert len(report.sounded) == 1 and not notes.lines
+
+
+INCIDENT = Incident(
+    role="learner",
+    index=0,
+    node="10.0.0.7",
+    cause="ActorDiedError: killed",
+    log="learner_0.log",
+    log_tail=(),
+    outcome="replaced",
+    seconds=1.0,
+    groups=0,
+)
+
+
+class EndedLoop:
+    """A loop that has done its steps."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    async def run(self) -> LoopResult:
+        return LoopResult(rewards=[0.5])
+
+    def keep_soon(self) -> bool:
+        return False
+
+
+class LastGang:
+    """Learners that are lost, and replaced, while they write the policy."""
+
+    def __init__(self, incidents: Incidents) -> None:
+        self.incidents, self.saved = incidents, list[Path]()
+
+    async def save_model(self, folder: Path) -> None:
+        self.incidents.add(INCIDENT)
+        self.saved.append(folder)
+
+
+def test_a_rank_that_is_lost_while_the_policy_is_written_is_journalled_and_one_later_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config: Any = a_config(tmp_path, "grpo.held_out.every_steps=0")
+    layout: Any = Layout.__new__(Layout)
+    layout._config, layout._tokenizer, layout._prompts, layout._stop = config, None, [prompt_of(1)], grpo.Stop()
+    layout._reporter, layout._incidents = Reporter(config.folder, stream=io.StringIO()), Incidents(print)
+    layout._timeline_file = TimelineFile(Timeline(), config.folder, print)
+    monkeypatch.setattr(grpo, "GrpoLoop", EndedLoop)
+
+    async def nothing() -> None: ...
+
+    keeper, rollouts = SimpleNamespace(newest=None, close=nothing), SimpleNamespace(shares=list)
+    placement, learner = SimpleNamespace(kinds=lambda role: {}), LastGang(layout._incidents)
+    with layout._reporter:
+        summary = asyncio.run(layout._loop(None, placement, rollouts, None, None, learner, keeper))
+    assert learner.saved == [config.stage_folder("grpo") / "model"] and summary["restarts/learner"] == 1.0
+    layout._incidents.add(INCIDENT)
+    (event,) = (config.folder / "journal" / "events.jsonl").read_text().splitlines()
+    assert json.loads(event)["outcome"] == "replaced"
