@@ -14,7 +14,7 @@ from stored_examples import a_config, finished_group, prompt_of, store_at, write
 
 from medtvt_rl.config_checks import ConfigError
 from medtvt_rl.storage import Storage
-from pipelines.checkpoints import CheckpointStore
+from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.group_ledger import GroupLedger
 
 
@@ -64,6 +64,23 @@ def test_a_damaged_one_is_passed_over_with_a_line(root: str, damage: str) -> Non
     assert (len(said) == 0) if silent else ("step_000010 is damaged and passed over" in said[0])
     write(store, 10)
     assert store.newest(said.append).version == 10  # type: ignore[union-attr]
+
+
+def test_one_that_makes_room_while_it_is_read_is_no_damage(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As restarted learners may find it: a checkpoint of just before their end appears meanwhile."""
+    store, said, read = CheckpointStore(root), list[str](), CheckpointStore.read
+    write(store, 15)
+
+    def overtaken(store: CheckpointStore, version: int) -> Checkpoint:
+        if version == 15:
+            write(store, 20)
+            store.rotate(keep=1)
+        return read(store, version)
+
+    monkeypatch.setattr(CheckpointStore, "read", overtaken)
+    found = store.newest(said.append, last=20)
+    assert found is not None and found.version == 20 and not said and not store.damaged
+    assert store.newest(said.append, last=19) is None
 
 
 def test_a_damaged_one_takes_no_whole_one_s_place(root: str) -> None:
