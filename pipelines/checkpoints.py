@@ -107,7 +107,8 @@ class CheckpointStore:
         name = self._unfinished(version)
         self._storage.remove(f"{name}/{MANIFEST}")
         self._storage.remove(name)
-        self.damaged.discard(version)
+        if not self._storage.is_local:
+            self.damaged.discard(version)  # it lay here; in a folder it stays until the new one is whole
         return self._storage.at(name)
 
     def complete(
@@ -145,6 +146,7 @@ class CheckpointStore:
         if self._storage.is_local:
             self._storage.remove(folder_name(version))
             self._storage.rename(name, folder_name(version))
+            self.damaged.discard(version)
 
     def versions(self) -> list[int]:
         """Of the checkpoints that claim to be whole and were not found to be damaged, the newest first."""

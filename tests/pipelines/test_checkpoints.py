@@ -99,6 +99,19 @@ def test_a_damaged_one_takes_no_whole_one_s_place(root: str) -> None:
     assert store.versions() == [9]
 
 
+def test_a_damaged_one_that_is_not_written_anew_to_the_end_takes_no_whole_one_s_place_either(root: str) -> None:
+    store = CheckpointStore(root)
+    for version in (2, 9):
+        write(store, version)
+    Storage(store.place(9)).write("learner/rank_00000.safetensors", b"damaged")
+    assert store.newest(lambda told: None).version == 2  # type: ignore[union-attr]
+    Storage(store.begin(9)).write("learner/rank_00000.safetensors", b"half")
+    store.rotate(keep=1)
+    assert store.versions() == [2] and CheckpointStore(root).newest(lambda told: None).version == 2  # type: ignore[union-attr]
+    behind_url = root.startswith("memory")
+    assert Storage(root).names() == (["step_000002"] if behind_url else ["step_000002", "step_000009"])
+
+
 def test_the_best_on_held_out_answers_is_never_rotated_away(root: str) -> None:
     store = CheckpointStore(root)
     for version, score in ((5, 0.4), (10, 0.6), (15, 0.5), (20, None), (25, None)):
