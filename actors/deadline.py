@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
-from threading import Thread
+from collections.abc import Awaitable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -47,19 +45,3 @@ async def before(event: asyncio.Event, awaitable: Awaitable[T]) -> T:
     finally:
         task.cancel()
         overtaken.cancel()
-
-
-async def aside(work: Callable[[], T]) -> T:
-    """What `work` gives, on a thread of its own. One that never ends holds up neither the loop's end nor the process's,
-    unlike those of asyncio.to_thread."""
-    result: Future[T] = Future()
-    result.set_running_or_notify_cancel()  # so that who no longer waits does not cancel it under the thread
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:
-            result.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return await asyncio.wrap_future(result)

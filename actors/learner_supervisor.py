@@ -26,9 +26,11 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from actors.deadline import DeadlineError, within
 from actors.failure import log_tail
 from actors.learner_gang import GroupWithAdvantages, LearnerError, LearnerGang
 from actors.member import Bundles, Loss
+from actors.own_thread import in_own_thread
 from actors.roster import PLACE_POLL_S
 from actors.spares import Spares
 from actors.supervision import Incidents, Restarts
@@ -61,7 +63,7 @@ class Shelf(Protocol):
 
     def newest(self, version: int) -> tuple[str, int] | None:
         """Place of the learners' part, and version, of the newest whole one not later than `version`; None is
-        the model that the run started from. May take long.
+        the model that the run started from. May take long, or for ever.
 
         Raises:
             OutOfReachError: that cannot be said now.
@@ -242,12 +244,16 @@ class LearnerSupervisor:
         return words
 
     async def _newest(self, version: int) -> tuple[str, int] | None:
-        """The checkpoint to begin at. Raises RecoveryError where the store does not answer in time."""
+        """The checkpoint to begin at. Raises RecoveryError where the store does not answer in time, or at all."""
+        read_s, read_setting = self._config.grpo.checkpoint_timeout_s, "grpo.checkpoint_timeout_s"
         limit_s, setting = self._config.supervision.vacancy_timeout_s, "supervision.vacancy_timeout_s"
         deadline, told = time.monotonic() + limit_s, False
         while True:
             try:
-                return await asyncio.to_thread(self._shelf.newest, version)
+                reading = in_own_thread(self._shelf.newest, version)
+                return await within(reading, read_s, "the newest checkpoint to be read", read_setting)
+            except DeadlineError as error:
+                raise RecoveryError(str(error)) from error
             except OutOfReachError as error:
                 if time.monotonic() > deadline:
                     raise RecoveryError(

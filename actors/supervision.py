@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from medtvt_rl.config import SupervisionConfig
 from medtvt_rl.faults import Incident
@@ -58,21 +59,27 @@ class Incidents:
 
     Args:
         report: is told lines.
-
-    Attributes:
-        record: is told incidents, where somebody keeps them.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self.report = report
-        self.record: Callable[[Incident], None] | None = None
         self.over: list[Incident] = []
+        self._record: Callable[[Incident], None] | None = None
+
+    @contextmanager
+    def recorded(self, record: Callable[[Incident], None]) -> Iterator[None]:
+        """Within it `record` is told incidents; one that is over later is kept here alone."""
+        self._record = record
+        try:
+            yield
+        finally:
+            self._record = None
 
     def add(self, incident: Incident) -> None:
         """An incident is over."""
         self.over.append(incident)
-        if self.record is not None:
-            self.record(incident)
+        if self._record is not None:
+            self._record(incident)
 
     def of(self, role: str) -> tuple[Incident, ...]:
         """Those of a role."""

@@ -52,6 +52,13 @@ def read_manifest(storage: Storage, folder: str, form: int) -> dict[str, Any]:
     return manifest
 
 
+def damage(storage: Storage) -> tuple[type[Exception], ...]:
+    """What reading a folder ends with where its files are not those that were written. On a disk that is any OSError,
+    also a failing block; behind a URL only a missing file: what else a client raises says that the store is out of
+    reach, and nothing of the files."""
+    return (OSError if storage.is_local else FileNotFoundError, ValueError, KeyError, TypeError)
+
+
 def _own_digest(manifest: dict[str, Any]) -> str:
     """Of the manifest without its digest."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

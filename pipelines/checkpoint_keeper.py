@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from actors.own_thread import in_own_thread
 from medtvt_rl.config import Config
 from medtvt_rl.storage import Digest
 from pipelines.checkpoints import LEARNER, CheckpointStore
@@ -37,6 +38,7 @@ class CheckpointKeeper:
         identity: see identity.py.
         report: told in one line what went wrong.
         fetch: from a handle of the loop to what is behind it.
+        newest: version of the checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class CheckpointKeeper:
         identity: Mapping[str, str],
         report: Callable[[str], None],
         fetch: Callable[[Any], Any],
+        newest: int | None = None,
     ) -> None:
         self._config, self._store, self._learners = config, store, learners
         self._identity, self._report, self._fetch = identity, report, fetch
@@ -54,7 +57,7 @@ class CheckpointKeeper:
         self._thread: asyncio.Future[Any] | None = None
         self._scores: dict[int, float] = {}
         self._knows_metric = True
-        self.newest: int | None = None
+        self.newest = newest
         self.measuring: int | None = None
 
     async def save(
@@ -128,7 +131,7 @@ class CheckpointKeeper:
     async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
         """One at a time, also where the one before is late and nobody waits for it any more."""
         await self._idle()
-        self._thread = asyncio.ensure_future(asyncio.to_thread(work, *args))
+        self._thread = asyncio.ensure_future(in_own_thread(work, *args))
         self._thread.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have no reader
         return await asyncio.shield(self._thread)
 

@@ -20,10 +20,11 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from typing import Any
 
 from medtvt_rl.config import Config
-from medtvt_rl.manifest import MANIFEST, read_manifest, write_manifest
+from medtvt_rl.manifest import MANIFEST, damage, read_manifest, write_manifest
 from medtvt_rl.storage import Digest, Storage
 from medtvt_rl.types import Prompt
 from pipelines.grpo_roles import FinishedGroup
@@ -91,6 +92,8 @@ class CheckpointStore:
 
     def __init__(self, root: str) -> None:
         self._storage = Storage(root)
+        self.damage = damage(self._storage)
+        """What reading one that is not whole ends with."""
         self.damaged = set[int]()
         """Those that `newest` found not to be whole."""
 
@@ -104,7 +107,8 @@ class CheckpointStore:
         name = self._unfinished(version)
         self._storage.remove(f"{name}/{MANIFEST}")
         self._storage.remove(name)
-        self.damaged.discard(version)
+        if not self._storage.is_local:
+            self.damaged.discard(version)  # it lay here; in a folder it stays until the new one is whole
         return self._storage.at(name)
 
     def complete(
@@ -142,6 +146,7 @@ class CheckpointStore:
         if self._storage.is_local:
             self._storage.remove(folder_name(version))
             self._storage.rename(name, folder_name(version))
+            self.damaged.discard(version)
 
     def versions(self) -> list[int]:
         """Of the checkpoints that claim to be whole and were not found to be damaged, the newest first."""
@@ -157,18 +162,27 @@ class CheckpointStore:
         """Where the checkpoint of a version lies."""
         return self._storage.at(folder_name(version))
 
-    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
-        """The newest whole one, None if there is none; each damaged one is reported, and passed over."""
-        for each in self.versions():
+    def newest(self, report: Callable[[str], None], last: float = inf) -> Checkpoint | None:
+        """The newest whole one, None if there is none; each damaged one is reported, and passed over. What the client
+        of a store raises that is out of reach is raised.
+
+        Args:
+            last: later versions do not count. Checkpoints may be written and rotated meanwhile.
+        """
+        found, passed = None, dict[int, Exception]()
+        # Listed before each is read: what cannot be read may have made room for a newer one since.
+        while found is None and (left := [v for v in self.versions() if v <= last and v not in passed]):
             try:
-                return self.read(each)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                self.damaged.add(each)
-                report(f"checkpoint {self.place(each)} is damaged and passed over: {error}")
-        return None
+                found = self.read(left[0])
+            except self.damage as error:
+                passed[left[0]] = error
+        for each in [v for v in self.versions() if v in passed] if passed else []:
+            self.damaged.add(each)
+            report(f"checkpoint {self.place(each)} is damaged and passed over: {passed[each]}")
+        return found
 
     def read(self, version: int) -> Checkpoint:
-        """The checkpoint of a version. Raises OSError or ValueError if a file is missing, or not the one that was
+        """The checkpoint of a version. Raises what `damage` names if a file is missing, or not the one that was
         written."""
         name = folder_name(version)
         manifest = read_manifest(self._storage, name, FORMAT)

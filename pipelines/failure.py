@@ -11,16 +11,18 @@ from pathlib import Path
 
 from medtvt_rl.config import Config
 from medtvt_rl.faults import RoleLostError
-from pipelines.checkpoints import CheckpointStore
 from pipelines.stages import write_json
 
 FAILURE_FILE = "failure.json"
 
 
-def write_failure(config: Config, store: CheckpointStore, error: RoleLostError) -> RoleLostError:
+def write_failure(config: Config, newest: str | None, error: RoleLostError) -> RoleLostError:
     """Writes the report: role, node, cause and last words of each loss, and where the run goes on. The error to raise
-    in its place names the file, or says why there is none."""
-    newest = next((store.place(version) for version in store.versions()), None)
+    in its place names the file, or says why there is none.
+
+    Args:
+        newest: place of the newest checkpoint, as it is known: the store may be what is out of reach.
+    """
     path = config.folder / FAILURE_FILE
     report = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

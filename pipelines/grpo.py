@@ -18,6 +18,7 @@ import ray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.learner_supervisor import LearnerSupervisor
+from actors.own_thread import in_own_thread
 from actors.placement import Bundle, Placement, grpo_roles, placed, plan
 from actors.rollout_pool import RolloutPool
 from actors.scoring_pools import ReferencePool, ScorerPool
@@ -99,7 +100,7 @@ class Layout:
         """Returns what the summary says of the stage."""
         config = self._config
         identity = await asyncio.to_thread(identity_of, config, self._folder, self._prompts)
-        found = await asyncio.to_thread(find_resume, config, self._store, identity, self._tell)
+        found = await in_own_thread(find_resume, config, self._store, identity, self._tell)
         # Generators that are asked for beyond rollout.min join when they have their nodes.
         bundles = [b for b in self.bundles(config) if b.role != "rollout" or b.index < config.rollout.least]
         self._tell(f"starting {len(bundles)} actors")
@@ -110,24 +111,26 @@ class Layout:
         if placement is None:
             raise Stopped(self._stop.number, f"no step was taken. {_goes_on(config)}")
         self._show(placement)
+        newest, keeper = None if found is None else found.version, None
         try:
             roles = await self._stop.unless(self._start(placement, found), None)
             if roles is None:
                 raise Stopped(self._stop.number, f"no step was taken. {_goes_on(config)}")
             rollouts, scoring, reference, learner = roles
             if found is None:
-                await asyncio.to_thread(self._store.clear)
+                await in_own_thread(self._store.clear)
             else:
                 weights, checksum = await learner.export(found.version)
                 await rollouts.update_weights(weights, found.version, checksum)
-            keeper = CheckpointKeeper(config, self._store, learner, identity, self._tell, fetch)
+            keeper = CheckpointKeeper(config, self._store, learner, identity, self._tell, fetch, newest)
             summary = await self._loop(found, placement, rollouts, scoring, reference, learner, keeper)
-            await learner.save_model(config.stage_folder("grpo") / "model")
             for role in (rollouts, scoring, reference, learner):
                 if role is not None:
                     role.stop()
         except RoleLostError as error:
-            raise write_failure(config, self._store, error) from error
+            newest = newest if keeper is None else keeper.newest
+            place = None if newest is None else self._store.place(newest)
+            raise write_failure(config, place, error) from error
         finally:
             placement.release()
             self._timeline_file.write()
@@ -170,17 +173,16 @@ class Layout:
         is_known = None if found is None else GroupLedger.known(found.loop)
         folder, limit = config.folder / "journal", config.rollout.sampling.max_new_tokens
         kept = _first(found), is_known, shows_samples(), to_yaml(config)
-        with Journal(folder, self._tokenizer, fetch, *kept) as journal:
-            self._incidents.record = journal.incident
+        journal = Journal(folder, self._tokenizer, fetch, *kept)
+        with journal, self._incidents.recorded(journal.incident):
             report = StepReport(reporter, journal, Alarms(config.alarms), self._incidents, rollouts.shares)
             report.show_again(read_metrics(config.folder / METRICS_FILE))
             held_out = _held_out(config, rollouts, self._tokenizer)
             collaborators = sampler, rollouts, scoring, reference, learner, report, held_out, keeper, self._stop
             loop = GrpoLoop(config.grpo, limit, *collaborators)
             if found is not None:
-                groups = await asyncio.to_thread(found.groups, GroupLedger.prompts(found.loop, sampler), ray.put)
+                groups = await in_own_thread(found.groups, GroupLedger.prompts(found.loop, sampler), ray.put)
                 loop.load_state_dict(found.loop, groups)
-                keeper.newest = found.version
             # Scoring of another layout may hold several pools.
             scorers = getattr(scoring, "pools", {"reward": scoring})
             pools = {"rollout": rollouts, "reference": reference, **scorers}
@@ -193,6 +195,7 @@ class Layout:
             if self._stop.requested:
                 raise Stopped(self._stop.number, _where(config, keeper, result))
             await keeper.close()
+            await learner.save_model(config.stage_folder("grpo") / "model")
         generators = generators_summary(rollouts.shares(), placement.kinds("rollout"))
         for line in generators_lines(generators):
             self._tell(line)

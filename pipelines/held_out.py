@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.deadline import aside, within
+from actors.deadline import within
+from actors.own_thread import in_own_thread
 from actors.rollout_pool import RolloutPool
 from medtvt_rl.config import Config
 from medtvt_rl.types import Prompt
@@ -42,7 +42,7 @@ class HeldOutMeasurement:
     async def measure(self) -> dict[str, float]:
         """The evaluator's metrics by name. Raises DeadlineError where it is late; its thread is left to itself."""
         answers = await self._asker.answers(self._prompts)
-        judged = aside(partial(self._evaluator.evaluate, answers))
+        judged = in_own_thread(self._evaluator.evaluate, answers)
         result = await within(judged, self._timeout_s, "the evaluator of task.evaluate", "grpo.held_out.timeout_s")
         metrics = result.to_dict()["metrics"]
         return {name: float(metric["value"]) for name, metric in metrics.items()}

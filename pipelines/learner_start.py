@@ -20,9 +20,6 @@ from medtvt_rl.config import Config
 from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.journal import STEPS_FILE, read_steps
 
-DAMAGED = (FileNotFoundError, ValueError, KeyError, TypeError)
-"""What reading a checkpoint ends with where its files are not those that were written; anything else is the store's."""
-
 
 class CheckpointShelf:
     """The checkpoints that this run wrote or went on from; those of a run before it are gone when it starts anew.
@@ -37,20 +34,10 @@ class CheckpointShelf:
     def newest(self, version: int) -> tuple[str, int] | None:
         """See Shelf."""
         try:
-            return self._newest(version)
+            found = self._store.newest(self._report, version)
         except Exception as error:  # the client of a store raises what it likes
             raise OutOfReachError(cause_of(error)) from error
-
-    def _newest(self, version: int) -> tuple[str, int] | None:
-        for known in self._store.versions():
-            if known > version:
-                continue
-            try:
-                return self._store.read(known).learner, known
-            except DAMAGED as error:
-                if self._store.has(known):  # else it made room for newer ones
-                    self._report(f"checkpoint {self._store.place(known)} is damaged and passed over: {error}")
-        return None
+        return None if found is None else (found.learner, found.version)
 
 
 def earlier_steps(config: Config, first: int) -> dict[int, StepNote]:

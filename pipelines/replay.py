@@ -93,7 +93,7 @@ def _check_checkpoint(store: CheckpointStore, version: int) -> None:
         )
     try:
         store.read(version)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except store.damage as error:
         raise ReplayError(f"--from-step {version}: {store.place(version)} is damaged: {error}") from error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from actors.failure import cause_of
 from medtvt_rl.config import Config
 from pipelines.checkpoints import Checkpoint, CheckpointStore, packages
 from pipelines.stages import differences, resolved_settings, selected
@@ -70,14 +71,22 @@ def find_resume(
     """The checkpoint to go on from, with a line for the reader; None where the stage starts anew.
 
     Raises:
-        ResumeError: what its state depends on has changed, or there are checkpoints, none of which can be read.
+        ResumeError: what its state depends on has changed, or there are checkpoints, none of which can be read, or
+            whether there are any cannot be said.
     """
     if config.resume == "never":
         return None
-    if store.is_finished:
+    try:
+        is_finished = store.is_finished
+        found = None if is_finished else store.newest(report)
+    except Exception as error:  # the client of a store raises what it likes
+        raise ResumeError(
+            f"the checkpoints in {config.checkpoint_root} cannot be read ({cause_of(error)}); nothing was started, try "
+            "again when they can"
+        ) from error
+    if is_finished:
         report(f"starts anew: the checkpoints in {config.checkpoint_root} are of a finished stage")
         return None
-    found = store.newest(report)
     if found is None:
         check_none_lost(len(store.damaged), config.checkpoint_root)
     else:

@@ -121,7 +121,7 @@ class GrpoConfig:
             folder named as the run; null: `checkpoints` in the run folder. Every learner must reach it.
         checkpoint_in_background: "always": a checkpoint is copied in host memory and written while training goes on;
             "never": training waits; "auto": copied where the node has twice the memory free that this takes.
-        checkpoint_timeout_s: deadline for writing one.
+        checkpoint_timeout_s: deadline for writing one, and for reading it where the learners are started again.
     """
 
     steps: int = 100

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 
 import pytest
 
-from actors.deadline import DeadlineError, aside, within
+from actors.deadline import DeadlineError, within
 
 
 async def answer(seconds: float) -> int:
@@ -31,20 +29,3 @@ def test_other_errors_pass_through() -> None:
 
     with pytest.raises(KeyError, match="its own"):
         asyncio.run(within(fails(), 5.0, "an answer", "some_s"))
-
-
-def test_work_aside_gives_its_result_or_its_error() -> None:
-    def fails() -> None:
-        raise KeyError("its own")
-
-    assert asyncio.run(aside(lambda: threading.current_thread().daemon))
-    with pytest.raises(KeyError, match="its own"):
-        asyncio.run(aside(fails))
-
-
-def test_work_that_never_ends_holds_up_no_loop() -> None:
-    ends, began = threading.Event(), time.monotonic()
-    with pytest.raises(DeadlineError, match="the work"):
-        asyncio.run(within(aside(lambda: ends.wait(60)), 0.05, "the work", "some_s"))
-    assert time.monotonic() - began < 30
-    ends.set()

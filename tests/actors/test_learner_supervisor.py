@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,7 +72,8 @@ class Cast:
         self.config = Config(run=RunConfig(name="r", root=str(tmp_path)), supervision=SupervisionConfig(**settings))
         self.config.grpo.record_steps = record_steps
         self.fail_at, self.skipped, self.damaged = list(fail_at), set[int](), False
-        self.unanswered = 0
+        self.unanswered, self.hangs = 0, threading.Event()
+        self.hangs.set()
         self.records, self.checkpoints, self.version = set[int](), dict[int, list[int]](), 0
         self.gangs: list[FakeGang] = [FakeGang(self)]
         self.told: list[str] = []
@@ -84,6 +87,7 @@ class Cast:
         return self.gangs[-1]
 
     def newest(self, version: int) -> tuple[str, int] | None:
+        self.hangs.wait(20)
         if self.unanswered > 0:
             self.unanswered -= 1
             raise OutOfReachError("ClientError: 503 Slow Down")
@@ -203,6 +207,19 @@ def test_a_store_that_does_not_answer_is_waited_for_but_not_without_end(
         with pytest.raises(RoleLostError, match=words):
             asyncio.run(cast.run())
         assert cast.gangs[1].dead and cast.incidents.over[0].outcome == "given up"
+
+
+def test_a_store_that_hangs_ends_the_run_and_not_only_its_wait(tmp_path: Path) -> None:
+    cast = Cast(tmp_path, "train 5")
+    cast.config.grpo.checkpoint_timeout_s = 0.3
+    cast.hangs.clear()
+    began = time.monotonic()
+    words = r"waited 0\.3 s \(grpo\.checkpoint_timeout_s\) for the newest checkpoint to be read"
+    with pytest.raises(RoleLostError, match=words):
+        asyncio.run(cast.run())
+    cast.hangs.set()
+    assert time.monotonic() - began < 10, "the event loop does not wait for the thread that hangs"
+    assert cast.gangs[1].dead and cast.incidents.over[0].outcome == "given up"
 
 
 def test_steps_before_a_resume_are_repeated_by_what_the_journal_says(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from stored_examples import a_config, finished_group, prompt_of, store_at, write
 
 from medtvt_rl.config_checks import ConfigError
 from medtvt_rl.storage import Storage
-from pipelines.checkpoints import CheckpointStore
+from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.group_ledger import GroupLedger
 
 
@@ -66,6 +66,23 @@ def test_a_damaged_one_is_passed_over_with_a_line(root: str, damage: str) -> Non
     assert store.newest(said.append).version == 10  # type: ignore[union-attr]
 
 
+def test_one_that_makes_room_while_it_is_read_is_no_damage(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As restarted learners may find it: a checkpoint of just before their end appears meanwhile."""
+    store, said, read = CheckpointStore(root), list[str](), CheckpointStore.read
+    write(store, 15)
+
+    def overtaken(store: CheckpointStore, version: int) -> Checkpoint:
+        if version == 15:
+            write(store, 20)
+            store.rotate(keep=1)
+        return read(store, version)
+
+    monkeypatch.setattr(CheckpointStore, "read", overtaken)
+    found = store.newest(said.append, last=20)
+    assert found is not None and found.version == 20 and not said and not store.damaged
+    assert store.newest(said.append, last=19) is None
+
+
 def test_a_damaged_one_takes_no_whole_one_s_place(root: str) -> None:
     store = CheckpointStore(root)
     for version in (2, 9):
@@ -80,6 +97,19 @@ def test_a_damaged_one_takes_no_whole_one_s_place(root: str) -> None:
     write(store, 9)
     store.rotate(keep=1)
     assert store.versions() == [9]
+
+
+def test_a_damaged_one_that_is_not_written_anew_to_the_end_takes_no_whole_one_s_place_either(root: str) -> None:
+    store = CheckpointStore(root)
+    for version in (2, 9):
+        write(store, version)
+    Storage(store.place(9)).write("learner/rank_00000.safetensors", b"damaged")
+    assert store.newest(lambda told: None).version == 2  # type: ignore[union-attr]
+    Storage(store.begin(9)).write("learner/rank_00000.safetensors", b"half")
+    store.rotate(keep=1)
+    assert store.versions() == [2] and CheckpointStore(root).newest(lambda told: None).version == 2  # type: ignore[union-attr]
+    behind_url = root.startswith("memory")
+    assert Storage(root).names() == (["step_000002"] if behind_url else ["step_000002", "step_000009"])
 
 
 def test_the_best_on_held_out_answers_is_never_rotated_away(root: str) -> None:

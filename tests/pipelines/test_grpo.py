@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from stored_examples import a_config, prompt_of
 from test_journal import trained_step, training_group
 
 from actors.supervision import Incidents
+from actors.timeline import Timeline
 from medtvt_rl.config import Config, TaskConfig
 from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.evaluation.config import AlarmConfig
+from medtvt_rl.faults import Incident, RoleLostError
 from medtvt_rl.rollout.config import EngineConfig, RolloutConfig, SamplingConfig
 from medtvt_rl.types import Prompt, ReferenceHeader
-from pipelines.grpo import StepReport, load_prompts
+from pipelines import grpo
+from pipelines.checkpoints import CheckpointStore
+from pipelines.grpo import Layout, StepReport, load_prompts
+from pipelines.grpo_roles import LoopResult
 from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
+from pipelines.timeline_file import TimelineFile
 
 
 def prompts_of_ten_tokens(config: Config, tokenizer: object, split: str) -> Sequence[Prompt]:
@@ -116,3 +126,102 @@ def test_an_alarm_that_began_with_an_infinite_value_is_not_new_after_a_resume(tm
     assert len(report.sounded) == 1
     report.measured({"held_out/version": 1.0, **ill})
     assert len(report.sounded) == 1 and not notes.lines
+
+
+INCIDENT = Incident(
+    role="learner",
+    index=0,
+    node="10.0.0.7",
+    cause="ActorDiedError: killed",
+    log="learner_0.log",
+    log_tail=(),
+    outcome="replaced",
+    seconds=1.0,
+    groups=0,
+)
+
+
+class EndedLoop:
+    """A loop that has done its steps."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    async def run(self) -> LoopResult:
+        return LoopResult(rewards=[0.5])
+
+    def keep_soon(self) -> bool:
+        return False
+
+
+class LastGang:
+    """Learners that are lost, and replaced, while they write the policy."""
+
+    def __init__(self, incidents: Incidents) -> None:
+        self.incidents, self.saved = incidents, list[Path]()
+
+    async def save_model(self, folder: Path) -> None:
+        self.incidents.add(INCIDENT)
+        self.saved.append(folder)
+
+
+def a_layout(tmp_path: Path) -> Any:
+    """One that has no model and no actors."""
+    layout: Any = Layout.__new__(Layout)
+    config = a_config(tmp_path, "grpo.held_out.every_steps=0")
+    layout._config, layout._tokenizer, layout._prompts, layout._stop = config, None, [prompt_of(1)], grpo.Stop()
+    layout._folder = tmp_path
+    layout._reporter, layout._incidents = Reporter(config.folder, stream=io.StringIO()), Incidents(print)
+    layout._timeline_file = TimelineFile(Timeline(), config.folder, print)
+    return layout
+
+
+async def nothing() -> None: ...
+
+
+def test_a_rank_that_is_lost_while_the_policy_is_written_is_journalled_and_one_later_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = a_layout(tmp_path)
+    config = layout._config
+    monkeypatch.setattr(grpo, "GrpoLoop", EndedLoop)
+    keeper, rollouts = SimpleNamespace(newest=None, close=nothing), SimpleNamespace(shares=list)
+    placement, learner = SimpleNamespace(kinds=lambda role: {}), LastGang(layout._incidents)
+    with layout._reporter:
+        summary = asyncio.run(layout._loop(None, placement, rollouts, None, None, learner, keeper))
+    assert learner.saved == [config.stage_folder("grpo") / "model"] and summary["restarts/learner"] == 1.0
+    layout._incidents.add(INCIDENT)
+    (event,) = (config.folder / "journal" / "events.jsonl").read_text().splitlines()
+    assert json.loads(event)["outcome"] == "replaced"
+
+
+class MuteStore(CheckpointStore):
+    """A store that was taken away once the run had begun."""
+
+    def versions(self) -> list[int]:
+        raise ConnectionError("no route to host")
+
+
+@pytest.mark.parametrize("kept", [20, None])
+def test_a_store_out_of_reach_does_not_hide_why_a_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int | None
+) -> None:
+    layout = a_layout(tmp_path)
+    config, store = layout._config, MuteStore(str(tmp_path / "checkpoints"))
+    layout._store = store
+    found = None if kept is None else SimpleNamespace(version=kept)
+
+    async def placed(*_: object) -> Any:
+        return SimpleNamespace(release=lambda: None, drawing=lambda: "")
+
+    async def lost(*_: object) -> None:
+        raise RoleLostError("the learner is lost: killed", (INCIDENT,))
+
+    for name, answer in (("identity_of", None), ("find_resume", found)):
+        monkeypatch.setattr(grpo, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(grpo, "placed", placed)
+    monkeypatch.setattr(layout, "_start", lost)
+    with layout._reporter, pytest.raises(RoleLostError, match="the learner is lost: killed; ") as ended:
+        asyncio.run(layout.run())
+    place = None if kept is None else f"{tmp_path}/checkpoints/step_000020"
+    assert ("there is no checkpoint yet" if place is None else f"goes on from {place}; report") in str(ended.value)
+    assert json.loads((config.folder / "failure.json").read_text())["checkpoint"] == place

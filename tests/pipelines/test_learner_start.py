@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from actors.learner_supervisor import OutOfReachError
+from pipelines.checkpoints import CheckpointStore
 from pipelines.learner_start import CheckpointShelf
 
 
@@ -15,10 +18,11 @@ class SlowDown(Exception):
     """What a store's client raises, of no kind that anyone else knows."""
 
 
-class FakeStore:
-    """Checkpoints by version: a place, or what reading it raises; `fault` is raised by every call."""
+class FakeStore(CheckpointStore):
+    """Checkpoints by version: a name, or what reading it raises; `fault` is raised by every listing."""
 
-    def __init__(self, kept: dict[int, Any]) -> None:
+    def __init__(self, root: str, kept: dict[int, Any]) -> None:
+        super().__init__(root)
         self.kept = kept
         self.fault: Exception | None = None
 
@@ -30,29 +34,28 @@ class FakeStore:
     def read(self, version: int) -> Any:
         if isinstance(self.kept[version], Exception):
             raise self.kept[version]
-        return SimpleNamespace(learner=self.kept[version])
-
-    def has(self, version: int) -> bool:
-        return version in self.kept
-
-    def place(self, version: int) -> str:
-        return f"s3://b/{version}"
+        return SimpleNamespace(learner=self.kept[version], version=version)
 
 
-def shelf_of(kept: dict[int, Any]) -> tuple[CheckpointShelf, FakeStore, list[str]]:
-    store, told = FakeStore(kept), list[str]()
-    given: Any = store
-    return CheckpointShelf(given, told.append), store, told
+def shelf_of(kept: dict[int, Any], root: str = "memory://b/r") -> tuple[CheckpointShelf, FakeStore, list[str]]:
+    store, told = FakeStore(root, kept), list[str]()
+    return CheckpointShelf(store, told.append), store, told
 
 
 @pytest.mark.parametrize("damage", [ValueError("SHA-256 differs"), FileNotFoundError("loop.json"), KeyError("format")])
 def test_a_damaged_checkpoint_is_told_and_passed_over(damage: Exception) -> None:
-    shelf, _, told = shelf_of({9: "later", 6: damage, 4: "whole", 2: "old"})
+    shelf, store, told = shelf_of({9: "later", 6: damage, 4: "whole", 2: "old"})
+    assert shelf.newest(8) == ("whole", 4) and store.damaged == {6}
+    assert len(told) == 1 and told[0].startswith("checkpoint memory://b/r/step_000006 is damaged and passed over")
+
+
+def test_a_disk_that_cannot_read_a_checkpoint_has_damaged_it(tmp_path: Path) -> None:
+    shelf, _, told = shelf_of({6: OSError(errno.EIO, "Input/output error"), 4: "whole"}, str(tmp_path))
     assert shelf.newest(8) == ("whole", 4)
-    assert len(told) == 1 and told[0].startswith("checkpoint s3://b/6 is damaged and passed over")
+    assert len(told) == 1 and "is damaged and passed over: [Errno 5]" in told[0]
 
 
-@pytest.mark.parametrize("fault", [SlowDown("503"), TimeoutError("503"), PermissionError("503")])
+@pytest.mark.parametrize("fault", [SlowDown("503"), TimeoutError("503"), OSError("503")])
 def test_a_store_that_does_not_answer_is_no_damage(fault: Exception) -> None:
     shelf, store, told = shelf_of({6: fault, 4: "whole"})
     words = f"{type(fault).__name__}: 503"

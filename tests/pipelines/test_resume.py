@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from stored_examples import a_config, prompt_of, store_at, write
 
 from medtvt_rl.config import Config
 from medtvt_rl.model.seal import seal
+from medtvt_rl.storage import Storage
+from pipelines.checkpoints import CheckpointStore
 from pipelines.identity import identity_of
 from pipelines.resume import ResumeError, check_same, find_resume
 
@@ -71,6 +74,33 @@ def test_checkpoints_that_cannot_be_read_are_not_thrown_away(tmp_path: Path) -> 
         find_resume(config, store, identity, said.append)
     assert [line.rsplit(": ", 1)[1] for line in said] == ["loop.json is missing"] * 2 and "\n" not in str(refused.value)
     assert find_resume(a_config(tmp_path, "resume=never"), store_at(tmp_path), identity, said.append) is None
+
+
+class SlowDown(Exception):
+    """What a store's client raises, of no kind that anyone else knows."""
+
+
+@pytest.mark.parametrize("call", ["is_file", "ls", "newest alone"])
+@pytest.mark.parametrize("fault", [SlowDown("503"), ConnectionError("503"), TimeoutError("503")])
+def test_a_store_out_of_reach_ends_the_start_and_no_older_checkpoint_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, fault: Exception
+) -> None:
+    config = a_config(tmp_path)
+    config.grpo.checkpoint_root = f"memory://bucket/{uuid.uuid4()}"
+    store, said, read = CheckpointStore.of(config), list[str](), Storage.read
+    for version in (3, 5):
+        write(store, version, config=config)
+
+    def fails(storage: Storage, name: str = "step_000005") -> bytes:
+        if call != "newest alone" or name.startswith("step_000005"):
+            raise fault
+        return read(storage, name)
+
+    monkeypatch.setattr(Storage, {"is_file": "exists", "ls": "names", "newest alone": "read"}[call], fails)
+    words = rf"the checkpoints in memory://\S+ cannot be read \({type(fault).__name__}: 503\); nothing was started, try"
+    with pytest.raises(ResumeError, match=words):
+        find_resume(config, store, {"model": "abc"}, said.append)
+    assert not said and not store.damaged
 
 
 def test_identity_is_of_content_and_not_of_places(tmp_path: Path) -> None:

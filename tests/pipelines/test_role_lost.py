@@ -10,7 +10,6 @@ from test_grpo_loop import FakeCluster, FakeEngines, FakeScorers, Told, run_loop
 
 from medtvt_rl.config import Config, RunConfig
 from medtvt_rl.faults import Incident, RoleLostError
-from pipelines.checkpoints import CheckpointStore
 from pipelines.failure import forget_failure, write_failure
 
 LOST = RoleLostError("no reward actor is left; reward 0 is lost: ActorDiedError", ())
@@ -60,8 +59,7 @@ def test_generators_that_are_gone_let_the_step_in_hand_end_first(monkeypatch: py
 
 def test_the_report_names_role_node_cause_log_and_where_the_run_goes_on(tmp_path: Path) -> None:
     config = Config(run=RunConfig(name="r", root=str(tmp_path)))
-    store = CheckpointStore.of(config)
-    Path(store.place(20)).mkdir(parents=True)
+    newest = f"{config.checkpoint_root}/step_000020"
     incident = Incident(
         role="reward",
         index=0,
@@ -73,13 +71,12 @@ def test_the_report_names_role_node_cause_log_and_where_the_run_goes_on(tmp_path
         seconds=1.0,
         groups=1,
     )
-    told = write_failure(config, store, RoleLostError("no reward actor is left", (incident,)))
+    told = write_failure(config, newest, RoleLostError("no reward actor is left", (incident,)))
     assert str(told) == (
-        f"no reward actor is left; the same command goes on from {store.place(20)}; report: "
-        f"{config.folder / 'failure.json'}"
+        f"no reward actor is left; the same command goes on from {newest}; report: {config.folder / 'failure.json'}"
     )
     report = json.loads((config.folder / "failure.json").read_text())
-    assert report["checkpoint"] == store.place(20) and report["reason"] == "no reward actor is left"
+    assert report["checkpoint"] == newest and report["reason"] == "no reward actor is left"
     assert report["incidents"][0] == {**report["incidents"][0], "node": "10.0.0.7", "log_tail": ["out of memory"]}
     forget_failure(config)
     assert not (config.folder / "failure.json").exists()
