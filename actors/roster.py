@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors.deadline import DeadlineError, OvertakenError, before, within
 from actors.failure import ActorError, cause_of, log_tail, with_log
@@ -58,8 +58,8 @@ class Roster:
     role = ""
     start_faults: tuple[type[Exception], ...] = (RayError, DeadlineError)
     """What a successor may fail with on its way; anything else is a fault of this program."""
-    fatal: tuple[type[Exception], ...] = (RayActorError, ObjectLostError)
-    """What an actor raises that is of no use any more, or whoever asks for what it made."""
+    fatal: tuple[type[Exception], ...] = (ObjectLostError,)
+    """What an actor raises that is of no use any more, besides Ray's own errors."""
 
     def __init__(
         self,
@@ -166,6 +166,8 @@ class Roster:
             member.answered_at = time.monotonic()
             log = self._log(member.index)
             raise ActorError(with_log(f"{who}, asked to {what}: {cause_of(error)}", log)) from error
+        except RayError as error:  # its process is gone, its node is, or what it made
+            raise self.lose(member, error) from error
         member.answered_at = time.monotonic()
         return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
 from actors.deadline import DeadlineError
 from actors.member import Member, MemberLostError
@@ -36,7 +36,13 @@ def closed(*kinds: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "fault", [ActorDiedError(), EngineBrokenError("a step failed"), ActorUnavailableError("", None)]
+    "fault",
+    [
+        ActorDiedError(),
+        EngineBrokenError("a step failed"),
+        ActorUnavailableError("", None),
+        OutOfMemoryError("killed by the memory monitor"),
+    ],
 )
 def test_a_lost_generator_is_replaced_alone_while_the_others_go_on(tmp_path: Path, fault: Exception) -> None:
     async def run() -> None:
