@@ -106,7 +106,7 @@ class LearnerSupervisor:
         self._steps, self._incidents, self._spares = dict(steps), incidents, spares
         self._bundles, self._version = bundles, version
         self._restarts = Restarts(config.supervision)
-        self._mending = asyncio.Lock()
+        self._mending, self._asking = asyncio.Lock(), asyncio.Lock()
         self._order_spares()
 
     # What the loop asks.
@@ -126,6 +126,16 @@ class LearnerSupervisor:
         if version - 1 in self._steps:
             self._steps[version - 1] = replace(self._steps[version - 1], checksum=checksum)
         return weights, checksum
+
+    async def export_again(self) -> tuple[ray.ObjectRef, int, int]:
+        """The whole buffer of the weights of now, their version and checksum, for those who miss the last ones."""
+
+        async def work(gang: LearnerGang) -> tuple[ray.ObjectRef, int, int]:
+            version = self._version
+            weights, checksum = await gang.export(version)
+            return weights.buffer if isinstance(weights, BroadcastWeights) else weights, version, checksum
+
+        return await self._call(work)
 
     async def score(self, group: ray.ObjectRef, index: int) -> NDArray[np.float32]:
         """See LearnerGang."""
@@ -159,12 +169,14 @@ class LearnerSupervisor:
         """What a call on the gang gives, made again on a new one where it fails, `supervision.max_attempts` at most: it
         may be the call that kills it."""
         attempts = self._config.supervision.max_attempts
-        for attempt in range(1, attempts + 1):
-            gang = self._gang
-            try:
-                return await work(gang)
-            except LearnerError as error:
-                await self._mend(gang, error, groups, last=attempt == attempts)
+        # One call at a time: a step under way would have the next one wait, within its deadline.
+        async with self._asking:
+            for attempt in range(1, attempts + 1):
+                gang = self._gang
+                try:
+                    return await work(gang)
+                except LearnerError as error:
+                    await self._mend(gang, error, groups, last=attempt == attempts)
         raise AssertionError("the last attempt returns or raises")
 
     async def _mend(self, failed: LearnerGang, error: LearnerError, groups: int, last: bool) -> None:

@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 
 from actors.deadline import DeadlineError, within
 from actors.failure import ActorError, cause_of, with_log
-from actors.generator_roster import GeneratorRoster
+from actors.generator_roster import ExportAgain, GeneratorRoster
 from actors.keeping import Keep, as_it_is, keep_here
 from actors.member import Bundles, Member, MemberLostError
 from actors.placement import Placement
@@ -280,6 +280,10 @@ class RolloutPool:
         """
         await self._transfer.publish(weights, version, checksum)
         self._roster.require_one()
+
+    def ask_learner(self, export_again: ExportAgain) -> None:
+        """From now on weights that go down with the learner's node are exported again."""
+        self._roster.export_again = export_again
 
     async def score(self, group: ray.ObjectRef, index: int) -> list[NDArray[np.float32]]:
         """Log-probs [T] of one completion at temperature 1, of every engine."""

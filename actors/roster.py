@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors.deadline import DeadlineError, OvertakenError, before, within
-from actors.failure import ActorError, cause_of, log_tail, with_log
+from actors.failure import ActorError, ArgumentLostError, cause_of, log_tail, with_log
 from actors.member import Bundles, Loss, Member, MemberLeftError, MemberLostError, SickError
 from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
@@ -58,7 +58,7 @@ class Roster:
     role = ""
     start_faults: tuple[type[Exception], ...] = (RayError, DeadlineError)
     """What a successor may fail with on its way; anything else is a fault of this program."""
-    fatal: tuple[type[Exception], ...] = (ObjectLostError,)
+    fatal: tuple[type[Exception], ...] = ()
     """What an actor raises that is of no use any more, besides Ray's own errors."""
 
     def __init__(
@@ -146,7 +146,7 @@ class Roster:
             MemberLostError: it is gone, or answered nothing at all in the time given, or has an engine that stands
                 still; its successor is on its way.
             DeadlineError: it is late, but answered others meanwhile: it has too much to do.
-            ActorError: the call failed.
+            ArgumentLostError, ActorError: the call failed.
         """
         who, asked_at = f"{self.role} {member.index}", time.monotonic()
         try:
@@ -164,8 +164,8 @@ class Roster:
             raise self.lose(member, error) from error
         except RayTaskError as error:
             member.answered_at = time.monotonic()
-            log = self._log(member.index)
-            raise ActorError(with_log(f"{who}, asked to {what}: {cause_of(error)}", log)) from error
+            kind, log = ArgumentLostError if isinstance(error, ObjectLostError) else ActorError, self._log(member.index)
+            raise kind(with_log(f"{who}, asked to {what}: {cause_of(error)}", log)) from error
         except RayError as error:  # its process is gone, its node is, or what it made
             raise self.lose(member, error) from error
         member.answered_at = time.monotonic()
@@ -320,7 +320,8 @@ class Roster:
         self._lost[index] = MemberLostError(with_log(lost, self._log(index)))
         self._kill(handle)
         again = self._may_restart(index)
-        fate = "it is started again" if again else f"given up ({self._restarts[index].limit})"
+        limit = f" ({self._restarts[index].limit})" if self._renew is not None else ""
+        fate = "it is started again" if again else f"given up{limit}"
         self._incidents.report(f"{lost}; {fate}; {len(self.serving)} left")
         if not again:
             self._close(index, "given up", cause_of(error))

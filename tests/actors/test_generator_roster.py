@@ -178,6 +178,98 @@ def test_a_generator_that_did_not_take_the_weights_is_killed_and_replaced(tmp_pa
     asyncio.run(run())
 
 
+class Learner:
+    """Exports on demand, when `gate` is open; it has come to `version`."""
+
+    def __init__(self, cast: Cast, version: int) -> None:
+        self.version, self.asked = version, 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        cast.pool.ask_learner(self.export)
+
+    async def export(self) -> tuple[str, int, int]:
+        self.asked += 1
+        await self.gate.wait()
+        return f"weights {self.version} again", self.version, CHECKSUM
+
+
+@pytest.mark.parametrize("has_learner", [True, False])
+def test_weights_that_go_down_in_a_publication_are_exported_once_more_and_no_engine_is_lost(
+    tmp_path: Path, has_learner: bool
+) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 3, replace=False)
+        for generator in cast.first[:2]:
+            generator.missing = ("weights 1",)
+        if has_learner:
+            learner = Learner(cast, 1)
+            await publish(cast, 1)
+            assert learner.asked == 1 and cast.pool.num_left == 3
+            assert [generator.versions for generator in cast.first] == [[1, 1], [1, 1], [1]]
+            (line,) = cast.told
+            assert line.startswith("the weights of version 1 went down with a node; the learner exports")
+        else:
+            await publish(cast, 1)
+            assert cast.pool.num_left == 1
+
+    asyncio.run(run())
+
+
+def test_successors_whose_weights_went_down_with_a_node_have_them_exported_once_and_cost_no_further_restart(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, max_restarts=1)
+        learner = Learner(cast, 2)
+        await publish(cast, 1)
+        cast.prepare = lambda successor: setattr(successor, "missing", ("weights 1",))
+        for generator in cast.first:
+            generator.dead.set()
+        await cast.pool.stats()
+        await cast.settle()
+        assert cast.pool.num_left == 2 and learner.asked == 1
+        assert [cast.successors[index][0].versions for index in range(2)] == [[1, 2], [1, 2]]
+        assert "serves again, from version 2 on" in cast.told[-1]
+
+    asyncio.run(run())
+
+
+def test_a_publication_comes_before_an_export_that_was_asked_for_earlier(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1)
+        learner = Learner(cast, 1)
+        await publish(cast, 1)
+        cast.prepare = lambda successor: setattr(successor, "missing", ("weights 1",))
+        learner.gate.clear()
+        cast.first[0].dead.set()
+        group = asyncio.create_task(cast.pool.generate(PROMPT, 0, 4))
+        await cast.settle()
+        await publish(cast, 2)
+        learner.gate.set()
+        await group
+        assert cast.successors[0][0].versions == [1, 2]
+
+    asyncio.run(run())
+
+
+def test_without_a_learner_nobody_succeeds(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1)
+
+        async def export() -> Any:
+            raise RoleLostError("the learner is lost: rank 0, train_step: died", ())
+
+        cast.pool.ask_learner(export)
+        await publish(cast, 1)
+        cast.prepare = lambda successor: setattr(successor, "missing", ("weights 1",))
+        cast.first[0].dead.set()
+        with pytest.raises(RoleLostError, match=r"no rollout actor is left; rollout 0 is lost: .* the learner is lost"):
+            await cast.pool.generate(PROMPT, 0, 4)
+        assert len(cast.successors[0]) == 1 and not await cast.pool.add(1)
+
+    asyncio.run(run())
+
+
 def test_a_late_update_is_lost_even_where_the_generator_answers_others(tmp_path: Path) -> None:
     async def run() -> None:
         cast = Cast(tmp_path, 1, update_timeout_s=0.05)

@@ -240,6 +240,21 @@ def test_a_journal_that_was_lost_is_no_way_to_other_weights(tmp_path: Path, kept
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("dies", [True, False])
+def test_an_export_for_those_who_miss_the_last_one_waits_for_the_step_under_way(tmp_path: Path, dies: bool) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, *["export 2"] * dies)
+        await cast.learner.train_step([1], 1e-3, 0)
+        await cast.learner.export(1)
+        step = asyncio.create_task(cast.learner.train_step([1], 1e-3, 1))
+        await asyncio.sleep(0)
+        weights, version, checksum = await cast.learner.export_again()
+        assert step.done() and (weights, version, checksum) == ("weights of [0, 1]", 2, hash((0, 1)))
+        assert len(cast.gangs) == 1 + dies
+
+    asyncio.run(run())
+
+
 class FakeBundles:
     """The learners' node comes back after so many looks."""
 
