@@ -21,6 +21,7 @@ from actors.deadline import DeadlineError, within
 from actors.failure import cause_of
 from actors.member import Bundles, Member
 from actors.roster import Roster
+from actors.spares import Spares
 from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
 from medtvt_rl.config import Config
@@ -77,9 +78,10 @@ class GeneratorRoster(Roster):
         kill: Callable[[Any], None] = ray.kill,
         timeline: Timeline | None = None,
         bundles: Bundles | None = None,
+        spares: Spares | None = None,
         served: Callable[[Member], None] = lambda member: None,
     ) -> None:
-        super().__init__(config, members, incidents, renew, kill, timeline, bundles)
+        super().__init__(config, members, incidents, renew, kill, timeline, bundles, spares)
         self._served = served
         self.publication: Publication | None = None
         self.export_again: ExportAgain | None = None

@@ -86,7 +86,7 @@ class LearnerSupervisor:
         shelf: where a new gang begins.
         steps: what the weights of `gang` have seen already, by step: those before a resume, as far as they are known.
         version: of the weights of `gang`.
-        spares: beside every rank one is kept.
+        spares: beside every rank one is kept. A gang with some that fails costs no restart: they go with their nodes.
         bundles: asked before a gang is started; None where every bundle has its node.
     """
 
@@ -198,10 +198,11 @@ class LearnerSupervisor:
                 try:
                     await self._placed()
                     self._restarts.begin()
+                    by_spares = self._spares is not None and self._spares.ready
                     words = await self._brought_back()
                 except LearnerError as again:
                     error = again
-                    if not await self._has_node():
+                    if by_spares or not await self._has_node():
                         self._restarts.take_back()
                     self._incidents.report(f"learner is lost again on its way: {error.cause}; {self._fate(last)}")
                 except RecoveryError as final:

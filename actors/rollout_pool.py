@@ -85,7 +85,7 @@ class RolloutPool:
         self._max_attempts = config.supervision.max_attempts
         self._balance = Balance(config.rollout.by_speed(config.grpo.max_staleness))
         served = self._successor_serves
-        self._roster = GeneratorRoster(config, members, incidents, renew, kill, timeline, bundles, served)
+        self._roster = GeneratorRoster(config, members, incidents, renew, kill, timeline, bundles, spares, served)
         self._transfer = WeightTransfer(self._roster, config.rollout, incidents.report)
         self._seats: dict[int, list[Seat]] = {}
         self._waves = count(1)
@@ -123,7 +123,7 @@ class RolloutPool:
             config,
             members,
             told,
-            lambda index: spares.take(index) or make(index),
+            make,
             timeline=timeline,
             bundles=placement,
             spares=spares,

@@ -23,6 +23,7 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 from actors.deadline import DeadlineError, OvertakenError, before, within
 from actors.failure import ActorError, ArgumentLostError, cause_of, log_tail, with_log
 from actors.member import Bundles, Loss, Member, MemberLeftError, MemberLostError, SickError
+from actors.spares import Spares
 from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
 from actors.turns import Turns
@@ -49,6 +50,7 @@ class Roster:
         kill: ends the process behind a handle.
         timeline: where every call is recorded.
         bundles: asked before a successor is started; None where every bundle has its node.
+        spares: tried before a new actor is made. One that fails costs no restart: it goes down with its node, too.
 
     Attributes:
         serving: by index.
@@ -70,11 +72,13 @@ class Roster:
         kill: Callable[[Any], None] = ray.kill,
         timeline: Timeline | None = None,
         bundles: Bundles | None = None,
+        spares: Spares | None = None,
     ) -> None:
         self._settings, self._supervision = config.rollout, config.supervision
         self._timeline = timeline or Timeline()
         self._logs = config.folder / "logs"
         self._incidents, self._renew, self._kill, self._bundles = incidents, renew, kill, bundles
+        self._spares = spares
         self.serving = {member.index: member for member in members}
         self._lost: dict[int, MemberLostError] = {}
         self._open: dict[int, Loss] = {}
@@ -354,11 +358,12 @@ class Roster:
             while self._renew is not None and self._may_restart(index):
                 await self._placed(index)
                 self._restarts[index].begin()
-                handle = self._starting[index] = self._renew(index)
+                spare = None if self._spares is None else self._spares.take(index)
+                handle = self._starting[index] = spare or self._renew(index)
                 try:
                     words = await self._bring_up(index, handle)
                 except self.start_faults as error:
-                    if not await self._has_node(index):
+                    if spare is not None or not await self._has_node(index):
                         self._restarts[index].take_back()
                     self._discard(index, handle, error)
                 else:

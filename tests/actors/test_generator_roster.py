@@ -14,6 +14,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryErr
 from actors.deadline import DeadlineError
 from actors.member import Member, MemberLostError
 from actors.process import Whereabouts
+from actors.spares import Spares
 from actors.watch import Watch
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
@@ -461,6 +462,26 @@ def test_one_that_keeps_dying_is_given_up_and_the_others_go_on(tmp_path: Path) -
         with pytest.raises(RoleLostError) as ended:
             await cast.pool.generate(PROMPT, 2, 4)
         assert "rollout 0 is lost" in str(ended.value) and "rollout 1 is lost" in str(ended.value)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("went_with_its_node", [True, False])
+def test_a_spare_is_tried_first_and_costs_no_restart_where_it_went_with_its_node(
+    tmp_path: Path, went_with_its_node: bool
+) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1, max_restarts=1)
+        spare = FakeGenerator("spare")
+        spares = Spares("rollout", 1, lambda index: spare, 5.0, "s", kill=lambda handle: handle.dead.set())
+        spares._waiting[0] = spare
+        cast.pool._roster._spares = spares
+        if went_with_its_node:
+            spare.dead.set()
+        cast.first[0].dead.set()
+        made_by = "g0.1" if went_with_its_node else "spare"
+        assert (await cast.pool.generate(PROMPT, 0, 4))[1] == f"0..4 of {made_by}"
+        assert len(cast.successors[0]) == went_with_its_node and not spares.ready
 
     asyncio.run(run())
 

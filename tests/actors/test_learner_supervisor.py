@@ -240,6 +240,33 @@ def test_a_journal_that_was_lost_is_no_way_to_other_weights(tmp_path: Path, kept
     asyncio.run(run())
 
 
+class DeadSpares:
+    """One, which went with its node."""
+
+    ready = True
+
+    def take(self) -> None:
+        self.ready = False
+
+    def order(self, index: int, beside: Any) -> None: ...
+
+
+def test_a_gang_whose_spares_went_with_their_node_costs_one_restart(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, "train 1", "start", max_restarts=1)
+        spares = cast.learner._spares = DeadSpares()
+        start = cast.learner._start
+
+        async def taking_them() -> Any:
+            spares.take()
+            return await start()
+
+        cast.learner._start = taking_them
+        assert len(await cast.run()) == 6 and len(cast.gangs) == 3
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("dies", [True, False])
 def test_an_export_for_those_who_miss_the_last_one_waits_for_the_step_under_way(tmp_path: Path, dies: bool) -> None:
     async def run() -> None:
