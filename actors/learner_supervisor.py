@@ -30,8 +30,8 @@ from actors.failure import log_tail
 from actors.learner_gang import GroupWithAdvantages, LearnerError, LearnerGang
 from actors.learner_worker import RankHealth
 from actors.member import Bundles, Loss
-from actors.roster import PLACE_POLL_S
 from actors.spares import Spares
+from actors.starting import NoPlaceError, Places
 from actors.supervision import Incidents, Restarts
 from actors.weight_transfer import BroadcastWeights
 from medtvt_rl.config import Config
@@ -104,7 +104,7 @@ class LearnerSupervisor:
     ) -> None:
         self._config, self._start, self._gang, self._shelf = config, start, gang, shelf
         self._steps, self._incidents, self._spares = dict(steps), incidents, spares
-        self._bundles, self._version = bundles, version
+        self._places, self._version = Places(ROLE, bundles, incidents.report), version
         self._restarts = Restarts(config.supervision)
         self._mending, self._asking = asyncio.Lock(), asyncio.Lock()
         self._order_spares()
@@ -202,7 +202,7 @@ class LearnerSupervisor:
                     words = await self._brought_back()
                 except LearnerError as again:
                     error = again
-                    if by_spares or not await self._has_node():
+                    if by_spares or not await self._places.has_node(0):
                         self._restarts.take_back()
                     self._incidents.report(f"learner is lost again on its way: {error.cause}; {self._fate(last)}")
                 except RecoveryError as final:
@@ -220,22 +220,14 @@ class LearnerSupervisor:
                 f"the learner is lost: rank {first.rank}, {loss.cause}; {reason}", self._incidents.of(ROLE)
             ) from error
 
-    async def _has_node(self) -> bool:
-        return self._bundles is None or await asyncio.to_thread(self._bundles.has_node, ROLE, 0)
-
     async def _placed(self) -> None:
         """Returns when every rank has a node: at once, or when one has room. Raises RecoveryError if none has in
         time."""
-        if self._bundles is None or await self._has_node():
-            return
         limit_s, setting = self._config.supervision.vacancy_timeout_s, "supervision.vacancy_timeout_s"
-        wanting = await asyncio.to_thread(self._bundles.wanting, ROLE, 0)
-        self._incidents.report(f"no node has room for {wanting}; the run waits {limit_s:g} s for one ({setting})")
-        deadline = time.monotonic() + limit_s
-        while not await self._has_node():
-            if time.monotonic() > deadline:
-                raise RecoveryError(f"no node had room for it in {limit_s:g} s ({setting}); {wanting}")
-            await asyncio.sleep(PLACE_POLL_S)
+        try:
+            await self._places.wait(0, f"the run waits {limit_s:g} s for one ({setting})", limit_s)
+        except NoPlaceError as error:
+            raise RecoveryError(f"no node had room for it in {limit_s:g} s ({setting}); {error}") from error
 
     def _fate(self, last: bool) -> str:
         if last:

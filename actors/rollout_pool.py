@@ -20,16 +20,14 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayError
 
-from actors.deadline import DeadlineError, within
-from actors.failure import ActorError, cause_of, with_log
 from actors.generator_roster import ExportAgain, GeneratorRoster
 from actors.keeping import Keep, as_it_is, keep_here
 from actors.member import Bundles, Member, MemberLostError
 from actors.placement import Placement
 from actors.rollout_generator import RolloutGenerator
 from actors.spares import Spares
+from actors.starting import started
 from actors.supervision import Incidents
 from actors.timeline import Timeline
 from actors.weight_transfer import BroadcastWeights, WeightTransfer
@@ -117,7 +115,8 @@ class RolloutPool:
             "rollout.start_timeout_s",
         )
         generators = {index: make(index) for index in placement.indices("rollout")}
-        members = await asyncio.gather(*(_started(config, index, each) for index, each in generators.items()))
+        starts = [started(config, "rollout", index, each, each.start.remote()) for index, each in generators.items()]
+        members = await asyncio.gather(*starts)
         told = incidents or Incidents(logger.warning)
         pool = cls(
             config,
@@ -347,14 +346,3 @@ def _seen_from(config: Config, placement: Placement, index: int) -> Config:
     workers = config.rollout.tensor_parallel
     role = replace(config.placement.rollout, cpus=chosen.cpus / workers, gpus=chosen.gpus / workers)
     return replace(config, placement=replace(config.placement, rollout=role))
-
-
-async def _started(config: Config, index: int, generator: Any) -> Member:
-    """A new generator as a member when its engine serves; raises ActorError with its log where it fails or is late."""
-    who, timeout_s = f"rollout {index}", config.rollout.start_timeout_s
-    try:
-        where = await within(generator.start.remote(), timeout_s, f"{who} to start", "rollout.start_timeout_s")
-    except (RayError, DeadlineError) as error:
-        log = config.folder / "logs" / f"rollout_{index}.log"
-        raise ActorError(with_log(f"{who} did not start: {cause_of(error)}", log)) from error
-    return Member(index=index, handle=generator, where=where)

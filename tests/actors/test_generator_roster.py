@@ -393,7 +393,7 @@ def test_nodes_that_go_under_a_group_do_not_count_but_not_without_end(
     async def run() -> None:
         cast = Cast(tmp_path, 1, max_attempts=2, max_restarts=100)
         pool: Any = cast.pool
-        pool._roster._bundles = Nodes()
+        pool._roster._places.bundles = Nodes()
 
         def prepare(generator: FakeGenerator) -> None:
             generation = len(cast.successors[0]) + 1

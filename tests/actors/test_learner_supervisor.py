@@ -303,11 +303,11 @@ class FakeBundles:
 def test_a_gang_waits_for_a_node_but_not_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returns: bool
 ) -> None:
-    monkeypatch.setattr("actors.learner_supervisor.PLACE_POLL_S", 0.01)
+    monkeypatch.setattr("actors.starting.PLACE_POLL_S", 0.01)
 
     async def run() -> None:
         cast = Cast(tmp_path, "train 1", max_restarts=1, vacancy_timeout_s=0.2)
-        cast.learner._bundles = FakeBundles(3 if returns else 10**9)
+        cast.learner._places.bundles = FakeBundles(3 if returns else 10**9)
         if returns:
             assert len(await cast.run()) == 6
         else:
