@@ -140,7 +140,12 @@ class WeightTransfer:
         return tuple(self._roster.serving.values())
 
     async def _present(self, member: Member) -> None:
-        health = await self._ask(member, member.handle.health.remote(), "answer the roll call")
+        try:
+            health = await self._ask(member, member.handle.health.remote(), "answer the roll call")
+        except MemberLostError:
+            raise
+        except ActorError as error:
+            raise self._roster.lose(member, error) from error
         if not health["ok"]:
             raise self._roster.lose(member, EngineBrokenError(health["broken"]))
 
@@ -211,12 +216,14 @@ class WeightTransfer:
         return None
 
     async def _catch_up(self, member: Member, publication: Publication) -> None:
-        """One engine takes the whole buffer, another one where that is lost."""
+        """One engine takes the whole buffer, another one where that is lost; it is lost where it refuses."""
         while True:
             try:
                 return await self._load(member, publication.weights, publication)
-            except ArgumentLostError as error:
-                if self._roster.export_again is None:
+            except MemberLostError:
+                raise
+            except ActorError as error:
+                if not isinstance(error, ArgumentLostError) or self._roster.export_again is None:
                     raise self._roster.lose(member, error) from error
             publication = await self._roster.published_again(publication)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
-from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError
 
 from actors.deadline import DeadlineError
 from actors.member import Member, MemberLostError
@@ -157,12 +157,16 @@ def test_a_successor_that_comes_up_in_the_middle_of_a_publication_holds_it(tmp_p
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("fault", ["died", "broke", "damaged", "wrong", "late"])
+@pytest.mark.parametrize("fault", ["died", "broke", "damaged", "refused", "wrong", "late"])
 def test_a_generator_that_did_not_take_the_weights_is_killed_and_replaced(tmp_path: Path, fault: str) -> None:
     async def run() -> None:
         cast = Cast(tmp_path, 2, update_timeout_s=0.05)
         lost = cast.first[1]
-        errors = {"broke": EngineBrokenError("half-way"), "damaged": WeightBufferError("checksum")}
+        errors: dict[str, Exception] = {
+            "broke": EngineBrokenError("half-way"),
+            "damaged": WeightBufferError("checksum"),
+            "refused": RayTaskError("f", "traceback", KeyError("no such layer")),
+        }
         lost.fault = errors.get(fault)
         lost.checksum += fault == "wrong"
         if fault == "late":
