@@ -21,6 +21,10 @@ class ActorError(RuntimeError):
     """An actor failed; the first line names it and the cause, the others are the end of its log."""
 
 
+class ArgumentLostError(ActorError):
+    """An actor cannot do what it was asked for: what it was to do it with went down with the node that held it."""
+
+
 def cause_of(error: BaseException) -> str:
     """The cause in one line; Ray's own text of it is a whole traceback."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):

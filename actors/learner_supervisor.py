@@ -31,8 +31,8 @@ from actors.failure import log_tail
 from actors.learner_gang import GroupWithAdvantages, LearnerError, LearnerGang
 from actors.member import Bundles, Loss
 from actors.own_thread import in_own_thread
-from actors.roster import PLACE_POLL_S
 from actors.spares import Spares
+from actors.starting import NoPlaceError, Places
 from actors.supervision import Incidents, Restarts
 from actors.weight_transfer import BroadcastWeights
 from medtvt_rl.config import Config
@@ -87,7 +87,7 @@ class LearnerSupervisor:
         shelf: where a new gang begins.
         steps: what the weights of `gang` have seen already, by step: those before a resume, as far as they are known.
         version: of the weights of `gang`.
-        spares: beside every rank one is kept.
+        spares: beside every rank one is kept. A gang with some that fails costs no restart: they go with their nodes.
         bundles: asked before a gang is started; None where every bundle has its node.
     """
 
@@ -105,9 +105,9 @@ class LearnerSupervisor:
     ) -> None:
         self._config, self._start, self._gang, self._shelf = config, start, gang, shelf
         self._steps, self._incidents, self._spares = dict(steps), incidents, spares
-        self._bundles, self._version = bundles, version
+        self._places, self._version = Places(ROLE, bundles, incidents.report), version
         self._restarts = Restarts(config.supervision)
-        self._mending = asyncio.Lock()
+        self._mending, self._asking = asyncio.Lock(), asyncio.Lock()
         self._order_spares()
 
     # What the loop asks.
@@ -127,6 +127,16 @@ class LearnerSupervisor:
         if version - 1 in self._steps:
             self._steps[version - 1] = replace(self._steps[version - 1], checksum=checksum)
         return weights, checksum
+
+    async def export_again(self) -> tuple[ray.ObjectRef, int, int]:
+        """The whole buffer of the weights of now, their version and checksum, for those who miss the last ones."""
+
+        async def work(gang: LearnerGang) -> tuple[ray.ObjectRef, int, int]:
+            version = self._version
+            weights, checksum = await gang.export(version)
+            return weights.buffer if isinstance(weights, BroadcastWeights) else weights, version, checksum
+
+        return await self._call(work)
 
     async def score(self, group: ray.ObjectRef, index: int) -> NDArray[np.float32]:
         """See LearnerGang."""
@@ -156,12 +166,14 @@ class LearnerSupervisor:
         """What a call on the gang gives, made again on a new one where it fails, `supervision.max_attempts` at most: it
         may be the call that kills it."""
         attempts = self._config.supervision.max_attempts
-        for attempt in range(1, attempts + 1):
-            gang = self._gang
-            try:
-                return await work(gang)
-            except LearnerError as error:
-                await self._mend(gang, error, groups, last=attempt == attempts)
+        # One call at a time: a step under way would have the next one wait, within its deadline.
+        async with self._asking:
+            for attempt in range(1, attempts + 1):
+                gang = self._gang
+                try:
+                    return await work(gang)
+                except LearnerError as error:
+                    await self._mend(gang, error, groups, last=attempt == attempts)
         raise AssertionError("the last attempt returns or raises")
 
     async def _mend(self, failed: LearnerGang, error: LearnerError, groups: int, last: bool) -> None:
@@ -183,10 +195,11 @@ class LearnerSupervisor:
                 try:
                     await self._placed()
                     self._restarts.begin()
+                    by_spares = self._spares is not None and self._spares.ready
                     words = await self._brought_back()
                 except LearnerError as again:
                     error = again
-                    if not await self._has_node():
+                    if by_spares or not await self._places.has_node(0):
                         self._restarts.take_back()
                     self._incidents.report(f"learner is lost again on its way: {error.cause}; {self._fate(last)}")
                 except RecoveryError as final:
@@ -204,22 +217,14 @@ class LearnerSupervisor:
                 f"the learner is lost: rank {first.rank}, {loss.cause}; {reason}", self._incidents.of(ROLE)
             ) from error
 
-    async def _has_node(self) -> bool:
-        return self._bundles is None or await asyncio.to_thread(self._bundles.has_node, ROLE, 0)
-
     async def _placed(self) -> None:
         """Returns when every rank has a node: at once, or when one has room. Raises RecoveryError if none has in
         time."""
-        if self._bundles is None or await self._has_node():
-            return
         limit_s, setting = self._config.supervision.vacancy_timeout_s, "supervision.vacancy_timeout_s"
-        wanting = await asyncio.to_thread(self._bundles.wanting, ROLE, 0)
-        self._incidents.report(f"no node has room for {wanting}; the run waits {limit_s:g} s for one ({setting})")
-        deadline = time.monotonic() + limit_s
-        while not await self._has_node():
-            if time.monotonic() > deadline:
-                raise RecoveryError(f"no node had room for it in {limit_s:g} s ({setting}); {wanting}")
-            await asyncio.sleep(PLACE_POLL_S)
+        try:
+            await self._places.wait(0, f"the run waits {limit_s:g} s for one ({setting})", limit_s)
+        except NoPlaceError as error:
+            raise RecoveryError(f"no node had room for it in {limit_s:g} s ({setting}); {error}") from error
 
     def _fate(self, last: bool) -> str:
         if last:

@@ -20,16 +20,14 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayError
 
-from actors.deadline import DeadlineError, within
-from actors.failure import ActorError, cause_of, with_log
-from actors.generator_roster import GeneratorRoster
+from actors.generator_roster import ExportAgain, GeneratorRoster
 from actors.keeping import Keep, as_it_is, keep_here
 from actors.member import Bundles, Member, MemberLostError
 from actors.placement import Placement
 from actors.rollout_generator import RolloutGenerator
 from actors.spares import Spares
+from actors.starting import started
 from actors.supervision import Incidents
 from actors.timeline import Timeline
 from actors.weight_transfer import BroadcastWeights, WeightTransfer
@@ -85,7 +83,7 @@ class RolloutPool:
         self._max_attempts = config.supervision.max_attempts
         self._balance = Balance(config.rollout.by_speed(config.grpo.max_staleness))
         served = self._successor_serves
-        self._roster = GeneratorRoster(config, members, incidents, renew, kill, timeline, bundles, served)
+        self._roster = GeneratorRoster(config, members, incidents, renew, kill, timeline, bundles, spares, served)
         self._transfer = WeightTransfer(self._roster, config.rollout, incidents.report)
         self._seats: dict[int, list[Seat]] = {}
         self._waves = count(1)
@@ -119,13 +117,14 @@ class RolloutPool:
             "rollout.start_timeout_s",
         )
         generators = {index: make(index) for index in placement.indices("rollout")}
-        members = await asyncio.gather(*(_started(config, index, each) for index, each in generators.items()))
+        starts = [started(config, "rollout", index, each, each.start.remote()) for index, each in generators.items()]
+        members = await asyncio.gather(*starts)
         told = incidents or Incidents(logger.warning)
         pool = cls(
             config,
             members,
             told,
-            lambda index: spares.take(index) or make(index),
+            make,
             timeline=timeline,
             bundles=placement,
             spares=spares,
@@ -283,6 +282,10 @@ class RolloutPool:
         await self._transfer.publish(weights, version, checksum)
         self._roster.require_one()
 
+    def ask_learner(self, export_again: ExportAgain) -> None:
+        """From now on weights that go down with the learner's node are exported again."""
+        self._roster.export_again = export_again
+
     async def score(self, group: ray.ObjectRef, index: int) -> list[NDArray[np.float32]]:
         """Log-probs [T] of one completion at temperature 1, of every engine."""
         timeout_s, setting = self._config.generate_timeout_s, "rollout.generate_timeout_s"
@@ -337,14 +340,3 @@ class RolloutPool:
                 return found
             lost = answers
         raise lost[-1]
-
-
-async def _started(config: Config, index: int, generator: Any) -> Member:
-    """A new generator as a member when its engine serves; raises ActorError with its log where it fails or is late."""
-    who, timeout_s = f"rollout {index}", config.rollout.start_timeout_s
-    try:
-        where = await within(generator.start.remote(), timeout_s, f"{who} to start", "rollout.start_timeout_s")
-    except (RayError, DeadlineError) as error:
-        log = config.folder / "logs" / f"rollout_{index}.log"
-        raise ActorError(with_log(f"{who} did not start: {cause_of(error)}", log)) from error
-    return Member(index=index, handle=generator, where=where)

@@ -18,11 +18,14 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
+from actors.background import in_background
 from actors.deadline import DeadlineError, OvertakenError, before, within
-from actors.failure import ActorError, cause_of, log_tail, with_log
+from actors.failure import ActorError, ArgumentLostError, cause_of, log_tail, with_log
 from actors.member import Bundles, Loss, Member, MemberLeftError, MemberLostError, SickError
+from actors.spares import Spares
+from actors.starting import Places
 from actors.supervision import Incidents, Restarts
 from actors.timeline import Timeline
 from actors.turns import Turns
@@ -31,7 +34,6 @@ from medtvt_rl.config import Config
 from medtvt_rl.faults import Incident, Outcome, RoleLostError
 
 T = TypeVar("T")
-PLACE_POLL_S = 1.0
 EMPTY_POLL_S = 0.1
 SICK_GROUPS = 2
 """So many groups in a row without finite values, and an actor is held to be sick, whatever others make of them."""
@@ -49,6 +51,7 @@ class Roster:
         kill: ends the process behind a handle.
         timeline: where every call is recorded.
         bundles: asked before a successor is started; None where every bundle has its node.
+        spares: tried before a new actor is made. One that fails costs no restart: it goes down with its node, too.
 
     Attributes:
         serving: by index.
@@ -58,8 +61,8 @@ class Roster:
     role = ""
     start_faults: tuple[type[Exception], ...] = (RayError, DeadlineError)
     """What a successor may fail with on its way; anything else is a fault of this program."""
-    fatal: tuple[type[Exception], ...] = (RayActorError, ObjectLostError)
-    """What an actor raises that is of no use any more, or whoever asks for what it made."""
+    fatal: tuple[type[Exception], ...] = ()
+    """What an actor raises that is of no use any more, besides Ray's own errors."""
 
     def __init__(
         self,
@@ -70,11 +73,13 @@ class Roster:
         kill: Callable[[Any], None] = ray.kill,
         timeline: Timeline | None = None,
         bundles: Bundles | None = None,
+        spares: Spares | None = None,
     ) -> None:
         self._settings, self._supervision = config.rollout, config.supervision
         self._timeline = timeline or Timeline()
         self._logs = config.folder / "logs"
-        self._incidents, self._renew, self._kill, self._bundles = incidents, renew, kill, bundles
+        self._incidents, self._renew, self._kill, self._spares = incidents, renew, kill, spares
+        self._places = Places(self.role, bundles, incidents.report)
         self.serving = {member.index: member for member in members}
         self._lost: dict[int, MemberLostError] = {}
         self._open: dict[int, Loss] = {}
@@ -146,7 +151,7 @@ class Roster:
             MemberLostError: it is gone, or answered nothing at all in the time given, or has an engine that stands
                 still; its successor is on its way.
             DeadlineError: it is late, but answered others meanwhile: it has too much to do.
-            ActorError: the call failed.
+            ArgumentLostError, ActorError: the call failed.
         """
         who, asked_at = f"{self.role} {member.index}", time.monotonic()
         try:
@@ -164,8 +169,10 @@ class Roster:
             raise self.lose(member, error) from error
         except RayTaskError as error:
             member.answered_at = time.monotonic()
-            log = self._log(member.index)
-            raise ActorError(with_log(f"{who}, asked to {what}: {cause_of(error)}", log)) from error
+            kind, log = ArgumentLostError if isinstance(error, ObjectLostError) else ActorError, self._log(member.index)
+            raise kind(with_log(f"{who}, asked to {what}: {cause_of(error)}", log)) from error
+        except RayError as error:  # its process is gone, its node is, or what it made
+            raise self.lose(member, error) from error
         member.answered_at = time.monotonic()
         return found
 
@@ -221,9 +228,7 @@ class Roster:
     async def _blamed(self, lost: Sequence[Member]) -> int:
         """How many of the members that were lost at a group count: not those whose node is known to be gone by now."""
         at = [member.where.node_id for member in lost if member.where is not None and member.where.node_id]
-        if self._bundles is None or not at:
-            return len(lost)
-        gone = [await asyncio.to_thread(self._bundles.is_gone, node_id) for node_id in at]
+        gone = [await self._places.is_gone(node_id) for node_id in at]
         return len(lost) - min(sum(gone), NODES_PER_GROUP)
 
     async def everywhere(
@@ -244,7 +249,12 @@ class Roster:
     def keep_watch(self) -> None:
         """From now on every member has to say that it lives."""
         if self._supervision.silence_s > 0:
-            self._watching = asyncio.create_task(self._watch.run(), name=f"watch over {self.role}")
+            name = f"watch over {self.role}"
+            self._watching = in_background(self._watch.run(), self._ended(name), name)
+
+    def _ended(self, what: str) -> Callable[[str], None]:
+        """Tells why a task of this roster ended too early."""
+        return lambda why: self._incidents.report(f"{what} ended: {why}")
 
     # Losses and successors.
 
@@ -259,7 +269,7 @@ class Roster:
             member.gone.set()
             if self._may_restart(index):
                 name = f"successor of {self.role} {index}"
-                self._successors[index] = asyncio.create_task(self._succeed(index), name=name)
+                self._successors[index] = in_background(self._succeed(index), self._ended(name), name)
             self.changed()
         return self._lost[index]
 
@@ -272,8 +282,8 @@ class Roster:
         """
         member = self._take_out(index, f"leaves its node: {why}")
         self._open[index] = Loss(cause=why, node=member.node, groups=member.groups)
-        work = self._move(member, timeout_s, anew)
-        self._successors[index] = asyncio.create_task(work, name=f"{self.role} {index} moves")
+        work, name = self._move(member, timeout_s, anew), f"move of {self.role} {index}"
+        self._successors[index] = in_background(work, self._ended(name), name)
 
     async def _move(self, member: Member, timeout_s: float, anew: Callable[[], None]) -> None:
         index = member.index
@@ -318,7 +328,8 @@ class Roster:
         self._lost[index] = MemberLostError(with_log(lost, self._log(index)))
         self._kill(handle)
         again = self._may_restart(index)
-        fate = "it is started again" if again else f"given up ({self._restarts[index].limit})"
+        limit = f" ({self._restarts[index].limit})" if self._renew is not None else ""
+        fate = "it is started again" if again else f"given up{limit}"
         self._incidents.report(f"{lost}; {fate}; {len(self.serving)} left")
         if not again:
             self._close(index, "given up", cause_of(error))
@@ -349,13 +360,15 @@ class Roster:
         """Starts one successor after the other until one serves or the actor is given up."""
         try:
             while self._renew is not None and self._may_restart(index):
-                await self._placed(index)
+                meanwhile = f"{len(self.serving)} {self.role} left, and the run goes on with these until one has"
+                await self._places.wait(index, meanwhile)
                 self._restarts[index].begin()
-                handle = self._starting[index] = self._renew(index)
+                spare = None if self._spares is None else self._spares.take(index)
+                handle = self._starting[index] = spare or self._renew(index)
                 try:
                     words = await self._bring_up(index, handle)
                 except self.start_faults as error:
-                    if not await self._has_node(index):
+                    if spare is not None or not await self._places.has_node(index):
                         self._restarts[index].take_back()
                     self._discard(index, handle, error)
                 else:
@@ -366,24 +379,6 @@ class Roster:
             self._starting.pop(index, None)
             self._successors.pop(index, None)
             self.changed()
-
-    async def _has_node(self, index: int) -> bool:
-        if self._bundles is None:
-            return True
-        return await asyncio.to_thread(self._bundles.has_node, self.role, index)
-
-    async def _placed(self, index: int) -> None:
-        """Returns when the bundle of an actor has a node: at once, or when one has room for it."""
-        told = False
-        while self._bundles is not None and not await self._has_node(index):
-            if not told:
-                wanting = await asyncio.to_thread(self._bundles.wanting, self.role, index)
-                self._incidents.report(
-                    f"no node has room for {wanting}; {len(self.serving)} {self.role} left, and the run goes on with "
-                    "these until one has"
-                )
-                told = True
-            await asyncio.sleep(PLACE_POLL_S)
 
     async def _bring_up(self, index: int, handle: Any) -> str:
         """Makes a member of a new actor; what is to be added to the words that it serves again."""

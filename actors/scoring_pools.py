@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import ray
-from ray.exceptions import RayError
 
-from actors.deadline import DeadlineError, within
-from actors.failure import ActorError, cause_of, with_log
 from actors.keeping import Keep, as_it_is, keep_here
 from actors.member import Member
 from actors.placement import Placement
 from actors.reference_policy import ReferencePolicy
 from actors.reward_scorer import RewardScorer
 from actors.roster import Roster
+from actors.starting import started
 from actors.supervision import Incidents
 from actors.timeline import Timeline
 from medtvt_rl.config import Config
@@ -111,7 +109,9 @@ class GroupPool:
         def renew(index: int) -> Any:
             return make(index, placement.options(role, index))
 
-        members = await _started(config, role, renew, placement.count(role))
+        handles = [renew(index) for index in range(placement.count(role))]
+        starts = [started(config, role, index, each, each.ready.remote()) for index, each in enumerate(handles)]
+        members = await asyncio.gather(*starts)
         roster = cls.roster_kind(config, members, incidents, renew, timeline=timeline, bundles=placement)
         roster.keep_watch()
         return cls(config, roster)
@@ -197,20 +197,3 @@ class ReferencePool(GroupPool):
             return await self._keep(payload), header
 
         return await self.ask(call, lambda answer: answer[1].finite)
-
-
-async def _started(config: Config, role: str, make: Callable[[int], Any], count: int) -> list[Member]:
-    """Starts the actors of a role; members when every one is constructed."""
-    timeout_s = config.rollout.start_timeout_s
-
-    async def start(index: int, handle: Any) -> Member:
-        who = f"{role} {index}"
-        try:
-            where = await within(handle.ready.remote(), timeout_s, f"{who} to start", "rollout.start_timeout_s")
-        except (RayError, DeadlineError) as error:
-            log = config.folder / "logs" / f"{role}_{index}.log"
-            raise ActorError(with_log(f"{who} did not start: {cause_of(error)}", log)) from error
-        return Member(index=index, handle=handle, where=where)
-
-    handles = [make(index) for index in range(count)]
-    return list(await asyncio.gather(*(start(index, handle) for index, handle in enumerate(handles))))

@@ -52,6 +52,11 @@ class Spares:
         task = asyncio.create_task(self._prepare(index, beside), name=f"spare of {self._role} {index}")
         self._ordered[index] = task
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is any to be taken."""
+        return bool(self._waiting)
+
     def take(self, index: int) -> Any | None:
         """A spare whose imports are done, which is the caller's from now on."""
         return self._waiting.pop(index, None)

@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.deadline import DeadlineError, within
-from actors.failure import ActorError, cause_of
+from actors.failure import ActorError, ArgumentLostError, cause_of
 from actors.generator_roster import GeneratorRoster, Publication, WeightSyncError
 from actors.member import Member, MemberLostError
 from medtvt_rl.rollout.config import RolloutConfig
@@ -132,7 +132,7 @@ class WeightTransfer:
             members = await self._roll_call()
             held = await self._broadcast(weights, publication, members)
         rest = [member for member in members if member not in held and self._serves(member)]
-        await self._roster.everywhere(lambda member: self._load(member, buffer, publication), rest)
+        await self._roster.everywhere(lambda member: self._catch_up(member, publication), rest)
 
     async def _roll_call(self) -> tuple[Member, ...]:
         """Those that serve and answer: one that died since it was last asked would let all others wait in vain."""
@@ -140,7 +140,12 @@ class WeightTransfer:
         return tuple(self._roster.serving.values())
 
     async def _present(self, member: Member) -> None:
-        health = await self._ask(member, member.handle.health.remote(), "answer the roll call")
+        try:
+            health = await self._ask(member, member.handle.health.remote(), "answer the roll call")
+        except MemberLostError:
+            raise
+        except ActorError as error:
+            raise self._roster.lose(member, error) from error
         if not health["ok"]:
             raise self._roster.lose(member, EngineBrokenError(health["broken"]))
 
@@ -209,6 +214,18 @@ class WeightTransfer:
         except (MemberLostError, ActorError) as error:
             return str(error).splitlines()[0]
         return None
+
+    async def _catch_up(self, member: Member, publication: Publication) -> None:
+        """One engine takes the whole buffer, another one where that is lost; it is lost where it refuses."""
+        while True:
+            try:
+                return await self._load(member, publication.weights, publication)
+            except MemberLostError:
+                raise
+            except ActorError as error:
+                if not isinstance(error, ArgumentLostError) or self._roster.export_again is None:
+                    raise self._roster.lose(member, error) from error
+            publication = await self._roster.published_again(publication)
 
     async def _load(self, member: Member, weights: Any, publication: Publication) -> None:
         """One engine takes a whole buffer, or a header whose data comes from the group."""

@@ -117,6 +117,7 @@ class Layout:
             if roles is None:
                 raise Stopped(self._stop.number, f"no step was taken. {_goes_on(config)}")
             rollouts, scoring, reference, learner = roles
+            rollouts.ask_learner(learner.export_again)
             if found is None:
                 await in_own_thread(self._store.clear)
             else:

@@ -36,7 +36,7 @@ class RolloutEngine(Protocol):
 
     An engine whose state is unknown sets `broken` and raises EngineBrokenError (rollout/pending.py) from then on, from
     its methods and from every future that it still owes: the generator is then replaced. Any other exception concerns
-    one call.
+    one call; but one that raises in `update_weights` does not hold what it should, and is replaced, too.
 
     Attributes:
         version: policy version of the weights that it holds.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 
 from actors.member import Member
 from actors.process import Whereabouts
@@ -45,7 +45,7 @@ def header(group_id: int, count: int, generate_s: float = 1.0, finite: bool = Tr
 class FakeGenerator:
     """Answers with its name. `fault` is raised instead of every answer, `faults` instead of those of a kind; each gate
     holds calls of a kind back; a call that is under way when the generator is killed ends as Ray ends it. Weights that
-    come as a header are of kind "receive".
+    come as a header are of kind "receive". Weights in `missing` went down with their node.
     """
 
     def __init__(self, name: str) -> None:
@@ -53,6 +53,7 @@ class FakeGenerator:
         self.fault: Exception | None = None
         self.finite = True
         self.faults: dict[str, Exception] = {}
+        self.missing: tuple[Any, ...] = ()
         kinds = ("start", "generate", "update", "score", "merge", "health", "join", "receive")
         self.gates = {kind: asyncio.Event() for kind in kinds}
         for gate in self.gates.values():
@@ -91,11 +92,17 @@ class FakeGenerator:
         self.versions.append(version)
         kind = "receive" if isinstance(weights, WeightBuffer) else "update"
         self.loaded.append(kind)
+        if weights in self.missing:
+            lost = RayTaskError("update_weights", "traceback", ObjectLostError("0", b"", ""))
+            return self._raise(lost.as_instanceof_cause())
         return self._answer(kind, self.checksum)
 
     def _join(self, group: Any, rank_offset: int) -> Awaitable[None]:
         self.joined.append((group, rank_offset))
         return self._answer("join", None)
+
+    async def _raise(self, error: Exception) -> int:
+        raise error
 
     async def _answer(self, kind: str, value: Any) -> Any:
         waits = [asyncio.ensure_future(event.wait()) for event in (self.gates[kind], self.dead)]

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError
 
 from actors.deadline import DeadlineError
 from actors.member import Member, MemberLostError
 from actors.process import Whereabouts
+from actors.spares import Spares
 from actors.watch import Watch
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
@@ -36,7 +37,13 @@ def closed(*kinds: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "fault", [ActorDiedError(), EngineBrokenError("a step failed"), ActorUnavailableError("", None)]
+    "fault",
+    [
+        ActorDiedError(),
+        EngineBrokenError("a step failed"),
+        ActorUnavailableError("", None),
+        OutOfMemoryError("killed by the memory monitor"),
+    ],
 )
 def test_a_lost_generator_is_replaced_alone_while_the_others_go_on(tmp_path: Path, fault: Exception) -> None:
     async def run() -> None:
@@ -150,12 +157,16 @@ def test_a_successor_that_comes_up_in_the_middle_of_a_publication_holds_it(tmp_p
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("fault", ["died", "broke", "damaged", "wrong", "late"])
+@pytest.mark.parametrize("fault", ["died", "broke", "damaged", "refused", "wrong", "late"])
 def test_a_generator_that_did_not_take_the_weights_is_killed_and_replaced(tmp_path: Path, fault: str) -> None:
     async def run() -> None:
         cast = Cast(tmp_path, 2, update_timeout_s=0.05)
         lost = cast.first[1]
-        errors = {"broke": EngineBrokenError("half-way"), "damaged": WeightBufferError("checksum")}
+        errors: dict[str, Exception] = {
+            "broke": EngineBrokenError("half-way"),
+            "damaged": WeightBufferError("checksum"),
+            "refused": RayTaskError("f", "traceback", KeyError("no such layer")),
+        }
         lost.fault = errors.get(fault)
         lost.checksum += fault == "wrong"
         if fault == "late":
@@ -168,6 +179,98 @@ def test_a_generator_that_did_not_take_the_weights_is_killed_and_replaced(tmp_pa
         assert cast.successors[1][0].versions == [1] and not cast.successors[0]
         if fault == "wrong":
             assert "rollout 1 holds checksum 12 of version 1, sent 11" in cast.told[0]
+
+    asyncio.run(run())
+
+
+class Learner:
+    """Exports on demand, when `gate` is open; it has come to `version`."""
+
+    def __init__(self, cast: Cast, version: int) -> None:
+        self.version, self.asked = version, 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        cast.pool.ask_learner(self.export)
+
+    async def export(self) -> tuple[str, int, int]:
+        self.asked += 1
+        await self.gate.wait()
+        return f"weights {self.version} again", self.version, CHECKSUM
+
+
+@pytest.mark.parametrize("has_learner", [True, False])
+def test_weights_that_go_down_in_a_publication_are_exported_once_more_and_no_engine_is_lost(
+    tmp_path: Path, has_learner: bool
+) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 3, replace=False)
+        for generator in cast.first[:2]:
+            generator.missing = ("weights 1",)
+        if has_learner:
+            learner = Learner(cast, 1)
+            await publish(cast, 1)
+            assert learner.asked == 1 and cast.pool.num_left == 3
+            assert [generator.versions for generator in cast.first] == [[1, 1], [1, 1], [1]]
+            (line,) = cast.told
+            assert line.startswith("the weights of version 1 went down with a node; the learner exports")
+        else:
+            await publish(cast, 1)
+            assert cast.pool.num_left == 1
+
+    asyncio.run(run())
+
+
+def test_successors_whose_weights_went_down_with_a_node_have_them_exported_once_and_cost_no_further_restart(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, max_restarts=1)
+        learner = Learner(cast, 2)
+        await publish(cast, 1)
+        cast.prepare = lambda successor: setattr(successor, "missing", ("weights 1",))
+        for generator in cast.first:
+            generator.dead.set()
+        await cast.pool.stats()
+        await cast.settle()
+        assert cast.pool.num_left == 2 and learner.asked == 1
+        assert [cast.successors[index][0].versions for index in range(2)] == [[1, 2], [1, 2]]
+        assert "serves again, from version 2 on" in cast.told[-1]
+
+    asyncio.run(run())
+
+
+def test_a_publication_comes_before_an_export_that_was_asked_for_earlier(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1)
+        learner = Learner(cast, 1)
+        await publish(cast, 1)
+        cast.prepare = lambda successor: setattr(successor, "missing", ("weights 1",))
+        learner.gate.clear()
+        cast.first[0].dead.set()
+        group = asyncio.create_task(cast.pool.generate(PROMPT, 0, 4))
+        await cast.settle()
+        await publish(cast, 2)
+        learner.gate.set()
+        await group
+        assert cast.successors[0][0].versions == [1, 2]
+
+    asyncio.run(run())
+
+
+def test_without_a_learner_nobody_succeeds(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1)
+
+        async def export() -> Any:
+            raise RoleLostError("the learner is lost: rank 0, train_step: died", ())
+
+        cast.pool.ask_learner(export)
+        await publish(cast, 1)
+        cast.prepare = lambda successor: setattr(successor, "missing", ("weights 1",))
+        cast.first[0].dead.set()
+        with pytest.raises(RoleLostError, match=r"no rollout actor is left; rollout 0 is lost: .* the learner is lost"):
+            await cast.pool.generate(PROMPT, 0, 4)
+        assert len(cast.successors[0]) == 1 and not await cast.pool.add(1)
 
     asyncio.run(run())
 
@@ -294,7 +397,7 @@ def test_nodes_that_go_under_a_group_do_not_count_but_not_without_end(
     async def run() -> None:
         cast = Cast(tmp_path, 1, max_attempts=2, max_restarts=100)
         pool: Any = cast.pool
-        pool._roster._bundles = Nodes()
+        pool._roster._places.bundles = Nodes()
 
         def prepare(generator: FakeGenerator) -> None:
             generation = len(cast.successors[0]) + 1
@@ -363,6 +466,26 @@ def test_one_that_keeps_dying_is_given_up_and_the_others_go_on(tmp_path: Path) -
         with pytest.raises(RoleLostError) as ended:
             await cast.pool.generate(PROMPT, 2, 4)
         assert "rollout 0 is lost" in str(ended.value) and "rollout 1 is lost" in str(ended.value)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("went_with_its_node", [True, False])
+def test_a_spare_is_tried_first_and_costs_no_restart_where_it_went_with_its_node(
+    tmp_path: Path, went_with_its_node: bool
+) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, 1, max_restarts=1)
+        spare = FakeGenerator("spare")
+        spares = Spares("rollout", 1, lambda index: spare, 5.0, "s", kill=lambda handle: handle.dead.set())
+        spares._waiting[0] = spare
+        cast.pool._roster._spares = spares
+        if went_with_its_node:
+            spare.dead.set()
+        cast.first[0].dead.set()
+        made_by = "g0.1" if went_with_its_node else "spare"
+        assert (await cast.pool.generate(PROMPT, 0, 4))[1] == f"0..4 of {made_by}"
+        assert len(cast.successors[0]) == went_with_its_node and not spares.ready
 
     asyncio.run(run())
 

@@ -257,6 +257,48 @@ def test_a_journal_that_was_lost_is_no_way_to_other_weights(tmp_path: Path, kept
     asyncio.run(run())
 
 
+class DeadSpares:
+    """One, which went with its node."""
+
+    ready = True
+
+    def take(self) -> None:
+        self.ready = False
+
+    def order(self, index: int, beside: Any) -> None: ...
+
+
+def test_a_gang_whose_spares_went_with_their_node_costs_one_restart(tmp_path: Path) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, "train 1", "start", max_restarts=1)
+        spares = cast.learner._spares = DeadSpares()
+        start = cast.learner._start
+
+        async def taking_them() -> Any:
+            spares.take()
+            return await start()
+
+        cast.learner._start = taking_them
+        assert len(await cast.run()) == 6 and len(cast.gangs) == 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_an_export_for_those_who_miss_the_last_one_waits_for_the_step_under_way(tmp_path: Path, dies: bool) -> None:
+    async def run() -> None:
+        cast = Cast(tmp_path, *["export 2"] * dies)
+        await cast.learner.train_step([1], 1e-3, 0)
+        await cast.learner.export(1)
+        step = asyncio.create_task(cast.learner.train_step([1], 1e-3, 1))
+        await asyncio.sleep(0)
+        weights, version, checksum = await cast.learner.export_again()
+        assert step.done() and (weights, version, checksum) == ("weights of [0, 1]", 2, hash((0, 1)))
+        assert len(cast.gangs) == 1 + dies
+
+    asyncio.run(run())
+
+
 class FakeBundles:
     """The learners' node comes back after so many looks."""
 
@@ -278,11 +320,11 @@ class FakeBundles:
 def test_a_gang_waits_for_a_node_but_not_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returns: bool
 ) -> None:
-    monkeypatch.setattr("actors.learner_supervisor.PLACE_POLL_S", 0.01)
+    monkeypatch.setattr("actors.starting.PLACE_POLL_S", 0.01)
 
     async def run() -> None:
         cast = Cast(tmp_path, "train 1", max_restarts=1, vacancy_timeout_s=0.2)
-        cast.learner._bundles = FakeBundles(3 if returns else 10**9)
+        cast.learner._places.bundles = FakeBundles(3 if returns else 10**9)
         if returns:
             assert len(await cast.run()) == 6
         else:

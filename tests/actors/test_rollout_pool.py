@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError
 
 from actors.deadline import DeadlineError
 from actors.failure import ActorError
-from actors.rollout_pool import _started
+from actors.starting import started
 from medtvt_rl.config import Config, RunConfig
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.rollout.pending import EngineBrokenError
@@ -268,7 +268,7 @@ def test_a_generator_that_does_not_start_in_time_is_told_with_the_end_of_its_log
         late = FakeGenerator("g1")
         late.gates["start"].clear()
         with pytest.raises(ActorError, match=r"rollout 1 did not start: .*\(rollout.start_timeout_s\)") as failed:
-            await _started(config, 1, late)
+            await started(config, "rollout", 1, late, late.start.remote())
         assert str(failed.value).endswith(f"end of {log}:\n  reading weights")
 
     asyncio.run(run())

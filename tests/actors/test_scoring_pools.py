@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError, RpcError
 
 from actors.failure import ActorError
 from actors.member import Member, MemberLostError, SickError
-from actors.scoring_pools import ReferencePool, ReferenceRoster, ScorerPool, ScorerRoster, _started
+from actors.scoring_pools import ReferencePool, ReferenceRoster, ScorerPool, ScorerRoster
+from actors.starting import started
 from actors.supervision import Incidents
 from actors.timeline import Timeline
 from medtvt_rl.config import Config, RunConfig, SupervisionConfig
@@ -162,7 +163,7 @@ def test_one_that_does_not_start_in_time_is_told_with_the_end_of_its_log(tmp_pat
         log = cast.config.folder / "logs" / "reward_0.log"
         log.write_text("reading the tokenizer\n")
         with pytest.raises(ActorError, match=r"reward 0 did not start: .*\(rollout.start_timeout_s\)") as failed:
-            await _started(cast.config, "reward", lambda index: cast.started[index], 1)
+            await started(cast.config, "reward", 0, cast.started[0], cast.started[0].ready.remote())
         assert str(failed.value).endswith(f"end of {log}:\n  reading the tokenizer")
 
     asyncio.run(run())
@@ -244,11 +245,17 @@ def test_one_that_does_not_say_that_it_lives_is_lost_though_nothing_was_asked_of
 
 
 class Nowhere:
-    """A bundle whose node is gone, until `back`."""
+    """A bundle whose node is gone, until `back`; the cluster does not answer at first."""
 
     back = False
 
+    def __init__(self) -> None:
+        self.unanswered = 3
+
     def has_node(self, role: str, index: int) -> bool:
+        if self.unanswered > 0:
+            self.unanswered -= 1
+            raise RpcError("the control store is away")
         return self.back
 
     def wanting(self, role: str, index: int) -> str:
@@ -258,12 +265,12 @@ class Nowhere:
 def test_an_actor_without_a_node_is_waited_for_and_costs_no_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actors.roster.PLACE_POLL_S", 0.01)
+    monkeypatch.setattr("actors.starting.PLACE_POLL_S", 0.01)
 
     async def run() -> None:
         cast, bundles = Cast(tmp_path, 2, max_restarts=1), Nowhere()
         roster = cast.roster(ScorerRoster)
-        roster._bundles = bundles
+        roster._places.bundles = bundles
         roster.lose(roster.serving[0], ActorDiedError())
         await asyncio.sleep(0.1)
         assert len(cast.started) == 2
@@ -271,6 +278,28 @@ def test_an_actor_without_a_node_is_waited_for_and_costs_no_restart(
         bundles.back = True
         await asyncio.sleep(0.1)
         assert cast.told[-1] == "reward 0 serves again" and len(roster.serving) == 2
+        roster.stop()
+
+    asyncio.run(run())
+
+
+def test_a_successor_and_a_watch_that_end_with_an_error_are_told(tmp_path: Path) -> None:
+    def refuse(incident: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def run() -> None:
+        cast = Cast(tmp_path, 2, silence_s=0.05)
+        roster = cast.roster(ScorerRoster)
+        cast.incidents.record = refuse
+        roster.lose(roster.serving[0], ActorDiedError())
+        await asyncio.sleep(0.01)
+        assert cast.told[-1] == "successor of reward 0 ended: OSError: [Errno 28] No space left on device"
+        assert sorted(roster.serving) == [0, 1], "it serves for all that"
+        roster._renew = None
+        cast.started[1].dead.set()
+        roster.keep_watch()
+        await asyncio.sleep(0.2)
+        assert cast.told[-1].startswith("watch over reward ended: OSError")
         roster.stop()
 
     asyncio.run(run())

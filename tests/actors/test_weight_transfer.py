@@ -137,20 +137,22 @@ def test_another_learner_builds_its_own_group(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("dead", [True, False])
-def test_who_does_not_answer_the_roll_call_keeps_nobody_waiting(tmp_path: Path, dead: bool) -> None:
+@pytest.mark.parametrize("fault", ["dead", "broken", "raises"])
+def test_who_does_not_answer_the_roll_call_keeps_nobody_waiting(tmp_path: Path, fault: str) -> None:
     async def run() -> None:
         cast = Cast(tmp_path, 3, replace=False)
         sender = FakeSender(cast)
-        if dead:
+        if fault == "dead":
             cast.first[1].dead.set()
-        else:
+        elif fault == "broken":
             cast.first[1].broken = "a step failed"
+        else:
+            cast.first[1].faults["health"] = RayTaskError("f", "traceback", ValueError("a step failed"))
         await publish(cast, sender, 1)
         assert sender.groups[0].world_size == 3 and [g.joined[0][1] for g in (cast.first[0], cast.first[2])] == [1, 2]
         assert cast.pool.num_left == 2 and not cast.first[1].loaded
         assert len(cast.told) == 1 and cast.told[0].startswith("rollout 1 is lost: ")
-        assert dead or "EngineBrokenError: a step failed" in cast.told[0]
+        assert {"dead": "ActorDied", "broken": "EngineBroken", "raises": "Value"}[fault] + "Error" in cast.told[0]
 
     asyncio.run(run())
 
