@@ -107,7 +107,8 @@ class LearnerSupervisor:
         self._steps, self._incidents, self._spares = dict(steps), incidents, spares
         self._places, self._version = Places(ROLE, bundles, incidents.report), version
         self._restarts = Restarts(config.supervision)
-        self._mending, self._asking = asyncio.Lock(), asyncio.Lock()
+        self._asking = asyncio.Lock()
+        self._lost_for_good: RoleLostError | None = None
         self._order_spares()
 
     # What the loop asks.
@@ -164,58 +165,56 @@ class LearnerSupervisor:
 
     async def _call(self, work: Callable[[LearnerGang], Awaitable[T]], groups: int = 0) -> T:
         """What a call on the gang gives, made again on a new one where it fails, `supervision.max_attempts` at most: it
-        may be the call that kills it."""
+        may be the call that kills it. Whoever calls after it was given up learns of the same loss."""
         attempts = self._config.supervision.max_attempts
         # One call at a time: a step under way would have the next one wait, within its deadline.
         async with self._asking:
+            if self._lost_for_good is not None:
+                raise self._lost_for_good
             for attempt in range(1, attempts + 1):
-                gang = self._gang
                 try:
-                    return await work(gang)
+                    return await work(self._gang)
                 except LearnerError as error:
-                    await self._mend(gang, error, groups, last=attempt == attempts)
+                    await self._mend(error, groups, last=attempt == attempts)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _mend(self, failed: LearnerGang, error: LearnerError, groups: int, last: bool) -> None:
-        """A new gang in place of a failed one. Raises RoleLostError where it must not be, or cannot be."""
+    async def _mend(self, error: LearnerError, groups: int, last: bool) -> None:
+        """A new gang in place of the failed one. Raises RoleLostError where it must not be, or cannot be."""
         began = time.monotonic()
-        async with self._mending:
-            if self._gang is not failed:
+        self._incidents.report(f"learner is lost: {error.cause}; {self._fate(last)}")
+        loss = Loss(
+            cause=error.cause, node=error.node, groups=groups, log_tail=log_tail(self._log(error.rank)), at=began
+        )
+        first = error
+        reason = "it failed at the same call each time"
+        while not last:
+            if not self._restarts.allowed:
+                reason = f"given up ({self._restarts.limit})"
+                break
+            try:
+                await self._placed()
+                self._restarts.begin()
+                by_spares = self._spares is not None and self._spares.ready
+                words = await self._brought_back()
+            except LearnerError as again:
+                error = again
+                if by_spares or not await self._places.has_node(0):
+                    self._restarts.take_back()
+                self._incidents.report(f"learner is lost again on its way: {error.cause}; {self._fate(last)}")
+            except RecoveryError as final:
+                reason = str(final)
+                break
+            else:
+                self._close(first, loss, "replaced")
+                self._incidents.report(f"learner goes on after {time.monotonic() - began:.1f} s, {words}")
+                self._order_spares()
                 return
-            self._incidents.report(f"learner is lost: {error.cause}; {self._fate(last)}")
-            loss = Loss(
-                cause=error.cause, node=error.node, groups=groups, log_tail=log_tail(self._log(error.rank)), at=began
-            )
-            first = error
-            reason = "it failed at the same call each time"
-            while not last:
-                if not self._restarts.allowed:
-                    reason = f"given up ({self._restarts.limit})"
-                    break
-                try:
-                    await self._placed()
-                    self._restarts.begin()
-                    by_spares = self._spares is not None and self._spares.ready
-                    words = await self._brought_back()
-                except LearnerError as again:
-                    error = again
-                    if by_spares or not await self._places.has_node(0):
-                        self._restarts.take_back()
-                    self._incidents.report(f"learner is lost again on its way: {error.cause}; {self._fate(last)}")
-                except RecoveryError as final:
-                    reason = str(final)
-                    break
-                else:
-                    self._close(first, loss, "replaced")
-                    self._incidents.report(f"learner goes on after {time.monotonic() - began:.1f} s, {words}")
-                    self._order_spares()
-                    return
-            if error is not first:
-                loss = replace(loss, cause=f"{loss.cause}; then, on its way back, {error.cause}")
-            self._close(first, loss, "given up")
-            raise RoleLostError(
-                f"the learner is lost: rank {first.rank}, {loss.cause}; {reason}", self._incidents.of(ROLE)
-            ) from error
+        if error is not first:
+            loss = replace(loss, cause=f"{loss.cause}; then, on its way back, {error.cause}")
+        self._close(first, loss, "given up")
+        words = f"the learner is lost: rank {first.rank}, {loss.cause}; {reason}"
+        self._lost_for_good = RoleLostError(words, self._incidents.of(ROLE))
+        raise self._lost_for_good from error
 
     async def _placed(self) -> None:
         """Returns when every rank has a node: at once, or when one has room. Raises RecoveryError if none has in

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 from actors.background import in_background
 from actors.deadline import DeadlineError, OvertakenError, before, within
@@ -35,6 +35,8 @@ from medtvt_rl.faults import Incident, Outcome, RoleLostError
 
 T = TypeVar("T")
 EMPTY_POLL_S = 0.1
+DRIVERS_OWN = (ObjectStoreFullError, OutOfDiskError)
+"""What keeping an answer on the driver's node may fail with: no fault of who gave it."""
 SICK_GROUPS = 2
 """So many groups in a row without finite values, and an actor is held to be sick, whatever others make of them."""
 NODES_PER_GROUP = 10
@@ -171,6 +173,8 @@ class Roster:
             member.answered_at = time.monotonic()
             kind, log = ArgumentLostError if isinstance(error, ObjectLostError) else ActorError, self._log(member.index)
             raise kind(with_log(f"{who}, asked to {what}: {cause_of(error)}", log)) from error
+        except DRIVERS_OWN:
+            raise
         except RayError as error:  # its process is gone, its node is, or what it made
             raise self.lose(member, error) from error
         member.answered_at = time.monotonic()

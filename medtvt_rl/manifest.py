@@ -6,6 +6,7 @@ medtvt_rl/learner/epoch_checkpoints.py).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -52,11 +53,12 @@ def read_manifest(storage: Storage, folder: str, form: int) -> dict[str, Any]:
     return manifest
 
 
-def damage(storage: Storage) -> tuple[type[Exception], ...]:
-    """What reading a folder ends with where its files are not those that were written. On a disk that is any OSError,
-    also a failing block; behind a URL only a missing file: what else a client raises says that the store is out of
-    reach, and nothing of the files."""
-    return (OSError if storage.is_local else FileNotFoundError, ValueError, KeyError, TypeError)
+def is_damage(error: Exception, storage: Storage) -> bool:
+    """Whether reading a folder ended so because its files are not those that were written, or a block of the disk
+    fails. What else a file system or the client of a store raises says that it is out of reach, and nothing of the
+    files."""
+    fails = storage.is_local and isinstance(error, OSError) and error.errno == errno.EIO
+    return fails or isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError))
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:

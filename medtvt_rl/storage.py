@@ -50,9 +50,12 @@ class Storage:
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file of this name."""
+        """Whether there is a file of this name. Raises what the client does where the store cannot be asked."""
         self._fs.invalidate_cache()
-        return bool(self._fs.isfile(self._in(name)))
+        try:
+            return bool(self._fs.info(self._in(name))["type"] == "file")  # `isfile` takes any failure for a no
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def read(self, name: str) -> bytes:
         """A file's content."""

@@ -24,7 +24,7 @@ from math import inf
 from typing import Any
 
 from medtvt_rl.config import Config
-from medtvt_rl.manifest import MANIFEST, damage, read_manifest, write_manifest
+from medtvt_rl.manifest import MANIFEST, is_damage, read_manifest, write_manifest
 from medtvt_rl.storage import Digest, Storage
 from medtvt_rl.types import Prompt
 from pipelines.grpo_roles import FinishedGroup
@@ -92,7 +92,6 @@ class CheckpointStore:
 
     def __init__(self, root: str) -> None:
         self._storage = Storage(root)
-        self.damage = damage(self._storage)
         """What reading one that is not whole ends with."""
         self.damaged = set[int]()
         """Those that `newest` found not to be whole."""
@@ -174,15 +173,21 @@ class CheckpointStore:
         while found is None and (left := [v for v in self.versions() if v <= last and v not in passed]):
             try:
                 found = self.read(left[0])
-            except self.damage as error:
+            except Exception as error:
+                if not self.is_damage(error):
+                    raise
                 passed[left[0]] = error
         for each in [v for v in self.versions() if v in passed] if passed else []:
             self.damaged.add(each)
             report(f"checkpoint {self.place(each)} is damaged and passed over: {passed[each]}")
         return found
 
+    def is_damage(self, error: Exception) -> bool:
+        """Whether what was raised in reading speaks of the files, and not of a store that is out of reach."""
+        return is_damage(error, self._storage)
+
     def read(self, version: int) -> Checkpoint:
-        """The checkpoint of a version. Raises what `damage` names if a file is missing, or not the one that was
+        """The checkpoint of a version. Raises what `is_damage` knows if a file is missing, or not the one that was
         written."""
         name = folder_name(version)
         manifest = read_manifest(self._storage, name, FORMAT)

@@ -7,17 +7,18 @@ there is one policy, the model that it would start from.
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from actors.bundles import for_evaluation, plan
-from actors.placement import place
+from actors.placement import Placement, place
 from actors.rollout_pool import RolloutPool
 from actors.supervision import Incidents
 from medtvt_rl.config import Config
@@ -71,17 +72,18 @@ async def _evaluate(config: Config, reporter: Reporter) -> dict[str, Any]:
     evaluator = make_evaluator(config, prompts, config.evaluation.split)
     folders = {first: before_folder, last: after_folder}
     answers, ablated = {}, {}
-    for policy, folder in folders.items():
-        async with _generators(config, folder, reporter) as pool:
-            ask = _asking(Asker(config, pool, tokenizer, config.evaluation.num_samples), reporter)
-            answers[policy] = await ask(names[policy], prompts)
-            if policy == last:
-                save_answers(config, answers)
-                ablated = await _ablated_answers(config, ask, evaluator, prompts)
+    with _placed(config, reporter) as placement:
+        for policy, folder in folders.items():
+            async with _generators(config, placement, folder, reporter) as pool:
+                ask = _asking(Asker(config, pool, tokenizer, config.evaluation.num_samples), reporter)
+                answers[policy] = await ask(names[policy], prompts)
+                if policy == last:
+                    save_answers(config, answers)
+                    ablated = await _ablated_answers(config, ask, evaluator, prompts)
     publish_model(config, after_folder)
     summary, results = judged(config, evaluator, answers, reporter.start, reporter.update)
     summary["ablations"] = _ablations(evaluator, ablated, results[last])
-    if getattr(AutoConfig.from_pretrained(after_folder, trust_remote_code=False), "untrained_stand_ins", False):
+    if json.loads((after_folder / "config.json").read_text(encoding="utf-8")).get("untrained_stand_ins"):
         summary["remarks"] = [UNTRAINED_STAND_INS]
     return {"summary": {"evaluation": summary}}
 
@@ -96,28 +98,42 @@ def _asking(asker: Asker, reporter: Reporter) -> Ask:
     return ask
 
 
+@contextmanager
+def _placed(config: Config, reporter: Reporter) -> Iterator[Placement]:
+    """Within it the generators have their bundles, `rollout.min` of them."""
+    bundles = plan(config, {"rollout": for_evaluation(config).rollout.least})
+    placement = place(bundles, config.placement, lambda text: reporter.line(f"evaluate: {text}"))
+    try:
+        yield placement
+    finally:
+        placement.release()
+
+
 @asynccontextmanager
-async def _generators(config: Config, folder: Path, reporter: Reporter) -> AsyncIterator[RolloutPool]:
+async def _generators(
+    config: Config, placement: Placement, folder: Path, reporter: Reporter
+) -> AsyncIterator[RolloutPool]:
     """Within it generators answer with the policy of a folder, which they load themselves: the driver may be too small
-    for it. Those beyond `rollout.min` join when they have their nodes."""
+    for it. Those beyond `rollout.min` join when they have their nodes; those whose node is lost by now are left out.
+    """
 
     def tell(text: str) -> None:
         reporter.line(f"evaluate: {text}")
 
+    for index in placement.indices("rollout"):
+        if placement.count("rollout") > 1 and not placement.has_node("rollout", index):
+            tell(f"without rollout {index}: {placement.wanting('rollout', index)}")
+            placement.remove("rollout", index)
     tell(f"starting the engines with {folder}")
-    staged = for_evaluation(config)
-    bundles = plan(config, {"rollout": staged.rollout.least})
-    placement = place(bundles, config.placement, tell)
+    pool = await RolloutPool.start(config, placement, folder, Incidents(tell))
     try:
-        pool = await RolloutPool.start(config, placement, folder, Incidents(tell))
         async with (
-            elastic(staged, pool, placement, None, tell),
+            elastic(for_evaluation(config), pool, placement, None, tell),
             drained(config, {"rollout": pool}, placement, lambda: False, tell),
         ):
             yield pool
-        pool.stop()
     finally:
-        placement.release()
+        pool.stop()
 
 
 def held_out_prompts(config: Config, prompts: Sequence[Prompt], reporter: Reporter) -> list[Prompt]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from actors.deadline import within
+from actors.failure import cause_of
 from actors.learner_supervisor import LearnerSupervisor
 from actors.own_thread import in_own_thread
 from actors.placement import Bundle, Placement, grpo_roles, placed, plan
@@ -30,7 +32,6 @@ from medtvt_rl.dotted import resolve
 from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.faults import RoleLostError
 from medtvt_rl.privacy import hashed, shows_samples
-from medtvt_rl.rollout.balance import Share
 from medtvt_rl.types import Prompt
 from medtvt_rl.user_code import task_prompts
 from pipelines.beside import beside
@@ -38,20 +39,22 @@ from pipelines.checkpoint_keeper import CheckpointKeeper
 from pipelines.checkpoints import Checkpoint, CheckpointStore
 from pipelines.failure import forget_failure, write_failure
 from pipelines.generators import drained, elastic, generators_lines, generators_summary
-from pipelines.group_ledger import EQUAL_REWARDS, GroupLedger
+from pipelines.group_ledger import GroupLedger
 from pipelines.grpo_loop import GrpoLoop
-from pipelines.grpo_roles import FinishedGroup, LoopResult, Scoring, TrainedStep, TrainingGroup
+from pipelines.grpo_roles import LoopResult, Scoring
 from pipelines.held_out import HeldOutMeasurement
 from pipelines.identity import identity_of
-from pipelines.journal import Journal, failures, fetch
+from pipelines.journal import Journal, fetch
 from pipelines.learner_start import start_learner
 from pipelines.memory import rare_collections
 from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
 from pipelines.resume import AND_AUTO, find_resume
 from pipelines.stages import start_model
-from pipelines.step_metrics import generator_metrics
+from pipelines.step_report import StepReport
 from pipelines.stopping import Stop, Stopped, stop_on_signals
 from pipelines.timeline_file import TimelineFile
+
+T = TypeVar("T")
 
 
 def run(config: Config, reporter: Reporter) -> dict[str, Any]:
@@ -100,7 +103,7 @@ class Layout:
         """Returns what the summary says of the stage."""
         config = self._config
         identity = await asyncio.to_thread(identity_of, config, self._folder, self._prompts)
-        found = await in_own_thread(find_resume, config, self._store, identity, self._tell)
+        found = await self._stored("looked at", find_resume, config, self._store, identity, self._tell)
         # Generators that are asked for beyond rollout.min join when they have their nodes.
         bundles = [b for b in self.bundles(config) if b.role != "rollout" or b.index < config.rollout.least]
         self._tell(f"starting {len(bundles)} actors")
@@ -119,7 +122,7 @@ class Layout:
             rollouts, scoring, reference, learner = roles
             rollouts.ask_learner(learner.export_again)
             if found is None:
-                await in_own_thread(self._store.clear)
+                await self._stored("removed", self._store.clear)
             else:
                 weights, checksum = await learner.export(found.version)
                 await rollouts.update_weights(weights, found.version, checksum)
@@ -135,7 +138,7 @@ class Layout:
         finally:
             placement.release()
             self._timeline_file.write()
-        return {"summary": {"grpo": {**summary, **self._best()}}}
+        return {"summary": {"grpo": {**summary, **await self._best()}}}
 
     @staticmethod
     def bundles(config: Config) -> list[Bundle]:
@@ -182,7 +185,8 @@ class Layout:
             collaborators = sampler, rollouts, scoring, reference, learner, report, held_out, keeper, self._stop
             loop = GrpoLoop(config.grpo, limit, *collaborators)
             if found is not None:
-                groups = await in_own_thread(found.groups, GroupLedger.prompts(found.loop, sampler), ray.put)
+                known = GroupLedger.prompts(found.loop, sampler)
+                groups = await self._stored("read", found.groups, known, ray.put)
                 loop.load_state_dict(found.loop, groups)
             # Scoring of another layout may hold several pools.
             scorers = getattr(scoring, "pools", {"reward": scoring})
@@ -203,15 +207,25 @@ class Layout:
         found_out = {"alarms": report.sounded, "generators": generators}
         return {**summarise(result), **found_out, **self._incidents.metrics()}
 
+    async def _stored(self, done: str, work: Callable[..., T], *args: Any) -> T:
+        """What work on the checkpoints gives, by a store that may hang. Raises DeadlineError."""
+        limit_s, what = self._config.grpo.checkpoint_timeout_s, f"the checkpoints to be {done}"
+        return await within(in_own_thread(work, *args), limit_s, what, "grpo.checkpoint_timeout_s")
+
     def _show(self, placement: Placement) -> None:
         """Who sits where, for the reader and in the run folder."""
         drawing = placement.drawing()
         (self._config.folder / "placement.txt").write_text(f"{drawing}\n", encoding="utf-8")
         self._tell(f"placement\n{drawing}")
 
-    def _best(self) -> dict[str, Any]:
+    async def _best(self) -> dict[str, Any]:
         """The best checkpoint on held-out answers, with a line for the reader."""
-        best, metric = self._store.best(), self._config.best_by
+        metric = self._config.best_by
+        try:
+            best = await self._stored("asked for the best", self._store.best)
+        except Exception as error:  # the policy is there for all that
+            self._tell(f"the best checkpoint is not known: {cause_of(error)}")
+            return {}
         if best is None:
             return {}
         step, value = best
@@ -287,101 +301,6 @@ def load_prompts(
             f"rollout.engine.max_model_len - rollout.sampling.max_new_tokens - 1 leaves {room}; raise the former"
         )
     return prompts
-
-
-class StepReport:
-    """Tells reporter and journal what the loop does, and sounds the alarms."""
-
-    def __init__(
-        self,
-        reporter: Reporter,
-        journal: Journal,
-        alarms: Alarms,
-        incidents: Incidents,
-        shares: Callable[[], Sequence[Share]] = list,
-    ) -> None:
-        self._reporter, self._journal, self._alarms = reporter, journal, alarms
-        self._incidents, self._shares = incidents, shares
-        self.sounded: list[str] = []
-        self.listener: Callable[[Mapping[str, float]], None] = lambda metrics: None
-
-    def show_again(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The steps before a resume: the alarms go on from there."""
-        for row in rows:
-            if row["stage"] == "grpo":
-                metrics = {name: value for name, value in row.items() if isinstance(value, float)}
-                self.sounded.extend(self._alarms.check(int(row["step"]), metrics))
-
-    def step(self, trained: TrainedStep) -> None:
-        """The step's metrics, its groups, and what was wrong with it."""
-        metrics, step = trained.metrics, trained.step
-        if all(group.group.reference_header is None for group in trained.groups):
-            # Without a reference nothing was measured; the learner's sum over no tokens is 0.
-            metrics = {name: value for name, value in metrics.items() if name != "kl"}
-        of_generators = generator_metrics(self._shares())
-        self._reporter.scalars("grpo", step, {**metrics, **of_generators, **self._incidents.metrics()})
-        self.listener(metrics)
-        failed = {name: reason for group in trained.groups for name, reason in failures(group).items()}
-        if failed:
-            name, reason = next(iter(failed.items()))
-            self._reporter.line(
-                f"grpo: step {step}: {len(failed)} completions could not be scored, e.g. {name}: {_shown(reason)}"
-            )
-        if metrics.get("skipped", 0.0) > 0:
-            self._reporter.line(
-                f"grpo: step {step} changed nothing, loss or gradient not finite, on groups {_ids(trained.groups)}"
-            )
-        self._sound(step, metrics)
-        words = {"reward": "reward/total", "staleness": "staleness/max", "kl": "kl", "entropy": "entropy"}
-        shown = {word: metrics[name] for word, name in words.items() if name in metrics}
-        self._reporter.update(step + 1, total=None, **shown)
-        self._journal.write(trained)
-
-    def discarded(self, group_id: int, prompt_id: str, reason: str) -> None:
-        """A line for the reader, the whole reason for the journal."""
-        self._reporter.line(f"grpo: group {group_id} discarded: {reason.splitlines()[0]}")
-        self._journal.discarded(group_id, prompt_id, reason)
-
-    def replaced(self, group: FinishedGroup) -> None:
-        """For the journal alone: it is what dynamic sampling is for."""
-        self._journal.discarded(group.header.group_id, group.header.prompt_id, EQUAL_REWARDS)
-
-    def nonfinite(self, step: int, groups: Sequence[TrainingGroup], reason: str, updates: int) -> None:
-        """A line for the reader; the learners have saved the groups."""
-        what = f"stopped after update {updates} because of" if updates else "goes on without"
-        self._reporter.line(f"grpo: step {step} {what} groups {_ids(groups)}: {reason}; they lie in journal/nonfinite")
-        if updates:
-            return  # they were trained on
-        for group in groups:
-            header = group.group.header
-            self._journal.discarded(header.group_id, header.prompt_id, f"step {step}: {reason}")
-
-    def measured(self, metrics: Mapping[str, float]) -> None:
-        """A row of their own, at the step that made the version, or the first for what the run started with."""
-        step = max(0, int(metrics["held_out/version"]) - 1)
-        self._reporter.scalars("grpo", step, metrics)
-        self._sound(step, metrics)
-
-    def unmeasured(self, version: int, what: str, error: Exception) -> None:
-        """A line for the reader; training does not hang on it."""
-        why = (str(error).splitlines() or [""])[0]
-        self._reporter.line(f"grpo: version {version}: {what} could not be measured: {type(error).__name__}: {why}")
-
-    def _sound(self, step: int, metrics: Mapping[str, float]) -> None:
-        for alarm in self._alarms.check(step, metrics):
-            self.sounded.append(alarm)
-            self._reporter.line(f"grpo: ALARM: {alarm}")
-
-
-def _shown(reason: str) -> str:
-    """Of why a reward function failed: which, and the type of the error; its words may be those of a patient."""
-    if shows_samples():
-        return reason
-    return f"{': '.join(reason.split(': ', 2)[:2])} (the whole reason is in journal/groups.jsonl)"
-
-
-def _ids(groups: Sequence[TrainingGroup]) -> str:
-    return ", ".join(str(group.group_id) for group in groups)
 
 
 if __name__ == "__main__":

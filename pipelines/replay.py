@@ -93,7 +93,9 @@ def _check_checkpoint(store: CheckpointStore, version: int) -> None:
         )
     try:
         store.read(version)
-    except store.damage as error:
+    except Exception as error:
+        if not store.is_damage(error):
+            raise
         raise ReplayError(f"--from-step {version}: {store.place(version)} is damaged: {error}") from error
 
 

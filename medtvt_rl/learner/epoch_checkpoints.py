@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from medtvt_rl.learner.engine import TrainingEngine
 from medtvt_rl.learner.supervised import Progress
 from medtvt_rl.learner.training_state import rank_file
-from medtvt_rl.manifest import damage, read_manifest, write_manifest
+from medtvt_rl.manifest import is_damage, read_manifest, write_manifest
 from medtvt_rl.model.seal import SEAL, check_model_folder
 from medtvt_rl.storage import Storage, digest_of, sync
 
@@ -81,7 +81,9 @@ class EpochCheckpoints:
         for epochs in self.epochs:
             try:
                 return self._read(_name(epochs))
-            except damage(self._storage) as error:
+            except Exception as error:
+                if not is_damage(error, self._storage):
+                    raise
                 place = self._storage.at(_name(epochs))
                 report(f"checkpoint {place} is damaged and passed over: {' '.join(str(error).split())}")
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,11 +96,3 @@ def ended(scorers: Scorers) -> Iterator[Scorers]:
     finally:
         scorers.roster.stop()
         scorers.placement.release()
-
-
-async def until(condition: Callable[[], bool], what: Any) -> None:
-    for _ in range(1200):
-        if condition():
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError(what)

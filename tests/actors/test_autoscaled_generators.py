@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import ray
+from waiting import until
 
 from actors.bundles import plan
 from actors.cluster_view import nodes_now
@@ -117,14 +118,6 @@ def address(tmp_path: Path) -> Iterator[str]:
         # The made-up nodes are children of the autoscaler, which has ended.
         with suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
-
-
-async def until(condition: Callable[[], bool], what: Any) -> None:
-    for _ in range(1800):
-        if condition():
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError(what() if callable(what) else what)
 
 
 def join(address: str) -> None:

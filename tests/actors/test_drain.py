@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fake_generators import PROMPT, Cast
+from waiting import until
 
 from actors import drain as drain_module
 from actors.drain import SPARED_S, Drain
@@ -147,11 +148,3 @@ def test_a_start_that_does_not_count_stays_so_where_its_node_goes_meanwhile() ->
         restarts.begin()
         assert not restarts.allowed
         restarts.take_back()
-
-
-async def until(condition: Any, what: Any) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(what)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fake_generators import CHECKSUM, PROMPT, Cast, FakeGenerator
+from waiting import until
 
 from actors import elastic
 from actors.bundles import Bundle
@@ -93,14 +94,6 @@ def configured(**rollout: Any) -> Config:
     for name, value in rollout.items():
         setattr(config.rollout, name, value)
     return config
-
-
-async def until(condition: Callable[[], bool], what: Any = "") -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError(what)
 
 
 def played(

@@ -155,6 +155,9 @@ def test_a_call_that_kills_every_gang_ends_the_run(tmp_path: Path) -> None:
             await cast.run()
         assert [incident.outcome for incident in ended.value.incidents] == ["replaced", "replaced", "given up"]
         assert len(cast.gangs) == 3
+        with pytest.raises(RoleLostError) as again:
+            await cast.learner.export_again()
+        assert again.value is ended.value and len(cast.gangs) == 3, "for good: whoever asks later has no gang started"
 
     asyncio.run(run())
 

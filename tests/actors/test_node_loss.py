@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
-from scorer_nodes import NODE, cluster, ended, join_two_nodes, start_scorers, until
+from scorer_nodes import NODE, cluster, ended, join_two_nodes, start_scorers
+from waiting import until
 
 pytestmark = pytest.mark.cluster
 __all__ = ["cluster"]

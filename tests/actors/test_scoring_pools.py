@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, RpcError
+from waiting import until
 
 from actors.failure import ActorError
 from actors.member import Member, MemberLostError, SickError
@@ -290,16 +291,16 @@ def test_a_successor_and_a_watch_that_end_with_an_error_are_told(tmp_path: Path)
     async def run() -> None:
         cast = Cast(tmp_path, 2, silence_s=0.05)
         roster = cast.roster(ScorerRoster)
-        cast.incidents.record = refuse
-        roster.lose(roster.serving[0], ActorDiedError())
-        await asyncio.sleep(0.01)
-        assert cast.told[-1] == "successor of reward 0 ended: OSError: [Errno 28] No space left on device"
-        assert sorted(roster.serving) == [0, 1], "it serves for all that"
-        roster._renew = None
-        cast.started[1].dead.set()
-        roster.keep_watch()
-        await asyncio.sleep(0.2)
-        assert cast.told[-1].startswith("watch over reward ended: OSError")
+        with cast.incidents.recorded(refuse):
+            roster.lose(roster.serving[0], ActorDiedError())
+            await until(lambda: cast.told[-1].startswith("successor"))
+            assert cast.told[-1] == "successor of reward 0 ended: OSError: [Errno 28] No space left on device"
+            assert sorted(roster.serving) == [0, 1], "it serves for all that"
+            roster._renew = None
+            cast.started[1].dead.set()
+            roster.keep_watch()
+            await until(lambda: cast.told[-1].startswith("watch"))
+            assert cast.told[-1].startswith("watch over reward ended: OSError")
         roster.stop()
 
     asyncio.run(run())

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
-from scorer_nodes import NODE, cluster, ended, join_two_nodes, start_scorers, until
+from scorer_nodes import NODE, cluster, ended, join_two_nodes, start_scorers
+from waiting import until
 
 from actors import spot_notice
 from actors.cluster_view import draining, nodes_now

@@ -44,11 +44,11 @@ from medtvt_rl.evaluation.alarms import Alarms
 from medtvt_rl.rewards.scorer import GroupRewards
 from medtvt_rl.rollout.counters import EngineCounters
 from medtvt_rl.types import Completion, GroupHeader, LearnerStep, Prompt, ReferenceHeader, RolloutGroup
-from pipelines.grpo import StepReport
 from pipelines.grpo_loop import GrpoLoop
 from pipelines.journal import Journal
 from pipelines.memory import rare_collections
 from pipelines.reporter import Reporter
+from pipelines.step_report import StepReport
 
 CHECKSUM = 7
 LENGTH = 16

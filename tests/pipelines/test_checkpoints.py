@@ -195,3 +195,16 @@ def test_a_score_that_cannot_be_read_makes_none_the_best(tmp_path: Path) -> None
     store.mark(5, "jaccard", 0.5)
     Path(store.place(5), "held_out.json").write_text(json.dumps({"version": 5}))
     assert store.best() is None
+
+
+def test_a_store_that_cannot_be_asked_for_a_file_does_not_deny_it(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(root)
+    storage.write("there", b"")
+    assert storage.exists("there") and not storage.exists("elsewhere") and not storage.exists("there/below")
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise PermissionError("403")
+
+    monkeypatch.setattr(type(storage._fs), "info", refused)
+    with pytest.raises(PermissionError, match="403"):
+        storage.exists("there")

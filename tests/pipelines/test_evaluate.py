@@ -28,6 +28,7 @@ from pipelines.evaluate import (
     _ablations,
     _evaluate,
     _generators,
+    _placed,
     held_out_prompts,
     publish_model,
 )
@@ -137,7 +138,16 @@ class Seats:
     """Bundles, all of them on nodes."""
 
     def __init__(self, bundles: Sequence[Bundle]) -> None:
-        self.taken, self.released = [bundle.index for bundle in bundles], False
+        self.taken, self.released, self.without_node = [bundle.index for bundle in bundles], False, set[int]()
+
+    def count(self, role: str) -> int:
+        return len(self.taken)
+
+    def wanting(self, role: str, index: int) -> str:
+        return "a GPU"
+
+    def remove(self, role: str, index: int) -> None:
+        self.taken.remove(index)
 
     def add(self, bundle: Bundle, room_first: bool = False) -> None:
         self.taken.append(bundle.index)
@@ -146,7 +156,7 @@ class Seats:
         return list(self.taken)
 
     def has_node(self, role: str, index: int) -> bool:
-        return True
+        return index not in self.without_node
 
     def has_room(self, bundle: Bundle) -> bool:
         return True
@@ -187,16 +197,22 @@ def test_rollout_min_generators_are_enough_to_begin_and_the_others_join(
 
     async def run() -> None:
         with Reporter(tmp_path, stream=io.StringIO()) as reporter:
-            async with _generators(config, tmp_path, reporter) as pool:
-                assert len(pool.serving) == first
-                for _ in range(200):
-                    await asyncio.sleep(0.01)
-                    if len(pool.serving) == later:
-                        break
-                await asyncio.sleep(0.05)
-                assert pool.serving == list(range(later)) == placed[0].taken
-        ended: Any = pool
-        assert ended.ended and placed[0].released
+            with _placed(config, reporter) as placement:
+                async with _generators(config, placement, tmp_path, reporter) as pool:
+                    assert len(pool.serving) == first
+                    for _ in range(200):
+                        await asyncio.sleep(0.01)
+                        if len(pool.serving) == later:
+                            break
+                    await asyncio.sleep(0.05)
+                    assert pool.serving == list(range(later)) == placed[0].taken
+                ended: Any = pool
+                assert ended.ended and not placed[0].released
+                placed[0].without_node.add(0)
+                async with _generators(config, placement, tmp_path, reporter):
+                    left = list(range(later))[1 if later > 1 else 0 :]
+                    assert placed[0].taken == left, "who lost its node is left out, but for the only one"
+            assert placed[0].released
 
     asyncio.run(run())
 

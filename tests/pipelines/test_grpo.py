@@ -26,9 +26,10 @@ from medtvt_rl.rollout.config import EngineConfig, RolloutConfig, SamplingConfig
 from medtvt_rl.types import Prompt, ReferenceHeader
 from pipelines import grpo
 from pipelines.checkpoints import CheckpointStore
-from pipelines.grpo import Layout, StepReport, load_prompts
+from pipelines.grpo import Layout, load_prompts
 from pipelines.grpo_roles import LoopResult
 from pipelines.reporter import METRICS_FILE, Reporter, read_metrics
+from pipelines.step_report import StepReport
 from pipelines.timeline_file import TimelineFile
 
 

@@ -53,6 +53,10 @@ def test_a_disk_that_cannot_read_a_checkpoint_has_damaged_it(tmp_path: Path) -> 
     shelf, _, told = shelf_of({6: OSError(errno.EIO, "Input/output error"), 4: "whole"}, str(tmp_path))
     assert shelf.newest(8) == ("whole", 4)
     assert len(told) == 1 and "is damaged and passed over: [Errno 5]" in told[0]
+    shelf, store, told = shelf_of({6: OSError(errno.ESTALE, "Stale file handle"), 4: "whole"}, str(tmp_path))
+    with pytest.raises(OutOfReachError, match="Stale file handle"):
+        shelf.newest(8)
+    assert not told and not store.damaged, "a file server says nothing of the files where it does not answer"
 
 
 @pytest.mark.parametrize("fault", [SlowDown("503"), TimeoutError("503"), OSError("503")])
