@@ -75,7 +75,7 @@ class FaultyRun:
                 stderr=log,
                 start_new_session=True,
             )
-        self._driver, self._roots = psutil.Process(self._process.pid), roots
+        self.driver, self._roots = psutil.Process(self._process.pid), roots
 
     def __enter__(self) -> Self:
         return self
@@ -150,7 +150,7 @@ class FaultyRun:
     def processes(self) -> list[psutil.Process]:
         """Those of the run, each remembered."""
         found = []
-        for root in [self._driver, *(self._roots() if self._roots else ())]:
+        for root in [self.driver, *(self._roots() if self._roots else ())]:
             try:
                 found += root.children(recursive=True)
             except psutil.NoSuchProcess:
